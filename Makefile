@@ -1,0 +1,50 @@
+# Everything here needs Python and make only; it installs into .venv and nowhere else.
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+WORKERS ?= 2
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint types bench-core test-matrix clean
+
+demo: $(VENV)/.run
+	$(BIN)/python examples/parameter_management.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(VENV)/.test $(VENV)/.lint
+	$(BIN)/mypy
+
+# Ratios of the core's costs to those of a nested dict, in one process.
+bench-core: $(VENV)/.run
+	$(BIN)/python benchmarks/core.py
+
+# The oldest jax that is supported, and the newest that each installed Python can take.
+test-matrix:
+	PYTHON="$(PYTHON)" sh tests/matrix.sh
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "paramtree needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[test,peers]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

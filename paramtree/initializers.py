@@ -1,0 +1,411 @@
+"""Initializers: Gluon's set, as small hashable functions ``(key, shape, dtype) -> Array``.
+
+Any function with these arguments is an initializer, all of ``jax.nn.initializers`` among them, so
+a custom one needs no class. Weights are laid out ``(out, in, *spatial)``: with k the product of the
+spatial sizes, fan-in is ``shape[1] * k`` and fan-out ``shape[0] * k``. The formulas and defaults are
+MXNet Gluon's.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramtree.errors import ParamTreeError, RuleError
+
+__all__ = [
+    "Bilinear",
+    "Constant",
+    "Initializer",
+    "LSTMBias",
+    "Load",
+    "MSRAPrelu",
+    "Mixed",
+    "Normal",
+    "One",
+    "Orthogonal",
+    "TruncNorm",
+    "Uniform",
+    "Xavier",
+    "Zero",
+    "get",
+]
+
+Shape = tuple[int, ...]
+Initializer = Callable[[jax.Array, Shape, Any], jax.Array]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """All zeros.
+
+    Example:
+      >>> Zero()(jax.random.key(0), (2,), jnp.float32)
+      Array([0., 0.], dtype=float32)
+    """
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.zeros(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class One:
+    """All ones.
+
+    Example:
+      >>> One()(jax.random.key(0), (2,), jnp.float32)
+      Array([1., 1.], dtype=float32)
+    """
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.ones(key, shape, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """One value everywhere, or the values of an array that broadcasts to the shape.
+
+    Args:
+      value: a number, or an array.
+
+    Raises:
+      ValueError: on calling: the array does not broadcast to the shape.
+
+    Example:
+      >>> Constant(42)(jax.random.key(0), (2,), jnp.float32)
+      Array([42., 42.], dtype=float32)
+    """
+
+    value: Any
+
+    @property
+    def eager(self) -> bool:
+        """Whether it holds an array, which is better copied than compiled into a function."""
+        return np.ndim(self.value) > 0
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(self.value, dtype), shape)
+
+    def _identity(self) -> tuple[Any, ...]:
+        value = np.asarray(self.value)
+        return value.shape, value.dtype, value.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """U[-scale, scale]; with 0.07, the default of all weights.
+
+    Example:
+      >>> bool(abs(Uniform()(jax.random.key(0), (100,), jnp.float32)).max() <= 0.07)
+      True
+    """
+
+    scale: float = 0.07
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(0, sigma²).
+
+    Example:
+      >>> Normal(0.01)(jax.random.key(0), (2, 3), jnp.float32).shape
+      (2, 3)
+    """
+
+    sigma: float = 0.01
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.normal(self.sigma)(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class TruncNorm:
+    """N(mean, stdev²), cut off at two standard deviations from the mean.
+
+    Example:
+      >>> bool(abs(TruncNorm(0, 1)(jax.random.key(0), (100,), jnp.float32)).max() <= 2)
+      True
+    """
+
+    mean: float = 0.0
+    stdev: float = 0.01
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.nn.initializers.truncated_normal(self.stdev)(key, shape, dtype) + self.mean
+
+
+@dataclass(frozen=True)
+class Xavier:
+    """Scaled to the layer's fan: U[-s, s] or N(0, s²) with s = √(magnitude / factor).
+
+    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    2010.
+
+    Args:
+      rnd_type: "uniform" or "gaussian".
+      factor_type: the factor: "in" for fan-in, "out" for fan-out, "avg" for their mean.
+      magnitude: 3 gives Glorot's scale.
+
+    Raises:
+      ValueError: an unknown type; on calling: fewer than two dimensions.
+
+    Example:
+      >>> w = Xavier()(jax.random.key(0), (30, 20), jnp.float32)
+      >>> bool(abs(w).max() <= math.sqrt(3 / 25))
+      True
+    """
+
+    rnd_type: str = "uniform"
+    factor_type: str = "avg"
+    magnitude: float = 3.0
+
+    def __post_init__(self) -> None:
+        _one_of("rnd_type", self.rnd_type, ("uniform", "gaussian"))
+        _one_of("factor_type", self.factor_type, ("avg", "in", "out"))
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(
+                f"{self!r} needs a shape (out, in, ...) of two dimensions or more, but found {shape}; "
+                "give vectors such as biases another initializer."
+            )
+        # jax draws uniformly from ±√(3 scale / fan) and normally with variance scale / fan.
+        uniform = self.rnd_type == "uniform"
+        scale = self.magnitude / 3 if uniform else self.magnitude
+        draw = jax.nn.initializers.variance_scaling(
+            scale, f"fan_{self.factor_type}", "uniform" if uniform else "normal", in_axis=1, out_axis=0
+        )
+        return draw(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class MSRAPrelu:
+    """Gaussian ``Xavier`` of magnitude 2 / (1 + slope²), for layers followed by a PReLU.
+
+    He et al., "Delving deep into rectifiers", 2015.
+
+    Example:
+      >>> MSRAPrelu()(jax.random.key(0), (2, 3), jnp.float32).shape
+      (2, 3)
+    """
+
+    factor_type: str = "avg"
+    slope: float = 0.25
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return Xavier("gaussian", self.factor_type, 2 / (1 + self.slope**2))(key, shape, dtype)
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Orthogonal rows or columns, of length ``scale``, of the matrix (shape[0], all the rest).
+
+    Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
+    networks", 2013.
+
+    Args:
+      scale: the singular value that all of them have.
+      rand_type: what is orthogonalised: "uniform" (U[-1, 1]) or "normal".
+
+    Example:
+      >>> w = Orthogonal(1.0)(jax.random.key(0), (2, 5), jnp.float32)
+      >>> bool(jnp.allclose(w @ w.T, jnp.eye(2), atol=1e-5))
+      True
+    """
+
+    scale: float = 1.414
+    rand_type: str = "uniform"
+
+    def __post_init__(self) -> None:
+        _one_of("rand_type", self.rand_type, ("uniform", "normal"))
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(f"{self!r} needs two dimensions or more, but found the shape {shape}.")
+        matrix = shape[0], math.prod(shape[1:])
+        if self.rand_type == "normal":
+            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, jnp.float32)
+        else:
+            base = jax.random.uniform(key, matrix, jnp.float32, -1.0, 1.0)
+            left, _, right = jnp.linalg.svd(base, full_matrices=False)
+            flat = self.scale * (left if left.shape == matrix else right)
+        return flat.reshape(shape).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """The kernel of bilinear upsampling, in every channel of a 4-d weight (out, in, height, width).
+
+    With f = ⌈width / 2⌉ and c = (2f - 1 - f mod 2) / 2f, the value at (y, x) is
+    (1 - abs(x / f - c)) (1 - abs(y / f - c)).
+
+    Example:
+      >>> Bilinear()(jax.random.key(0), (1, 1, 2, 2), jnp.float32).tolist()
+      [[[[1.0, 1.0], [1.0, 1.0]]]]
+    """
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) != 4:
+            raise ValueError(f"Bilinear fills a weight (out, in, height, width), not the shape {shape}.")
+        f = math.ceil(shape[3] / 2)
+        c = (2 * f - 1 - f % 2) / (2 * f)
+        y, x = (1 - abs(np.arange(size) / f - c) for size in shape[2:])
+        return jnp.broadcast_to(jnp.asarray(np.outer(y, x), dtype), shape)
+
+
+@dataclass(frozen=True)
+class LSTMBias:
+    """Zeros, but for the second quarter, which is the forget gate's (gates i, f, g, o).
+
+    Jozefowicz et al., "An empirical exploration of recurrent network architectures", 2015.
+
+    Example:
+      >>> LSTMBias()(jax.random.key(0), (8,), jnp.float32).tolist()
+      [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    forget_bias: float = 1.0
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) != 1 or shape[0] % 4:
+            raise ValueError(f"LSTMBias fills a vector of four equal gates, not the shape {shape}.")
+        size = shape[0] // 4
+        return jnp.zeros(shape, dtype).at[size : 2 * size].set(self.forget_bias)
+
+
+class _ByName:
+    """An initializer that depends on the parameter's name, which ``init`` and ``reinit`` tell it."""
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        raise ParamTreeError(
+            f"{type(self).__name__} goes by name: use it in the rules of pt.init or pt.reinit, as in "
+            "{'.*': initializer}."
+        )
+
+
+@dataclass(frozen=True)
+class Mixed(_ByName):
+    """A rule table in one initializer: the first pattern that matches the whole name counts.
+
+    Args:
+      patterns: regular expressions for whole names.
+      initializers: as many initializers.
+
+    Raises:
+      ValueError: unequal numbers; on use: RuleError, no pattern matches a name.
+
+    Example:
+      >>> Mixed([".*bias", ".*"], [Zero(), Normal()]).for_name("dense0_weight")
+      Normal(sigma=0.01)
+    """
+
+    patterns: Sequence[str]
+    initializers: Sequence[Initializer]
+
+    def __post_init__(self) -> None:
+        if len(self.patterns) != len(self.initializers):
+            raise ValueError(
+                f"Mixed takes as many patterns as initializers, but found {len(self.patterns)} and "
+                f"{len(self.initializers)}."
+            )
+        object.__setattr__(self, "patterns", tuple(self.patterns))
+        object.__setattr__(self, "initializers", tuple(self.initializers))
+
+    def for_name(self, name: str) -> Initializer:
+        """Returns the initializer of a parameter."""
+        for pattern, initializer in zip(self.patterns, self.initializers, strict=True):
+            if re.fullmatch(pattern, name):
+                return initializer
+        raise RuleError(f"no pattern of Mixed matches `{name}`: add a last pattern '.*'.")
+
+
+@dataclass(frozen=True, eq=False)
+class Load(_ByName):
+    """The arrays of another model, by name; ``arg:`` and ``aux:`` before a name do not count.
+
+    Args:
+      params: a mapping, or a flat tree, from names to arrays.
+      default_init: the initializer of names that are not there; None makes them an error.
+
+    Example:
+      >>> Load({"arg:dense0_bias": np.ones(2)}, Zero()).for_name("dense0_bias")
+      Constant(value=array([1., 1.]))
+    """
+
+    params: Mapping[str, Any]
+    default_init: Initializer | None = None
+
+    def for_name(self, name: str) -> Initializer:
+        """Returns the initializer of a parameter."""
+        for full in (name, f"arg:{name}", f"aux:{name}"):
+            if full in self.params:
+                array = self.params[full]
+                return _Loaded(array)
+        if self.default_init is None:
+            raise RuleError(
+                f"Load has no array for `{name}`; it has: {', '.join(self.params)}. Give a "
+                "default_init for the names that are not there."
+            )
+        return self.default_init
+
+
+class _Loaded(Constant):
+    """An array that must have the very shape it is asked for."""
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        if np.shape(self.value) != shape:
+            raise ValueError(f"Load has an array of shape {np.shape(self.value)}, expected {shape}.")
+        return super().__call__(key, shape, dtype)
+
+    def __repr__(self) -> str:
+        return f"Constant(value={self.value!r})"
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} is one of {', '.join(map(repr, known))}, not {value!r}.")
+
+
+_BY_NAME: dict[str, Callable[[], Initializer]] = {
+    "zeros": Zero,
+    "ones": One,
+    "uniform": Uniform,
+    "normal": Normal,
+    "truncnorm": TruncNorm,
+    "orthogonal": Orthogonal,
+    "xavier": Xavier,
+    "msraprelu": MSRAPrelu,
+    "bilinear": Bilinear,
+    "lstmbias": LSTMBias,
+}
+
+
+def get(initializer: "Initializer | str") -> Initializer:
+    """Returns the initializer itself, or the one that Gluon calls by a name, with its defaults.
+
+    Raises:
+      ValueError: no initializer has that name.
+
+    Example:
+      >>> get("zeros")
+      Zero()
+    """
+    if not isinstance(initializer, str):
+        return initializer
+    if initializer not in _BY_NAME:
+        raise ValueError(f"an initializer's name is one of {', '.join(_BY_NAME)}, not {initializer!r}.")
+    return _BY_NAME[initializer]()

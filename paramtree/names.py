@@ -1,0 +1,324 @@
+"""Names, patterns and rules: one language for every job that picks leaves.
+
+A name is a path joined with ``_``. A pattern is a regular expression that must match a whole name.
+A rule table is an ordered mapping from patterns to values, and the first pattern that matches a
+name gives its value. ``resolve`` is the one place where rules meet names; every verb stands on it.
+What it finds is cached on the structure, so it lives as long as the structure and asking again
+costs a look-up.
+
+Any other pytree takes part too: ``named`` reads its key paths into a tree and says how to get the
+original container back.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
+from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
+
+__all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
+
+Pattern = str | re.Pattern[str]
+Rules = Mapping[Pattern, Any]
+
+
+def names(structure: Structure, sep: str = "_") -> tuple[str, ...]:
+    """Returns the name of every leaf that is here, aliases too, in the order of ``entries``."""
+    key = ("names", sep)
+    if key not in structure.cache:
+        structure.cache[key] = tuple(join(path, sep) for path, _ in structure.entries())
+    found: tuple[str, ...] = structure.cache[key]
+    return found
+
+
+def check_unique(found: Iterable[tuple[str, Path]]) -> None:
+    """Raises NameCollisionError if two different paths have one name; it lists all of them."""
+    first: dict[str, Path] = {}
+    clashes = [
+        f"`{name}` is the name of both {'/'.join(first[name])} and {'/'.join(path)}"
+        for name, path in found
+        if first.setdefault(name, path) != path
+    ]
+    if clashes:
+        raise NameCollisionError(
+            f'{"; ".join(clashes)}. Join the paths with another separator, as in sep="/", or rename '
+            "one of them."
+        )
+
+
+def compiled(pattern: Pattern) -> re.Pattern[str]:
+    """Returns a compiled pattern.
+
+    Raises:
+      RuleError: it is not a string, or not a regular expression.
+    """
+    if not isinstance(pattern, str | re.Pattern):
+        raise RuleError(
+            f"a pattern is a regular expression in a string, as in '.*weight', but found "
+            f"{pattern!r} of type {type(pattern).__name__}."
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RuleError(
+            f"the pattern {pattern!r} is not a regular expression: {error}. To match a name that "
+            "has special characters, pass it through re.escape."
+        ) from None
+
+
+def match(structure: Structure, pattern: Pattern | None, kind: str | None = None) -> tuple[bool, ...]:
+    """Returns for every leaf entry whether its name matches the pattern and its kind is ``kind``.
+
+    Raises:
+      RuleError: a bad pattern.
+      ValueError: a kind other than "param", "state" and None.
+    """
+    if kind not in (None, PARAM, STATE):
+        raise ValueError(f"kind is 'param', 'state' or None for both, not {kind!r}.")
+    full = None if pattern is None else compiled(pattern).fullmatch
+    return tuple(
+        (full is None or full(name) is not None) and kind in (None, structure.kinds[slot])
+        for (_, slot), name in zip(structure.entries(), names(structure), strict=True)
+    )
+
+
+def no_match(pattern: Pattern, known: Sequence[str]) -> str:
+    """Returns what to say of a pattern that matches none of the names."""
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    inside = [name for name in known if re.search(pattern, name)][:3]
+    if inside:
+        return (
+            f"{text!r} matches no whole name, only a part of {', '.join(inside)}: "
+            f"'.*{text}.*' would match these"
+        )
+    plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
+    close = close_names(plain, known)
+    hint = f"; the closest are {', '.join(close)}" if close else ""
+    return f"{text!r} matches no name{hint}"
+
+
+_UNSET: Any = object()
+
+
+def resolve(
+    structure: Structure, rules: Rules, *, default: Any = _UNSET, what: str = "the rules"
+) -> tuple[Any, ...]:
+    """Returns the value that a rule table gives to every stored leaf, in the order of the slots.
+
+    Args:
+      structure: the structure whose names are matched.
+      rules: patterns to values; the first that matches a name counts.
+      default: the value of a leaf that no pattern matches.
+      what: what to call the table in a message.
+
+    Raises:
+      RuleError: a pattern is bad or matches nothing, a leaf has no rule and there is no default, or
+        the names of a tied leaf get different values. One error lists all of these.
+    """
+    if not isinstance(rules, Mapping):
+        raise RuleError(
+            f"{what} are a mapping of patterns to values, as in {{'.*weight': value}}, but found "
+            f"{rules!r} of type {type(rules).__name__}."
+        )
+    patterns = tuple(rules)
+    key = ("rules", patterns)
+    if key not in structure.cache:
+        structure.cache[key] = _assign(structure, patterns)
+    hits, unused = structure.cache[key]
+    values = [*rules.values(), default]
+    problems = [no_match(pattern, names(structure)) for pattern in unused]
+    chosen = []
+    for slot, found in enumerate(hits):
+        if len(found) > 1 and any(not _same(values[i], values[found[0][0]]) for i, _ in found[1:]):
+            shown = ", ".join(f"{name} by {patterns[i]!r}" for i, name in found)
+            problems.append(f"one tied leaf gets different values: {shown}; give both names one rule")
+        if not found and default is _UNSET:
+            name = join(structure.canonical[slot])
+            problems.append(f"no pattern matches {name}; add a last rule '.*'")
+        chosen.append(values[found[0][0]] if found else default)
+    if problems:
+        raise RuleError(f"{what} do not fit the tree: {'; '.join(problems)}.")
+    return tuple(chosen)
+
+
+def _assign(
+    structure: Structure, patterns: tuple[Pattern, ...]
+) -> tuple[tuple[tuple[tuple[int, str], ...], ...], tuple[Pattern, ...]]:
+    """Returns for each slot the rules that its names hit, and the patterns that match nothing."""
+    tests = [compiled(pattern).fullmatch for pattern in patterns]
+    hits: list[list[tuple[int, str]]] = [[] for _ in structure.kinds]
+    unused = set(range(len(tests)))
+    for (_, slot), name in zip(structure.entries(), names(structure), strict=True):
+        for i, test in enumerate(tests):
+            if test(name):
+                hits[slot].append((i, name))
+                unused.discard(i)
+                break
+    # A pattern that only repeats what an earlier one took is shadowed, and still not a typo.
+    unused -= {i for i in unused if any(tests[i](name) for name in names(structure))}
+    return tuple(map(tuple, hits)), tuple(patterns[i] for i in sorted(unused))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, Hashable) and bool(a == b))
+
+
+def find(structure: Structure, wanted: Iterable[str], what: str) -> dict[str, int]:
+    """Returns the slot of each of some exact names; a path such as "a/b" will do as well.
+
+    Raises:
+      RuleError: some are not names of the tree; it lists them all with the closest ones.
+      NameCollisionError: a name is that of two paths with different leaves.
+    """
+    by_name: dict[str, dict[int, Path]] = {}
+    for name, (path, slot) in zip(names(structure), structure.entries(), strict=True):
+        by_name.setdefault(name, {})[slot] = path
+        by_name.setdefault("/".join(path), {})[slot] = path
+    wanted = list(wanted)
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        known = names(structure)
+        lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
+        raise RuleError(f"{what}: {' '.join(lines)}")
+    for name in wanted:
+        if len(by_name[name]) > 1:
+            paths = " and ".join("/".join(path) for path in by_name[name].values())
+            raise NameCollisionError(f"{what}: `{name}` is the name of both {paths}; give the path.")
+    return {name: next(iter(by_name[name])) for name in wanted}
+
+
+# Other pytrees
+
+
+class Named(NamedTuple):
+    """A pytree seen as a tree of named leaves, and how to put other leaves in their places."""
+
+    tree: ParamTree
+    restore: Callable[[Sequence[Any]], Any]
+
+
+def named(tree: Any) -> Named:
+    """Returns any pytree as a tree of its array leaves, named by their key paths.
+
+    Leaves that are not arrays, such as an activation function in an Equinox module, have no name
+    and are put back as they were.
+
+    Raises:
+      NameCollisionError: two key paths are spelled alike, as those of 1 and "1".
+    """
+    if isinstance(tree, ParamTree):
+        tree = whole(tree)
+        structure = tree._structure
+        return Named(tree, lambda leaves: _rebuild(structure, leaves, tree._place))
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    where = [i for i, (_, leaf) in enumerate(flat) if dtype_of(leaf) is not None]
+    items = [(_segments(flat[i][0]) or ("value",), i) for i in where]
+    structure, order = build(items, dict.fromkeys(where, PARAM))
+
+    def restore(leaves: Sequence[Any]) -> Any:
+        values = [leaf for _, leaf in flat]
+        for i, leaf in zip(order, leaves, strict=True):
+            values[i] = leaf
+        return jax.tree_util.tree_unflatten(treedef, values)
+
+    return Named(_rebuild(structure, tuple(flat[i][1] for i in order)), restore)
+
+
+def _segments(key_path: Iterable[Any]) -> Path:
+    path: list[str] = []
+    for key in key_path:
+        match key:
+            case DictKey() | FlattenedIndexKey():
+                text = str(key.key)
+            case GetAttrKey():
+                text = key.name
+            case SequenceKey():
+                text = str(key.idx)
+            case _:
+                text = str(key)
+        path.extend(text.split("/"))
+    return tuple(segment for segment in path if segment)
+
+
+def from_tree(tree: Any) -> ParamTree:
+    """Returns any pytree as a parameter tree: dicts in their own order, "/" in a key as a level.
+
+    Trees inside keep their order, ties and kinds. Every leaf is kept, whatever it is.
+
+    Args:
+      tree: nested mappings, or any pytree: Flax, Haiku or Equinox parameters, lists, dataclasses.
+
+    Raises:
+      NameCollisionError: two leaves have one path.
+      TypeError: it is a single leaf, which has no name.
+
+    Example:
+      >>> from_tree({"mlp/~/linear_0": {"w": 1.5, "b": 2.5}, "heads": [3, 4]})
+      Parameter mlp_~_linear_0_w (1.5)
+      Parameter mlp_~_linear_0_b (2.5)
+      Parameter heads_0 (3)
+      Parameter heads_1 (4)
+    """
+    if isinstance(tree, ParamTree):
+        return tree
+    items: list[tuple[Path, Any]] = []
+    leaves: dict[Any, Any] = {}
+    kinds: dict[Any, str] = {}
+    stack: list[tuple[Path, Any]] = [((), tree)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, ParamTree):
+            inner = whole(value)
+            structure = inner._structure.whole
+            if structure is not inner._structure:
+                raise ParamTreeError(
+                    f"the tree at `{'/'.join(path)}` has holes, and only a whole tree can become part "
+                    "of another: fill them with pt.merge."
+                )
+            items.append((path, None))
+            for below, slot in zip(structure.paths, structure.slots, strict=True):
+                label = (len(items), 0) if slot == EMPTY else (id(inner), slot)
+                items.append(((*path, *below), None if slot == EMPTY else label))
+                if slot != EMPTY:
+                    leaves[label], kinds[label] = inner._leaves[slot], structure.kinds[slot]
+            continue
+        children = _children(value)
+        if children is None:
+            if not path:
+                raise TypeError(
+                    f"a tree is made from a container of leaves, and found a single "
+                    f"{type(value).__name__}: give it a name, as in pt.from_tree({{'name': value}})."
+                )
+            label = len(items)
+            items.append((path, label))
+            leaves[label], kinds[label] = value, PARAM
+        else:
+            items.append((path, None))
+            stack.extend(((*path, *segments), below) for segments, below in reversed(children))
+    structure, order = build(items, kinds)
+    return _rebuild(structure, tuple(leaves[label] for label in order))
+
+
+def _children(value: Any) -> list[tuple[Path, Any]] | None:
+    """Returns the children of one level of a pytree with their segments; None for a leaf."""
+    if isinstance(value, Mapping):
+        return [(_split(key), below) for key, below in value.items()]
+    if value is None or jax.tree_util.all_leaves([value]):
+        return None
+    flat, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda below: below is not value)
+    return [(_segments(key_path), below) for key_path, below in flat]
+
+
+def _split(key: object) -> Path:
+    segments = tuple(str(key).split("/"))
+    if not all(segments):
+        raise RuleError(
+            f"{key!r} cannot be part of a path: a key is a name, or names joined with '/', none of "
+            "them empty."
+        )
+    return segments

@@ -1,0 +1,253 @@
+"""Dense layers, embeddings, and the layers without parameters that go with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paramtree import initializers
+from paramtree.errors import suggest
+from paramtree.initializers import Initializer
+from paramtree.nn.layer import Layer
+
+__all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
+
+# By Gluon's names and jax.nn's.
+_ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "softrelu": jax.nn.softplus,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_swish": jax.nn.hard_swish,
+    "hard_tanh": jax.nn.hard_tanh,
+    "identity": jax.nn.identity,
+    "leaky_relu": jax.nn.leaky_relu,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "log_softmax": jax.nn.log_softmax,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softmax": jax.nn.softmax,
+    "softplus": jax.nn.softplus,
+    "softsign": jax.nn.soft_sign,
+    "swish": jax.nn.swish,
+    "tanh": jnp.tanh,
+}
+
+
+def _activation(activation: Any) -> Callable[..., Any]:
+    if callable(activation):
+        return activation  # type: ignore[no-any-return]  # callable is all that is asked of it
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"there is no activation {activation!r}.{suggest(str(activation), _ACTIVATIONS)} The names "
+            f"are {', '.join(sorted(_ACTIVATIONS))}; any function of x will do as well."
+        )
+    return _ACTIVATIONS[activation]
+
+
+def _shown(activation: Any) -> str:
+    return activation if isinstance(activation, str) else getattr(activation, "__name__", repr(activation))
+
+
+def _size(layer: str, what: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{layer}: {what} is a whole number of 0 or more, but found {value!r}.")
+
+
+@dataclass(frozen=True, repr=False)
+class Activation(Layer):
+    """An activation as a layer, by name or as a function.
+
+    Raises:
+      ValueError: no activation has that name.
+
+    Example:
+      >>> Activation("relu")({}, jnp.array([-1.0, 1.0]))
+      Array([0., 1.], dtype=float32)
+    """
+
+    activation: str | Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        _activation(self.activation)
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return _activation(self.activation)(x)
+
+    @property
+    def alias(self) -> str:
+        """What a ``Sequential`` calls it: the activation's name, as in Gluon."""
+        return self.activation if isinstance(self.activation, str) else "activation"
+
+    def __repr__(self) -> str:
+        return f"Activation({_shown(self.activation)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dense(Layer):
+    """A dense layer, ``activation(x @ weight.T + bias)``.
+
+    Its parameters are ``weight``, (units, in), and ``bias``, (units,).
+
+    Args:
+      units: the size of the output.
+      activation: a name or a function; None for none.
+      use_bias: whether there is a bias.
+      flatten: whether an input of more than two dimensions becomes (batch, all the rest); without
+        it the layer acts on the last dimension.
+      dtype: the parameters' dtype.
+      weight_initializer: U[-0.07, 0.07] if None.
+      bias_initializer: zeros by default.
+      in_units: the size of the input if it is to be checked; 0 to infer it.
+
+    Raises:
+      ValueError: a size that is not one, an unknown activation, or an input of another size.
+
+    Example:
+      >>> net = Dense(3, activation="relu")
+      >>> x = jnp.ones((2, 4, 5))
+      >>> net(net.init(jax.random.key(0), x), x).shape
+      (2, 3)
+    """
+
+    units: int
+    activation: str | Callable[..., Any] | None = None
+    use_bias: bool = True
+    flatten: bool = True
+    dtype: Any = "float32"
+    weight_initializer: Initializer | str | None = None
+    bias_initializer: Initializer | str = initializers.Zero()
+    in_units: int = 0
+
+    def __post_init__(self) -> None:
+        _size("Dense", "units", self.units)
+        _size("Dense", "in_units", self.in_units)
+        if self.activation is not None:
+            _activation(self.activation)
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        weight = initializers.get(self.weight_initializer or initializers.Uniform())
+        object.__setattr__(self, "weight_initializer", weight)
+        object.__setattr__(self, "bias_initializer", initializers.get(self.bias_initializer))
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        if x.ndim == 0:
+            raise ValueError(f"{self!r} needs an input of one dimension or more, but found a scalar.")
+        if self.flatten and x.ndim > 2:
+            x = x.reshape(x.shape[0], -1)
+        size = x.shape[-1]
+        if self.in_units and size != self.in_units:
+            raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
+        weight = p.param("weight", (self.units, size), self.weight_initializer, self.dtype)
+        y = x @ weight.T
+        if self.use_bias:
+            bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+        return y if self.activation is None else _activation(self.activation)(y)
+
+    def __repr__(self) -> str:
+        last = "linear" if self.activation is None else f"Activation({_shown(self.activation)})"
+        return f"Dense({self.in_units or None} -> {self.units}, {last})"
+
+
+@dataclass(frozen=True, repr=False)
+class Embedding(Layer):
+    """Rows of a table, by index; the parameter ``weight`` is (input_dim, output_dim).
+
+    Args:
+      input_dim: how many rows there are.
+      output_dim: the size of a row.
+      dtype: the parameter's dtype.
+      weight_initializer: U[-0.07, 0.07] if None.
+
+    Returns:
+      On calling with whole numbers of any shape: (*shape, output_dim); NaN for an index that is out
+      of range, as an error cannot be raised from compiled code.
+
+    Example:
+      >>> net = Embedding(10, 4)
+      >>> ids = jnp.array([[1, 2], [3, 4]])
+      >>> net(net.init(jax.random.key(0), ids), ids).shape
+      (2, 2, 4)
+    """
+
+    input_dim: int
+    output_dim: int
+    dtype: Any = "float32"
+    weight_initializer: Initializer | str | None = None
+
+    def __post_init__(self) -> None:
+        _size("Embedding", "input_dim", self.input_dim)
+        _size("Embedding", "output_dim", self.output_dim)
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        weight = initializers.get(self.weight_initializer or initializers.Uniform())
+        object.__setattr__(self, "weight_initializer", weight)
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"{self!r} takes whole numbers, but found {x.dtype}: cast the ids to int32.")
+        shape = self.input_dim, self.output_dim
+        weight = p.param("weight", shape, self.weight_initializer, self.dtype)
+        return jnp.take(weight, x, axis=0)
+
+    def __repr__(self) -> str:
+        return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dropout(Layer):
+    """Zeros a share of the input under ``pt.training`` and scales up the rest; else does nothing.
+
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014.
+
+    Args:
+      rate: the share to zero, in [0, 1).
+      axes: the axes along which all entries share their fate.
+
+    Raises:
+      ValueError: a rate that is not in [0, 1); on calling: ScopeError, in training without a key.
+
+    Example:
+      >>> Dropout(0.5)
+      Dropout(p = 0.5, axes=())
+    """
+
+    rate: float
+    axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"Dropout: rate is a share in [0, 1), but found {self.rate!r}.")
+        object.__setattr__(self, "axes", tuple(self.axes))
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        if not p.training or self.rate == 0:
+            return x
+        axes = {axis % x.ndim for axis in self.axes}
+        shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
+        keep = jax.random.bernoulli(p.key(), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+    def __repr__(self) -> str:
+        return f"Dropout(p = {self.rate}, axes={self.axes})"
+
+
+@dataclass(frozen=True, repr=False)
+class Flatten(Layer):
+    """Makes (batch, all the rest) of the input.
+
+    Example:
+      >>> Flatten()({}, jnp.ones((2, 3, 4))).shape
+      (2, 12)
+    """
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return x.reshape(x.shape[0], -1)
+
+    def __repr__(self) -> str:
+        return "Flatten"

@@ -1,0 +1,196 @@
+"""Verbs that read and set leaves by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramtree.errors import MismatchError, RuleError
+from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
+from paramtree.structure import build
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, shape_of
+
+__all__ = ["collect", "map_named", "replace"]
+
+
+def collect(
+    tree: Any,
+    pattern: Pattern | None = None,
+    *,
+    sep: str = "_",
+    kind: str | None = None,
+    aliases: bool = False,
+) -> ParamTree:
+    """Returns a flat tree of the leaves whose names match, in order, under their full names.
+
+    Each stored leaf appears once, under the first of its names that matches.
+
+    Args:
+      tree: a parameter tree, or any other pytree, whose arrays are named by their key paths.
+      pattern: a regular expression for whole names, joined with ``_``; None takes all.
+      sep: what joins the names in the result.
+      kind: "param" or "state" to take only these.
+      aliases: give every name of a tied leaf, tied in the result too.
+
+    Returns:
+      A flat ``ParamTree``, empty if nothing matches.
+
+    Raises:
+      NameCollisionError: two of the paths join to one name.
+      RuleError: the pattern is not a regular expression.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"dense0": {"weight": np.ones((2, 3)), "bias": np.zeros(2)}})
+      >>> pt.collect(params, ".*weight")
+      Parameter dense0_weight (shape=(2, 3), dtype=float64)
+      >>> list(pt.collect(params, sep="."))
+      ['dense0.weight', 'dense0.bias']
+    """
+    source, _ = named(tree)
+    structure = source._structure
+    key = ("collect", pattern, sep, kind, aliases)
+    if key not in structure.cache:
+        taken = {}
+        entries = zip(
+            structure.entries(), names(structure, sep), match(structure, pattern, kind), strict=True
+        )
+        for (path, slot), name, matched in entries:
+            if matched:
+                taken.setdefault(path if aliases else slot, (name, path, slot))
+        check_unique((name, path) for name, path, _ in taken.values())
+        items = [((name,), slot) for name, _, slot in taken.values()]
+        structure.cache[key] = build(items, structure.kinds)
+    flat, order = structure.cache[key]
+    return _rebuild(flat, pick(source._leaves, order))
+
+
+def replace(tree: Any, values: Mapping[str, Any]) -> Any:
+    """Returns the tree with new values for some names; all the rest stays, ties too.
+
+    Numbers, lists and numpy arrays become arrays of the leaf's dtype; jax arrays are taken as
+    they are, whatever their dtype.
+
+    Args:
+      tree: a parameter tree or any other pytree.
+      values: exact names, or paths such as "dense0/weight", to arrays of the same shapes.
+
+    Raises:
+      RuleError: a name is not in the tree (all are listed, with the closest ones), or two names of
+        one tied leaf get different arrays.
+      MismatchError: an array has another shape than the leaf, or is no array; all are listed.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"dense0": {"bias": jnp.zeros(2)}})
+      >>> pt.replace(params, {"dense0_bias": params.dense0.bias + 1}).dense0.bias
+      Array([1., 1.], dtype=float32)
+    """
+    if not isinstance(values, Mapping | ParamTree):
+        raise RuleError(f"replace takes a mapping of names to arrays, but found {values!r}.")
+    source, restore = named(tree)
+    leaves = list(source._leaves)
+    given: dict[int, tuple[str, Any]] = {}
+    problems = []
+    for name, slot in find(source._structure, values.keys(), "replace").items():
+        value, old = values[name], leaves[slot]
+        if slot in given and given[slot][1] is not value:
+            raise RuleError(
+                f"replace: `{given[slot][0]}` and `{name}` are tied, one leaf, and get different "
+                "arrays: give one of them, or pt.untie them first."
+            )
+        given[slot] = name, value
+        try:
+            leaves[slot] = _fitted(value, old)
+        except MismatchError as error:
+            problems.append(f"`{name}` {error}")
+    if problems:
+        raise MismatchError(f"replace: {'; '.join(problems)}.")
+    return restore(tuple(leaves))
+
+
+def _fitted(value: Any, old: Any) -> Any:
+    expected, dtype = shape_of(old), dtype_of(old)
+    if expected is None or isinstance(value, jax.ShapeDtypeStruct):
+        pass
+    elif not isinstance(value, jax.Array):
+        try:
+            found = np.asarray(value)
+            if dtype is not None and found.dtype != object:
+                same = np.can_cast(found.dtype, dtype, "same_kind") or found.dtype.kind in "iub"
+                value = jnp.asarray(found, dtype) if same or found.dtype.kind == "V" else value
+        except (TypeError, ValueError):
+            pass
+    have = shape_of(value)
+    if expected is not None and have != expected:
+        shown = f"has shape {have}" if have is not None else f"is a {type(value).__name__}"
+        raise MismatchError(
+            f"has shape {expected}, and the new value {shown}: reshape it, or fill with "
+            f"jnp.full({expected}, value)"
+        )
+    return value
+
+
+def map_named(
+    fn: Callable[[str, Any], Any] | Mapping[Pattern, Callable[[str, Any], Any]],
+    tree: Any,
+    pattern: Pattern | None = None,
+) -> Any:
+    """Returns the tree with ``fn(name, leaf)`` in place of every leaf, or of those that match.
+
+    A tied leaf is mapped once, under the first of its names that matches.
+
+    Args:
+      fn: a function of name and leaf, or a rule table of such functions; leaves that no pattern
+        matches stay. The tree may also come first, as in the other verbs.
+      tree: a parameter tree or any other pytree.
+      pattern: maps only the leaves with a matching name.
+
+    Raises:
+      RuleError: a pattern matches nothing.
+      TypeError: ``fn`` is not callable.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"dense0": {"weight": 2.0 * np.ones(2), "bias": np.ones(2)}})
+      >>> pt.map_named(lambda name, leaf: leaf / 2, params, ".*weight").dense0.weight
+      array([1., 1.])
+    """
+    if not _is_functions(fn) and _is_functions(tree):
+        fn, tree = tree, fn
+    if not _is_functions(fn):
+        raise TypeError(
+            f"map_named takes a function of name and leaf, or a mapping of patterns to such "
+            f"functions, but found {fn!r}."
+        )
+    source, restore = named(tree)
+    structure = source._structure
+    table = fn if isinstance(fn, Mapping) else {".*" if pattern is None else pattern: fn}
+    if not structure.kinds and pattern is None and not isinstance(fn, Mapping):
+        return tree
+    chosen = resolve(structure, table, default=None, what="the patterns of map_named")
+    first = first_names(source, tuple(table))
+    leaves = [
+        leaf if use is None else use(first[slot], leaf)
+        for slot, (use, leaf) in enumerate(zip(chosen, source._leaves, strict=True))
+    ]
+    return restore(tuple(leaves))
+
+
+def _is_functions(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(callable, value.values()))
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
+def first_names(tree: ParamTree, patterns: tuple[Pattern, ...]) -> dict[int, str]:
+    """Returns for each slot the first of its names that a pattern matches."""
+    structure = tree._structure
+    first: dict[int, str] = {}
+    for pattern in patterns:
+        for (path, slot), hit in zip(structure.entries(), match(structure, pattern), strict=True):
+            if hit:
+                first.setdefault(slot, join(path))
+    return first
