@@ -9,4 +9,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def key() -> jax.Array:
+    """Returns a root key."""
     return jax.random.key(0)

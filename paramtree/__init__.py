@@ -15,7 +15,6 @@ from paramtree.inspect import nbytes as nbytes
 from paramtree.model import abstract as abstract
 from paramtree.model import init as init
 from paramtree.model import reinit as reinit
-from paramtree.model import training as training
 from paramtree.names import from_tree as from_tree
 from paramtree.select import collect as collect
 from paramtree.select import map_named as map_named
@@ -23,6 +22,7 @@ from paramtree.select import replace as replace
 from paramtree.ties import tie as tie
 from paramtree.ties import ties as ties
 from paramtree.ties import untie as untie
+from paramtree.training import training as training
 from paramtree.tree import ParamTree as ParamTree
 
 __version__ = "0.1.0"

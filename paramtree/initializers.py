@@ -186,8 +186,13 @@ class Xavier:
         # jax draws uniformly from ±√(3 scale / fan) and normally with variance scale / fan.
         uniform = self.rnd_type == "uniform"
         scale = self.magnitude / 3 if uniform else self.magnitude
+        mode: Any = f"fan_{self.factor_type}"
         draw = jax.nn.initializers.variance_scaling(
-            scale, f"fan_{self.factor_type}", "uniform" if uniform else "normal", in_axis=1, out_axis=0
+            scale,
+            mode,
+            "uniform" if uniform else "normal",
+            in_axis=1,
+            out_axis=0,
         )
         return draw(key, shape, dtype)
 
@@ -255,12 +260,14 @@ class Bilinear:
 
     Example:
       >>> Bilinear()(jax.random.key(0), (1, 1, 2, 2), jnp.float32).tolist()
-      [[[[1.0, 1.0], [1.0, 1.0]]]]
+      [[[[1.0, 0.0], [0.0, 0.0]]]]
     """
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) != 4:
-            raise ValueError(f"Bilinear fills a weight (out, in, height, width), not the shape {shape}.")
+            raise ValueError(
+                f"Bilinear fills a weight (out, in, height, width), not the shape {shape}."
+            )
         f = math.ceil(shape[3] / 2)
         c = (2 * f - 1 - f % 2) / (2 * f)
         y, x = (1 - abs(np.arange(size) / f - c) for size in shape[2:])

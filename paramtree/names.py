@@ -133,14 +133,16 @@ def resolve(
     values = [*rules.values(), default]
     problems = [no_match(pattern, names(structure)) for pattern in unused]
     chosen = []
+    unmatched = []
     for slot, found in enumerate(hits):
         if len(found) > 1 and any(not _same(values[i], values[found[0][0]]) for i, _ in found[1:]):
             shown = ", ".join(f"{name} by {patterns[i]!r}" for i, name in found)
             problems.append(f"one tied leaf gets different values: {shown}; give both names one rule")
         if not found and default is _UNSET:
-            name = join(structure.canonical[slot])
-            problems.append(f"no pattern matches {name}; add a last rule '.*'")
+            unmatched.append(join(structure.canonical[slot]))
         chosen.append(values[found[0][0]] if found else default)
+    if unmatched:
+        problems.append(f"no pattern matches {', '.join(unmatched)}; add a last rule '.*'")
     if problems:
         raise RuleError(f"{what} do not fit the tree: {'; '.join(problems)}.")
     return tuple(chosen)
@@ -280,9 +282,10 @@ def from_tree(tree: Any) -> ParamTree:
                     f"the tree at `{'/'.join(path)}` has holes, and only a whole tree can become part "
                     "of another: fill them with pt.merge."
                 )
+            first = len(items)  # a number that is this tree's alone: a tree twice is no tie
             items.append((path, None))
             for below, slot in zip(structure.paths, structure.slots, strict=True):
-                label = (len(items), 0) if slot == EMPTY else (id(inner), slot)
+                label = (first, slot)
                 items.append(((*path, *below), None if slot == EMPTY else label))
                 if slot != EMPTY:
                     leaves[label], kinds[label] = inner._leaves[slot], structure.kinds[slot]
@@ -294,7 +297,7 @@ def from_tree(tree: Any) -> ParamTree:
                     f"a tree is made from a container of leaves, and found a single "
                     f"{type(value).__name__}: give it a name, as in pt.from_tree({{'name': value}})."
                 )
-            label = len(items)
+            label = (len(items), 0)
             items.append((path, label))
             leaves[label], kinds[label] = value, PARAM
         else:

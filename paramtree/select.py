@@ -1,6 +1,6 @@
 """Verbs that read and set leaves by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from paramtree.errors import MismatchError, RuleError
 from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
-from paramtree.structure import build
+from paramtree.structure import Path, build
 from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, shape_of
 
 __all__ = ["collect", "map_named", "replace"]
@@ -53,7 +53,7 @@ def collect(
     structure = source._structure
     key = ("collect", pattern, sep, kind, aliases)
     if key not in structure.cache:
-        taken = {}
+        taken: dict[Hashable, tuple[str, Path, int]] = {}
         entries = zip(
             structure.entries(), names(structure, sep), match(structure, pattern, kind), strict=True
         )
@@ -112,25 +112,35 @@ def replace(tree: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _fitted(value: Any, old: Any) -> Any:
+    """Returns a new value for a leaf as an array of the leaf's dtype, if it is not a jax array."""
     expected, dtype = shape_of(old), dtype_of(old)
-    if expected is None or isinstance(value, jax.ShapeDtypeStruct):
-        pass
-    elif not isinstance(value, jax.Array):
+    if expected is None:
+        return value
+    have = shape_of(value)
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct) and value is not None:
         try:
             found = np.asarray(value)
-            if dtype is not None and found.dtype != object:
-                same = np.can_cast(found.dtype, dtype, "same_kind") or found.dtype.kind in "iub"
-                value = jnp.asarray(found, dtype) if same or found.dtype.kind == "V" else value
-        except (TypeError, ValueError):
-            pass
-    have = shape_of(value)
-    if expected is not None and have != expected:
-        shown = f"has shape {have}" if have is not None else f"is a {type(value).__name__}"
+            have = found.shape
+        except ValueError:  # a list of rows of different lengths
+            found = np.asarray(None)
+        if dtype is not None and _casts(found.dtype, dtype):
+            value = found.astype(dtype) if isinstance(old, np.ndarray) else jnp.asarray(found, dtype)
+        elif dtype is not None:
+            have = None
+    if have != expected:
+        shown = f"is a {type(value).__name__}" if have is None else f"has shape {have}"
         raise MismatchError(
-            f"has shape {expected}, and the new value {shown}: reshape it, or fill with "
-            f"jnp.full({expected}, value)"
+            f"has shape {expected} and dtype {dtype}, and the new value {shown}: reshape or "
+            f"cast it, or fill with jnp.full({expected}, value)"
         )
     return value
+
+
+def _casts(found: Any, wanted: Any) -> bool:
+    """Whether numbers of one dtype are meant when another is wanted: whole ones as any, never back."""
+    if jnp.issubdtype(found, jnp.inexact):
+        return bool(jnp.issubdtype(wanted, jnp.inexact))
+    return found.kind in "iub" and bool(jnp.issubdtype(wanted, jnp.number) or wanted == np.bool_)
 
 
 def map_named(

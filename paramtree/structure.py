@@ -17,7 +17,7 @@ the very same structure. Interning is weak, so a structure dies with the last tr
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paramtree.errors import NameCollisionError
@@ -82,6 +82,8 @@ class Structure:
     whole: "Structure"
     kept: tuple[int, ...]
     cache: dict[Hashable, Any]
+    _root: Node | None
+    _canonical: tuple[Path, ...] | None
 
     @staticmethod
     def intern(paths: tuple[Path, ...], slots: tuple[int, ...], kinds: tuple[str, ...]) -> "Structure":
@@ -99,7 +101,7 @@ class Structure:
         made.paths, made.slots, made.kinds = paths, slots, kinds
         made.whole, made.kept = made, tuple(range(len(kinds)))
         made.cache = {}
-        made._root = made._canonical = None
+        made._root, made._canonical = None, None
         return made
 
     def keep(self, kept: Iterable[int]) -> "Structure":
@@ -176,7 +178,7 @@ class Structure:
 
     def __repr__(self) -> str:
         # jax prints this inside its own messages about mismatched trees.
-        first = {slot: "/".join(path) for slot, path in reversed(list(self.entries()))}
+        first = ["/".join(path) for path in self.canonical]
         shown = []
         for path, slot in zip(self.paths, self.slots, strict=True):
             text = "/".join(path)
@@ -219,7 +221,9 @@ def build(
     paths: list[Path] = []
     slots: list[int] = []
     slot_of: dict[Any, int] = {}
-    stack = [((), iter(top.items()))]  # an explicit stack: depth is not limited by Python's
+    stack: list[tuple[Path, Iterator[tuple[str, Any]]]] = [
+        ((), iter(top.items()))
+    ]  # an explicit stack: depth is not limited by Python's
     while stack:
         prefix, children = stack[-1]
         for name, child in children:

@@ -31,9 +31,7 @@ def ties(tree: ParamTree) -> dict[str, str]:
     """
     structure = whole(_checked(tree, "ties"))._structure
     first = structure.canonical
-    return {
-        join(path): join(first[slot]) for path, slot in structure.entries() if first[slot] != path
-    }
+    return {join(path): join(first[slot]) for path, slot in structure.entries() if first[slot] != path}
 
 
 def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
@@ -72,10 +70,10 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
     if problems:
         raise RuleError(f"tie: {' '.join(problems)}")
     slot_of = dict(structure.entries())
-    ends = {alias: _follow(alias, target) for alias in target}
-    for alias, end in ends.items():
-        if reason := _difference(structure, tree._leaves, slot_of[alias], slot_of[end]):
-            problems.append(f"`{join(alias)}` and `{join(end)}` have {reason}")
+    ends = {path: _follow(path, target) for path in target}
+    for path, end in ends.items():
+        if reason := _difference(structure, tree._leaves, slot_of[path], slot_of[end]):
+            problems.append(f"`{join(path)}` and `{join(end)}` have {reason}")
     if problems:
         raise MismatchError(f"tie: {'; '.join(problems)}. Only equals can share one leaf.")
     items = [
@@ -170,7 +168,9 @@ def _path(structure: Structure, text: str) -> Path:
         raise RuleError(f"a path is a string such as 'decoder/weight', but found {text!r}.")
     by_text = structure.cache.get("by_text")
     if by_text is None:
-        by_text = {"/".join(path[:i]): path[:i] for path in structure.paths for i in range(1, len(path) + 1)}
+        by_text = {
+            "/".join(path[:i]): path[:i] for path in structure.paths for i in range(1, len(path) + 1)
+        }
         structure.cache["by_text"] = by_text
     if text not in by_text:
         for path in by_text.values():

@@ -19,7 +19,7 @@ from jax.tree_util import DictKey
 from paramtree.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
 from paramtree.structure import HOLE, STATE, Node, Path, Structure
 
-__all__ = ["ParamTree", "child", "dtype_of", "join", "shape_of"]
+__all__ = ["ParamTree", "check_scope", "child", "dtype_of", "join", "shape_of"]
 
 
 class _Fields:
@@ -71,7 +71,7 @@ class ParamTree(_Fields):
     # Reading
 
     def __getattr__(self, name: str) -> Any:
-        node = self._node or self._structure.root
+        node = self._node or self._structure._root or self._structure.root
         found = node.children.get(name)
         if type(found) is int and found >= 0:
             return self._leaves[found]
@@ -117,7 +117,7 @@ class ParamTree(_Fields):
         view._node = node
         view._place = self._place
         view.__class__ = ParamTree
-        return view  # type: ignore[no-any-return]  # it is a ParamTree since the line above
+        return view
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str | int):
@@ -138,11 +138,11 @@ class ParamTree(_Fields):
 
     def keys(self) -> KeysView[str]:
         """Returns the names of the children, in order of declaration."""
-        return KeysView(self)  # type: ignore[arg-type]  # it needs len, iter and item, no Mapping
+        return KeysView(self)
 
     def values(self) -> ValuesView[Any]:
         """Returns the children, in order of declaration."""
-        return ValuesView(self)  # type: ignore[arg-type]
+        return ValuesView(self)
 
     def items(self) -> ItemsView[str, Any]:
         """Returns the names and the children, in order of declaration.
@@ -152,7 +152,7 @@ class ParamTree(_Fields):
           >>> [(name, leaf) for name, leaf in pt.from_tree({"b": 1, "a": 2}).items()]
           [('b', 1), ('a', 2)]
         """
-        return ItemsView(self)  # type: ignore[arg-type]
+        return ItemsView(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the tree as nested dicts, without its holes; tied names hold the same array.
@@ -219,9 +219,7 @@ class ParamTree(_Fields):
         """Whether the model runs under ``pt.training``: may draw random numbers and write state."""
         return False
 
-    def param(
-        self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32
-    ) -> Any:
+    def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
         """Returns the parameter ``name``, checked against the shape that the layer computes.
 
         Args:
@@ -261,9 +259,7 @@ class ParamTree(_Fields):
             )
         return leaf
 
-    def state(
-        self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32
-    ) -> Any:
+    def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
         """Returns the state ``name``, checked as in ``param``. State is never trained."""
         return self.param(name, shape, initializer, dtype)
 
@@ -322,7 +318,7 @@ def _rebuild(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> P
     tree._node = None
     tree._place = place
     tree.__class__ = ParamTree
-    return tree  # type: ignore[no-any-return]  # it is a ParamTree since the line above
+    return tree
 
 
 def _flatten(tree: ParamTree) -> tuple[Sequence[Any], Structure]:
@@ -346,7 +342,8 @@ def pick(leaves: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
     """Returns the leaves at the positions in ``order``."""
     if len(order) < 2:
         return tuple(leaves[i] for i in order)
-    return itemgetter(*order)(leaves)
+    picked: tuple[Any, ...] = itemgetter(*order)(leaves)
+    return picked
 
 
 def whole(tree: ParamTree) -> ParamTree:
@@ -355,6 +352,16 @@ def whole(tree: ParamTree) -> ParamTree:
         return tree
     leaves, structure = _flatten(tree)
     return _rebuild(structure, leaves, tree._path())
+
+
+def check_scope(scope: Any) -> None:
+    """Raises TypeError if what a layer was called with first is not a scope."""
+    if not isinstance(scope, ParamTree) and not hasattr(scope, "param"):
+        raise TypeError(
+            f"a model is called with its parameters first, model(params, x), but found "
+            f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "
+            "pt.from_tree(mapping) turns a nested mapping into a tree."
+        )
 
 
 def child(scope: Any, name: str) -> Any:
@@ -367,13 +374,8 @@ def child(scope: Any, name: str) -> Any:
     Raises:
       TypeError: the scope is not one.
     """
+    check_scope(scope)
     if not isinstance(scope, ParamTree):
-        if not hasattr(scope, "param"):
-            raise TypeError(
-                f"a model is called with its parameters first, model(params, x), but found "
-                f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "
-                "pt.from_tree(mapping) turns a nested mapping into a tree."
-            )
         return scope[name]
     node = scope._node or scope._structure.root
     found = node.children.get(name)

@@ -11,6 +11,7 @@ from paramtree import initializers
 from paramtree.errors import suggest
 from paramtree.initializers import Initializer
 from paramtree.nn.layer import Layer
+from paramtree.tree import check_scope
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
 
@@ -42,7 +43,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 def _activation(activation: Any) -> Callable[..., Any]:
     if callable(activation):
-        return activation  # type: ignore[no-any-return]  # callable is all that is asked of it
+        return activation
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"there is no activation {activation!r}.{suggest(str(activation), _ACTIVATIONS)} The names "
@@ -52,7 +53,9 @@ def _activation(activation: Any) -> Callable[..., Any]:
 
 
 def _shown(activation: Any) -> str:
-    return activation if isinstance(activation, str) else getattr(activation, "__name__", repr(activation))
+    return (
+        activation if isinstance(activation, str) else getattr(activation, "__name__", repr(activation))
+    )
 
 
 def _size(layer: str, what: str, value: Any) -> None:
@@ -122,7 +125,7 @@ class Dense(Layer):
     flatten: bool = True
     dtype: Any = "float32"
     weight_initializer: Initializer | str | None = None
-    bias_initializer: Initializer | str = initializers.Zero()
+    bias_initializer: Initializer | str = "zeros"
     in_units: int = 0
 
     def __post_init__(self) -> None:
@@ -136,6 +139,7 @@ class Dense(Layer):
         object.__setattr__(self, "bias_initializer", initializers.get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:
+        check_scope(p)
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs an input of one dimension or more, but found a scalar.")
         if self.flatten and x.ndim > 2:
@@ -189,8 +193,11 @@ class Embedding(Layer):
         object.__setattr__(self, "weight_initializer", weight)
 
     def __call__(self, p: Any, x: Any) -> Any:
+        check_scope(p)
         if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"{self!r} takes whole numbers, but found {x.dtype}: cast the ids to int32.")
+            raise TypeError(
+                f"{self!r} takes whole numbers, but found {x.dtype}: cast the ids to int32."
+            )
         shape = self.input_dim, self.output_dim
         weight = p.param("weight", shape, self.weight_initializer, self.dtype)
         return jnp.take(weight, x, axis=0)

@@ -6,15 +6,15 @@ and share what jax compiled for them.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
 from paramtree.errors import suggest
-from paramtree.model import init, tie_in_recorder
+from paramtree.model import init
 from paramtree.names import Rules
+from paramtree.record import tie_in_recorder
 from paramtree.tree import ParamTree, child
 
 __all__ = ["Lambda", "Layer", "Sequential"]
@@ -115,7 +115,9 @@ class Sequential(Layer):
     # interchangeable, so what instances they share has to be part of their equality.
     shared: tuple[tuple[str, str], ...]
 
-    def __init__(self, *layers: Layer | Callable[..., Any], **named: Layer | Callable[..., Any]) -> None:
+    def __init__(
+        self, *layers: Layer | Callable[..., Any], **named: Layer | Callable[..., Any]
+    ) -> None:
         made = [_as_layer(layer, str(i)) for i, layer in enumerate(layers)]
         counts: dict[str, int] = {}
         names = []
@@ -154,7 +156,9 @@ class Sequential(Layer):
             return part
         if isinstance(key, str):
             if key not in self.names:
-                raise KeyError(f"no child `{key}`; there are {', '.join(self.names)}.{suggest(key, self.names)}")
+                raise KeyError(
+                    f"no child `{key}`; there are {', '.join(self.names)}.{suggest(key, self.names)}"
+                )
             return self.layers[self.names.index(key)]
         return self.layers[key]
 
@@ -196,10 +200,3 @@ def _shared(layer: Layer, prefix: str, first: dict[int, str]) -> Iterator[tuple[
         else:
             first[id(below)] = path
             yield from _shared(below, f"{path}/", first)
-
-
-def activation_name(activation: Any) -> str:
-    """Returns how to print an activation, given by name or as a function."""
-    if isinstance(activation, str):
-        return activation
-    return str(getattr(activation, "__name__", inspect.getmodule(activation) or activation))

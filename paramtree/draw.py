@@ -1,0 +1,125 @@
+"""Computing leaves: a key of its own for each, and one compiled function for all that are alike.
+
+A leaf's key depends only on the root key and on its path, by a 64-bit hash. With 32 bits, two of a
+hundred thousand leaves would more likely than not draw the same numbers.
+"""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramtree.errors import MismatchError
+from paramtree.initializers import Initializer
+from paramtree.record import Spec
+from paramtree.structure import Path
+from paramtree.tree import join
+
+__all__ = ["check_key", "draw", "path_key", "path_words"]
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError if ``key`` is not a PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise TypeError(
+            f"expected a PRNG key, such as jax.random.key(0), but found {type(key).__name__}. The "
+            "order is pt.init(model, key, *inputs)."
+        )
+
+
+def path_words(path: Path) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Returns the 64-bit hash of a path as two words, uint32[2], the same in every process.
+
+    The segments are joined with "/", which none of them holds, so ("a", "bc") and ("ab", "c") differ.
+    """
+    digest = hashlib.blake2b("/".join(path).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.frombuffer(digest, dtype=">u4").astype(np.uint32)
+
+
+def path_key(key: jax.Array, words: Any) -> jax.Array:
+    """Returns the key of a leaf: both words of its path's hash, folded into the root key."""
+    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+
+def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: Any, words: Any) -> Any:
+    value = jnp.asarray(initializer(path_key(key, words), shape, dtype))
+    floats = jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
+    if value.shape != shape or (value.dtype != dtype and not floats):
+        raise MismatchError(
+            f"the initializer {initializer!r} gave {value.dtype}{value.shape}, but "
+            f"{jnp.dtype(dtype).name}{shape} was asked for."
+        )
+    return value.astype(dtype)
+
+
+# One compiled function for all leaves that share initializer, shape and dtype: the path is data.
+_compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
+
+
+def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[Any, ...]:
+    """Returns the values of some leaves, computed from their specs and the keys of their paths.
+
+    Raises:
+      MismatchError: an initializer gave another shape or dtype than it was asked for; it and any
+        other error of an initializer names the leaf.
+    """
+    specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
+    leaves: list[Any] = [None] * len(specs)
+    traced = isinstance(key, jax.core.Tracer)
+    for members in _alike(specs):
+        initializer, (shape, dtype) = specs[members[0]].initializer, specs[members[0]][:2]
+        words = [path_words(paths[i]) for i in members]
+        with _naming(paths[members[0]], specs[members[0]]):
+            if traced and len(members) > 1:
+                # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
+                one = functools.partial(_compute, initializer, shape, dtype, key)
+                values = list(jax.lax.map(one, np.stack(words)))
+            elif _compilable(initializer):
+                values = [_compiled(initializer, shape, dtype, key, two) for two in words]
+            else:  # jnp.array copies: two leaves must never share a buffer
+                values = [jnp.array(_compute(initializer, shape, dtype, key, two)) for two in words]
+        for i, value in zip(members, values, strict=True):
+            leaves[i] = value
+    return tuple(leaves)
+
+
+def _for_name(spec: Spec, path: Path) -> Spec:
+    for_name = getattr(spec.initializer, "for_name", None)
+    return spec if for_name is None else spec._replace(initializer=for_name(join(path)))
+
+
+def _alike(specs: Sequence[Spec]) -> Iterator[list[int]]:
+    """Yields the positions of specs that one function can compute."""
+    groups: dict[Any, list[int]] = {}
+    for i, spec in enumerate(specs):
+        call = (spec.initializer, spec.shape, spec.dtype) if _compilable(spec.initializer) else i
+        groups.setdefault(call, []).append(i)
+    yield from groups.values()
+
+
+def _compilable(initializer: Initializer) -> bool:
+    """Whether the initializer is a static argument of a compiled function."""
+    if getattr(initializer, "eager", False):  # holds an array that compiled code would hold as well
+        return False
+    try:
+        hash(initializer)
+    except TypeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _naming(path: Path, spec: Spec) -> Iterator[None]:
+    try:
+        yield
+    except MismatchError as error:
+        raise MismatchError(f"`{join(path)}`: {error}") from None
+    except Exception as error:
+        error.add_note(f"While initialising `{join(path)}`, {spec.shape}, by {spec.initializer!r}.")
+        raise

@@ -1,0 +1,197 @@
+"""The recorder: the scope of a model that is being initialised.
+
+A model runs on it once, abstractly, so that only shapes flow. It notes what the model asks for and
+answers with zeros made on the spot, in whatever trace the model is in. As it keeps no value,
+nothing can leak from a ``scan`` or a ``checkpoint``, and a branch may be traced once or twice.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paramtree.errors import MismatchError, MissingError, ParamTreeError
+from paramtree.initializers import Initializer
+from paramtree.structure import PARAM, STATE, Path, build
+from paramtree.ties import tie
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, register
+
+__all__ = ["Recorder", "Spec", "record", "tie_in_recorder"]
+
+
+# Reading one of these means that the model takes the scope for an array.
+_OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape", "at"))
+
+
+class Spec(NamedTuple):
+    """What a model asked for: a leaf that is still to be computed."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str
+    initializer: Initializer
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)  # type: ignore[no-untyped-call]  # jax
+
+
+class Recorder:
+    """The scope of a model that is being initialised: notes what it asks for, answers with zeros."""
+
+    __slots__ = ("_children", "_path", "_ties")
+
+    # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as
+    # arguments, and a new recorder is always traced anew.
+
+    def __init__(self, path: Path = (), ties: dict[str, str] | None = None) -> None:
+        self._path = path
+        self._children: dict[str, Recorder | Spec] = {}
+        self._ties: dict[str, str] = {} if ties is None else ties
+
+    training = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # a protocol that somebody probes for
+            raise AttributeError(name)
+        if name in _OF_ARRAYS:
+            self.__jax_array__()
+        if hasattr(ParamTree, name):
+            raise ParamTreeError(
+                f"`{name}` is an attribute of every tree, so `p.{name}` cannot be a child: write "
+                f"p[{name!r}], or use another name."
+            )
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        if not isinstance(name, str) or not all(name.split("/")):
+            raise ParamTreeError(
+                f"while initialising, the children of {self._shown()} are read by name, as in "
+                f"p.hidden, p['hidden'] or p['hidden/dense'], not by {name!r}."
+            )
+        here, _, rest = name.partition("/")
+        found = self._children.get(here)
+        if found is None:
+            found = self._children[here] = Recorder((*self._path, here), self._ties)
+        if isinstance(found, Spec):
+            if rest:
+                raise MismatchError(f"`{self._full(here)}` is a leaf: it has no `{rest}`.")
+            return jnp.zeros(found.shape, found.dtype)
+        return found[rest] if rest else found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._children
+
+    def param(
+        self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Notes a parameter and returns zeros of its shape."""
+        return self._note(PARAM, name, shape, initializer, dtype)
+
+    def state(
+        self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Notes a state and returns zeros of its shape."""
+        return self._note(STATE, name, shape, initializer, dtype)
+
+    def update(self, name: str, value: Any) -> None:
+        """Checks that the state exists; the value is of no use yet."""
+        if not isinstance(self._children.get(name), Spec):
+            raise MissingError(
+                f"`{self._full(name)}` is written before it is declared: call "
+                f"p.state({name!r}, shape, initializer) first."
+            )
+
+    def key(self) -> jax.Array:
+        """Returns some key: the model is only being traced."""
+        return jax.random.key(0)
+
+    def _note(self, kind: str, name: str, shape: Any, initializer: Any, dtype: Any) -> jax.Array:
+        full = self._full(name)
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ParamTreeError(f"{name!r} cannot name a leaf of {self._shown()}: no '/', not empty.")
+        try:
+            sizes = tuple(operator.index(size) for size in shape)
+        except TypeError:
+            sizes = (-1,)
+        if any(size < 0 for size in sizes):
+            raise MismatchError(
+                f"`{full}` is declared with shape {shape!r}; a shape is a tuple of sizes, each a "
+                "whole number that is known while tracing."
+            )
+        if not callable(initializer):
+            raise TypeError(
+                f"the initializer of `{full}` is {initializer!r}; expected a function "
+                "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
+            )
+        spec = Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, initializer)
+        found = self._children.setdefault(name, spec)
+        if isinstance(found, Recorder):
+            raise MismatchError(f"`{full}` is declared as a leaf, and is also a level with children.")
+        if found[:3] != spec[:3]:
+            old, new = (f"{s.kind} {s.shape} {jnp.dtype(s.dtype).name}" for s in (found, spec))
+            raise MismatchError(
+                f"`{full}` was declared as {old} and now as {new}. Two calls on one scope share its "
+                "parameters: give the second call a scope of its own, or inputs of the same size."
+            )
+        return jnp.zeros(found.shape, found.dtype)
+
+    def _full(self, name: object) -> str:
+        return join((*self._path, str(name)))
+
+    def _shown(self) -> str:
+        return f"`{join(self._path)}`" if self._path else "the tree"
+
+    def __jax_array__(self) -> Any:
+        raise MissingError(
+            f"`{join(self._path)}` is used as an array before the model declares it: call "
+            "p.param(name, shape, initializer), or the layer that it belongs to, first."
+        )
+
+    def __repr__(self) -> str:
+        return f"Recorder({join(self._path)!r}: {', '.join(self._children)})"
+
+
+register(Recorder, lambda scope: ((), scope), lambda scope: ((), scope), lambda scope, _: scope)
+
+
+def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:
+    """Asks for ties between paths below a scope; only a recorder has use for it."""
+    if isinstance(scope, Recorder):
+        prefix = "".join(f"{segment}/" for segment in scope._path)
+        scope._ties.update((prefix + alias, prefix + source) for alias, source in pairs)
+
+
+def record(
+    f: Callable[..., Any], inputs: Any, kwargs: Any, extra: Mapping[str, str] | None
+) -> ParamTree:
+    """Returns the tree that a model asks for, with specs as its leaves."""
+    scope = Recorder()
+    flat, treedef = jax.tree.flatten((inputs, kwargs))
+    where = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
+
+    def run(arrays: list[Any]) -> None:
+        values = list(flat)  # what is not an array, such as a flag, stays what it is
+        for i, array in zip(where, arrays, strict=True):
+            values[i] = array
+        args, keywords = jax.tree.unflatten(treedef, values)
+        f(scope, *args, **keywords)
+
+    jax.eval_shape(run, [flat[i] for i in where])
+    items: list[tuple[Path, Any]] = []
+    specs: dict[Path, Spec] = {}
+    stack: list[Recorder] = [scope]
+    while stack:
+        level = stack.pop()
+        items.append((level._path, None))
+        for name, found in level._children.items():
+            path = (*level._path, name)
+            if isinstance(found, Spec):
+                specs[path] = found
+            items.append((path, path if isinstance(found, Spec) else None))
+        stack.extend(c for c in level._children.values() if isinstance(c, Recorder))
+    structure, order = build(items, {path: spec.kind for path, spec in specs.items()})
+    tree = _rebuild(structure, tuple(specs[path] for path in order))
+    return tie(tree, {**scope._ties, **(extra or {})}) if scope._ties or extra else tree

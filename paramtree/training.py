@@ -1,0 +1,182 @@
+"""Models in training: they may draw random numbers and write state, and stay pure functions.
+
+There is no mode to switch. ``pt.training(f)`` is another function than ``f``, called with the same
+tree; its scope has a key to draw from and a place to write to, and the tree that comes back holds
+what was written.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paramtree.draw import check_key, path_key, path_words
+from paramtree.errors import MismatchError, ScopeError
+from paramtree.structure import Node, Path, Structure
+from paramtree.tree import ParamTree, _flatten, _rebuild, dtype_of, join, register, shape_of, whole
+
+__all__ = ["training"]
+
+
+class _Session:
+    """What one call under ``training`` shares among its scopes."""
+
+    __slots__ = ("draws", "key", "leaves", "trace")
+
+    def __init__(self, leaves: list[Any], key: jax.Array | None) -> None:
+        self.leaves = leaves
+        self.key = key
+        self.draws: Counter[Path] = Counter()
+        self.trace = _trace_state()
+
+
+def _trace_state() -> Any:
+    import jax.extend  # not at import: only training needs it
+
+    get = getattr(jax.extend.core, "get_opaque_trace_state", None)
+    return (get or jax.core.get_opaque_trace_state)()
+
+
+class TrainingScope(ParamTree):
+    """The scope of a model in training: reads like the tree, and can draw keys and write state."""
+
+    __slots__ = ("_session",)
+
+    _session: _Session
+
+    @staticmethod
+    def make(structure: Structure, leaves: Any, session: _Session, place: Path) -> "TrainingScope":
+        scope = object.__new__(TrainingScope)
+        for name, value in (
+            ("_structure", structure),
+            ("_leaves", leaves),
+            ("_session", session),
+            ("_place", place),
+            ("_node", None),
+        ):
+            object.__setattr__(scope, name, value)
+        return scope
+
+    def _view(self, node: Node) -> "TrainingScope":
+        view = TrainingScope.make(self._structure, self._leaves, self._session, self._place)
+        object.__setattr__(view, "_node", node)
+        return view
+
+    @property
+    def training(self) -> bool:
+        """Whether the model runs under ``pt.training``: it does."""
+        return True
+
+    def update(self, name: str, value: Any) -> None:
+        """Writes new state of the same shape and dtype, which the call returns in its tree.
+
+        Raises:
+          MissingError: the state was not declared.
+          MismatchError: the value has another shape or dtype.
+          ScopeError: the write is inside a jax transform within the model, and cannot get out.
+        """
+        node = self._node or self._structure.root
+        slot = node.children.get(name)
+        full = join((*self._path(), name))
+        if not isinstance(slot, int) or slot < 0:
+            raise self._missing(node, name, slot)
+        old = self._leaves[slot]
+        want, have = ((shape_of(v), dtype_of(jnp.asarray(v))) for v in (old, value))
+        if want != have:
+            raise MismatchError(
+                f"`{full}` holds {want[1]}{want[0]} and cannot be given {have[1]}{have[0]}: state "
+                "keeps its shape and dtype, so that a training step is compiled only once."
+            )
+        session = self._session
+        if self._leaves is not session.leaves or _trace_state() != session.trace:
+            raise ScopeError(
+                f"`{full}` is written inside a jax transform (scan, cond, vmap, checkpoint, ...) "
+                "within the model, and the new value cannot get out of it. Call pt.training inside "
+                "the transform and return the new tree from it, or write outside of it."
+            )
+        session.leaves[slot] = value
+
+    def key(self) -> jax.Array:
+        """Draws a PRNG key, a new one each time, from the call's key and the layer's path.
+
+        Raises:
+          ScopeError: the call was given no key.
+        """
+        session, path = self._session, self._path()
+        if session.key is None:
+            where = f"`{join(path)}`" if path else "the model"
+            raise ScopeError(
+                f"{where} draws random numbers, but no key was given: call "
+                "pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
+            )
+        session.draws[path] += 1
+        return jax.random.fold_in(path_key(session.key, path_words(path)), session.draws[path])
+
+
+def _flatten_scope(scope: TrainingScope) -> tuple[Any, Any]:
+    leaves, structure = _flatten(scope)
+    # What goes through a transform as an argument keeps its session, so that a layer under
+    # jax.checkpoint still drops out, and its place, so that it still draws from its own key.
+    return tuple(leaves), (structure, scope._session, scope._path())
+
+
+def _flatten_scope_with_keys(scope: TrainingScope) -> tuple[Any, Any]:
+    leaves, static = _flatten_scope(scope)
+    return [(jax.tree_util.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], static
+
+
+def _rebuild_scope(static: Any, leaves: Any) -> TrainingScope:
+    structure, session, place = static
+    return TrainingScope.make(structure, tuple(leaves), session, place)
+
+
+register(TrainingScope, _flatten_scope, _flatten_scope_with_keys, _rebuild_scope)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    f: Callable[..., Any]
+
+    def __call__(
+        self, params: ParamTree, *inputs: Any, key: jax.Array | None = None, **kwargs: Any
+    ) -> tuple[Any, ParamTree]:
+        if not isinstance(params, ParamTree):
+            raise TypeError(
+                f"pt.training(model) is called with a parameter tree first, but found "
+                f"{type(params).__name__}: pt.training(model)(params, x, key=key)."
+            )
+        if key is not None:
+            check_key(key)
+        params = whole(params)
+        session = _Session(list(params._leaves), key)
+        scope = TrainingScope.make(params._structure, session.leaves, session, params._place)
+        output = self.f(scope, *inputs, **kwargs)
+        return output, _rebuild(params._structure, tuple(session.leaves), params._place)
+
+
+def training(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a model in training: ``(params, *inputs, key=None) -> (output, params)``.
+
+    Under it, layers may draw random numbers, from a key that depends on ``key`` and the layer's
+    path, and write state; the tree that comes back holds what they wrote. Called as itself, the
+    model is for inference and can do neither. Equal models give equal results here, so a jitted
+    training step shares its cache.
+
+    Args:
+      f: a model, ``f(scope, *inputs, **kwargs)``.
+
+    Raises:
+      ScopeError: on calling: a layer draws without a key, or writes where the value cannot get out.
+
+    Example:
+      >>> import paramtree as pt
+      >>> net = pt.nn.Dropout(0.5)
+      >>> params = pt.init(net, jax.random.key(0), jnp.ones(4))
+      >>> y, params = pt.training(net)(params, jnp.ones(4), key=jax.random.key(1))
+      >>> sorted({float(v) for v in y} | {0.0, 2.0}), net(params, jnp.ones(2))
+      ([0.0, 2.0], Array([1., 1.], dtype=float32))
+    """
+    return _Training(f)
