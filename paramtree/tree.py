@@ -243,10 +243,10 @@ class ParamTree(_Fields):
         if type(found) is not int or found < 0:
             error = self._missing(node, name, found)
             full = join((*self._path(), name))
-            problem = "is a level, not a leaf" if isinstance(found, Node) else str(error)
+            problem = f"`{full}` is a level, not a leaf." if isinstance(found, Node) else str(error)
             raise MissingError(
-                f"the model needs `{full}` with shape {tuple(shape)}, but it is not in the tree it "
-                f"was called with: {problem} Call it with the tree that pt.init gives for this model."
+                f"the model needs a leaf `{full}` of shape {tuple(shape)}: {problem} Call it with the "
+                "tree that pt.init gives for this model."
             )
         leaf = self._leaves[found]
         have = shape_of(leaf)

@@ -112,7 +112,10 @@ def test_equal_nets_share_what_jit_compiled(key: jax.Array) -> None:
     nets = [make() for _ in range(3)]  # jax forgets a function when it dies
     for net in nets:
         jax.jit(net)(params, x)
-        jax.jit(pt.training(net))(params, x)
+    assert len(traces) == 1
+    in_training = [pt.training(net) for net in nets]
+    for f in in_training:
+        jax.jit(f)(params, x)
     assert nets[0] == nets[1]
     assert hash(nets[0]) == hash(nets[1])
-    assert len(traces) == 1
+    assert len(traces) == 2

@@ -312,7 +312,7 @@ def test_mistakes_in_a_model_are_named(model: Any, kind: type, text: str, key: j
 def test_a_wrong_tree_is_named(key: jax.Array) -> None:
     net = nn.Sequential(nn.Sequential(nn.Dense(6), nn.Dense(5)), nn.Dense(2))
     params = pt.init(net, key, X)
-    full = r"the model needs `sequential0_dense1_weight` with shape \(5, 6\)"
+    full = r"the model needs a leaf `sequential0_dense1_weight` of shape \(5, 6\)"
     with pytest.raises(pt.MissingError, match=full):
         net(pt.from_tree({"sequential0": {"dense0": params[0][0]}}), X)
     with pytest.raises(
