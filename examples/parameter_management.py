@@ -65,7 +65,7 @@ def rescaling(x: jax.Array) -> jax.Array:
     The loop halves a number instead of ``x`` itself, because JAX does not differentiate a
     ``while_loop`` backwards. It need not: a small change of ``x`` is not a halving more or less.
     """
-    norm = jnp.linalg.norm(jax.lax.stop_gradient(x))
+    norm = jnp.linalg.norm(x)
     scale = jax.lax.while_loop(lambda s: norm * s > 1, lambda s: s / 2, jnp.ones_like(norm))
     return jnp.where(norm * scale < 0.8, 10 * scale, scale)
 

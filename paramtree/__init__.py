@@ -1,28 +1,33 @@
-"""paramtree: named, immutable parameter trees for models that are pure functions."""
+"""paramtree: named, immutable parameter trees for models that are pure functions.
 
-from paramtree import initializers as initializers
-from paramtree import nn as nn
-from paramtree.errors import ImmutableError as ImmutableError
-from paramtree.errors import LoadError as LoadError
-from paramtree.errors import MismatchError as MismatchError
-from paramtree.errors import MissingError as MissingError
-from paramtree.errors import NameCollisionError as NameCollisionError
-from paramtree.errors import ParamTreeError as ParamTreeError
-from paramtree.errors import RuleError as RuleError
-from paramtree.errors import ScopeError as ScopeError
-from paramtree.inspect import count as count
-from paramtree.inspect import nbytes as nbytes
-from paramtree.model import abstract as abstract
-from paramtree.model import init as init
-from paramtree.model import reinit as reinit
-from paramtree.names import from_tree as from_tree
-from paramtree.select import collect as collect
-from paramtree.select import map_named as map_named
-from paramtree.select import replace as replace
-from paramtree.ties import tie as tie
-from paramtree.ties import ties as ties
-from paramtree.ties import untie as untie
-from paramtree.training import training as training
+The public names are listed in ``paramtree.api``. Importing the package loads only what every use
+needs, the tree itself, which registers it with jax; the rest is loaded when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from paramtree.tree import ParamTree as ParamTree
 
+if TYPE_CHECKING:
+    from paramtree.api import *  # noqa: F403  # one list of names, for type checkers as for users
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):  # a protocol that somebody probes for
+        raise AttributeError(name)
+    api = importlib.import_module("paramtree.api")  # an import statement would ask this function
+    if not hasattr(api, name):
+        from paramtree.errors import suggest
+
+        hint = suggest(name, __dir__())
+        raise AttributeError(f"module 'paramtree' has no attribute {name!r}.{hint}")
+    value = globals()[name] = getattr(api, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    api = importlib.import_module("paramtree.api")
+    return sorted(name for name in vars(api) if not name.startswith("_"))

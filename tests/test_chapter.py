@@ -223,7 +223,7 @@ def with_gold(params: pt.ParamTree, data: dict[str, np.ndarray]) -> pt.ParamTree
 def assert_gradients(grads: pt.ParamTree, data: dict[str, np.ndarray], kind: str) -> None:
     wanted = {name.partition(":")[2]: value for name, value in data.items() if name.startswith(kind)}
     assert wanted
-    assert all(abs(value).max() > 0 for value in wanted.values())
+    assert all(abs(value).max() > 0.01 for value in wanted.values())
     for name, value in wanted.items():
         assert_close(grads[path_of(grads, name)], value, f"{kind}:{name}")
 
@@ -378,10 +378,11 @@ def test_fancy_mlp_halves_and_multiplies_as_the_loop_does(size, halvings, tenfol
     assert y.dtype == jnp.float32
 
 
-def test_chimera_has_a_gradient_for_every_parameter(key) -> None:
+def test_chimera_has_a_gradient_for_every_parameter() -> None:
     net = example.chimera()
-    x = jax.random.uniform(key, (2, 20))
-    params = pt.init(net, key, x)
+    x = jnp.ones((2, 20))
+    shapes = pt.abstract(net, x)
+    params = pt.map_named(lambda name, leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
     grads = jax.jit(jax.grad(net))(params, x)
     assert list(params) == ["nestmlp0", "dense0", "fancymlp0"]
     assert all(float(abs(leaf).max()) > 0 for leaf in pt.collect(grads, kind="param").values())

@@ -42,6 +42,15 @@ BY_NAME = {
 rows = pytest.mark.parametrize("row", TABLE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA takes most of the time here to optimise random bits of which each test draws a few."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def x64():
     """Returns the context in which jax has 64-bit types."""
     enable = getattr(jax, "enable_x64", None)

@@ -1,0 +1,111 @@
+"""What the documents say runs, and what is public is documented."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import paramtree as pt
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_blocks_of_the_readme_run_and_print_what_they_say(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scope: dict[str, Any] = {}
+    code = [text for language, text in BLOCKS if language == "python"]
+    assert len(code) >= 8
+    for language, text in BLOCKS:
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(text, "README.md", "exec"), scope)
+        elif language == "text":
+            assert capsys.readouterr().out == text
+
+
+def test_the_first_lines_of_the_readme_are_the_two_commands() -> None:
+    assert BLOCKS[0][0] == "sh"
+    assert [line.split(" #")[0].strip() for line in BLOCKS[0][1].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+    assert re.search(r"^\s*make test$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+def public() -> dict[str, Any]:
+    found = {}
+    for module in (pt, pt.nn, pt.initializers):
+        for name in dir(module):
+            value = getattr(module, name)
+            if (
+                not name.startswith("_")
+                and callable(value)
+                and value.__module__.startswith("paramtree")
+            ):
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_everything_public_is_documented_with_an_example(name: str) -> None:
+    value = public()[name]
+    doc = inspect.getdoc(value) or ""
+    assert doc
+    if not (inspect.isclass(value) and issubclass(value, Exception)):
+        assert ">>>" in doc, f"{name} has no example"
+    if inspect.isclass(value):
+        for method, member in vars(value).items():
+            if not method.startswith("_") and (callable(member) or isinstance(member, property)):
+                assert inspect.getdoc(getattr(value, method)), f"{name}.{method} is not documented"
+    else:
+        for parameter in inspect.signature(value).parameters:
+            assert re.search(rf"\*{{0,2}}{parameter}\b", doc), f"{name} does not describe {parameter}"
+
+
+def test_importing_loads_jax_and_paramtree_only() -> None:
+    code = "import sys, jax, jax.numpy; before = set(sys.modules); import paramtree; print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = {name.split(".")[0] for name in run.stdout.split()}
+    assert new == {"paramtree"}
+
+
+def test_imports_go_one_way() -> None:
+    order = ["errors", "structure", "tree", "names", "initializers", "select", "ties", "record", "draw", "model",
+             "training", "nn", "inspect"]  # fmt: skip
+    for path in (ROOT / "paramtree").rglob("*.py"):
+        room = path.relative_to(ROOT / "paramtree").parts[0].removesuffix(".py")
+        if room in ("__init__", "api"):
+            continue
+        for target in re.findall(
+            r"^\s*from paramtree\.?(\w*)[\w.]* import (\w+)", path.read_text(), re.MULTILINE
+        ):
+            used = target[0] or target[1]
+            assert order.index(used) <= order.index(room), f"{path} imports {used}, which is above it"
+
+
+def test_the_core_benchmark_runs() -> None:
+    args = [sys.executable, str(ROOT / "benchmarks" / "core.py"), "--rounds", "1", "--sizes", "20"]
+    run = subprocess.run(
+        args, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "flatten, 20 leaves" in run.stdout
+    assert "import paramtree after jax" in run.stdout
+
+
+def test_a_misspelt_public_name_is_suggested() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'colect'. Did you mean `collect`"):
+        pt.colect  # noqa: B018  # reading is the test
+    assert "collect" in dir(pt)
+
+
+def test_the_version_is_one() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pt.__version__)
+    assert jax.__version_info__ >= (0, 7)
