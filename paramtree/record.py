@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from paramtree.errors import MismatchError, MissingError, ParamTreeError
 from paramtree.initializers import Initializer
 from paramtree.structure import PARAM, STATE, Path, build
-from paramtree.ties import tie
 from paramtree.tree import ParamTree, _rebuild, dtype_of, join, register
+from paramtree.tying import tie
 
 __all__ = ["Recorder", "Spec", "record", "tie_in_recorder"]
 

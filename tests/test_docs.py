@@ -78,8 +78,8 @@ def test_importing_loads_jax_and_paramtree_only() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    order = ["errors", "structure", "tree", "names", "initializers", "select", "ties", "record", "draw", "model",
-             "training", "nn", "inspect"]  # fmt: skip
+    order = ["errors", "structure", "tree", "names", "initializers", "selection", "tying", "record", "draw", "model",
+             "train", "nn", "inspect"]  # fmt: skip
     for path in (ROOT / "paramtree").rglob("*.py"):
         room = path.relative_to(ROOT / "paramtree").parts[0].removesuffix(".py")
         if room in ("__init__", "api"):
@@ -98,6 +98,11 @@ def test_the_core_benchmark_runs() -> None:
     )
     assert "flatten, 20 leaves" in run.stdout
     assert "import paramtree after jax" in run.stdout
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    rooms = {path.stem for path in (ROOT / "paramtree").iterdir()}
+    assert rooms & set(dir(pt)) == {"nn", "initializers"}  # else importing the module would hide it
 
 
 def test_a_misspelt_public_name_is_suggested() -> None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from paramtree.names import Pattern
-from paramtree.select import collect
+from paramtree.selection import collect
 from paramtree.tree import dtype_of, shape_of
 
 __all__ = ["count", "nbytes"]
