@@ -76,7 +76,7 @@ def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[
         initializer, (shape, dtype) = specs[members[0]].initializer, specs[members[0]][:2]
         words = [path_words(paths[i]) for i in members]
         with _naming(paths[members[0]], specs[members[0]]):
-            if traced and len(members) > 1:
+            if traced and len(members) > 1 and _uses_key(initializer, shape, dtype, key):
                 # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
                 one = functools.partial(_compute, initializer, shape, dtype, key)
                 values = list(jax.lax.map(one, np.stack(words)))
@@ -112,6 +112,12 @@ def _compilable(initializer: Initializer) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _uses_key(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> bool:
+    """Whether the values depend on the key; those of biases mostly do not, and need no loop."""
+    jaxpr = jax.make_jaxpr(lambda key: initializer(key, shape, dtype))(key).jaxpr
+    return any(var is jaxpr.invars[0] for eqn in jaxpr.eqns for var in eqn.invars)
 
 
 @contextlib.contextmanager
