@@ -47,8 +47,8 @@ def path_key(key: jax.Array, words: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
 
 
-def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: Any, words: Any) -> Any:
-    value = jnp.asarray(initializer(path_key(key, words), shape, dtype))
+def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Any:
+    value = jnp.asarray(initializer(key, shape, dtype))
     floats = jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
     if value.shape != shape or (value.dtype != dtype and not floats):
         raise MismatchError(
@@ -58,8 +58,10 @@ def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: 
     return value.astype(dtype)
 
 
-# One compiled function for all leaves that share initializer, shape and dtype: the path is data.
+# One compiled function for all leaves that share initializer, shape and dtype. Deriving the key is
+# another, as it is the same for all and takes a third of the time to compile.
 _compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
+_path_key = jax.jit(path_key)
 
 
 def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[Any, ...]:
@@ -73,17 +75,20 @@ def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[
     leaves: list[Any] = [None] * len(specs)
     traced = isinstance(key, jax.core.Tracer)
     for members in _alike(specs):
-        initializer, (shape, dtype) = specs[members[0]].initializer, specs[members[0]][:2]
+        first = specs[members[0]]
+        call = first.initializer, first.shape, first.dtype
         words = [path_words(paths[i]) for i in members]
-        with _naming(paths[members[0]], specs[members[0]]):
-            if traced and len(members) > 1 and _uses_key(initializer, shape, dtype, key):
+        with _naming(paths[members[0]], first):
+            if traced and len(members) > 1 and _uses_key(*call, key):
                 # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
-                one = functools.partial(_compute, initializer, shape, dtype, key)
-                values = list(jax.lax.map(one, np.stack(words)))
-            elif _compilable(initializer):
-                values = [_compiled(initializer, shape, dtype, key, two) for two in words]
+                one = functools.partial(_compute, *call)
+                values = list(
+                    jax.lax.map(lambda two, one=one: one(path_key(key, two)), np.stack(words))
+                )
+            elif _compilable(first.initializer):
+                values = [_compiled(*call, _path_key(key, two)) for two in words]
             else:  # jnp.array copies: two leaves must never share a buffer
-                values = [jnp.array(_compute(initializer, shape, dtype, key, two)) for two in words]
+                values = [jnp.array(_compute(*call, _path_key(key, two))) for two in words]
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
     return tuple(leaves)

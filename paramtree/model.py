@@ -5,7 +5,7 @@ leaf; ``reinit`` computes some anew, by the same rules and from the same keys.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -18,6 +18,8 @@ from paramtree.structure import Structure
 from paramtree.tree import ParamTree, _rebuild, dtype_of, join, shape_of
 
 __all__ = ["abstract", "init", "reinit"]
+
+T = TypeVar("T")
 
 
 def abstract(
@@ -97,7 +99,7 @@ def init(
     return _rebuild(tree._structure, draw(tree._structure.canonical, specs, key))
 
 
-def reinit(tree: Any, key: jax.Array, rules: Rules) -> Any:
+def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
     """Returns the tree with new values for the leaves whose names match; the others stay.
 
     Gives exactly the values that ``pt.init`` with the same key and these rules gives to them.

@@ -5,6 +5,7 @@ answers with zeros made on the spot, in whatever trace the model is in. As it ke
 nothing can leak from a ``scan`` or a ``checkpoint``, and a branch may be traced once or twice.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,18 +39,29 @@ class Spec(NamedTuple):
         return jax.ShapeDtypeStruct(self.shape, self.dtype)  # type: ignore[no-untyped-call]  # jax
 
 
+class _Run:
+    """What one run of a model shares among its recorders: a clock for the order, and the ties."""
+
+    def __init__(self) -> None:
+        self.clock = itertools.count()
+        self.ties: dict[str, str] = {}
+
+
 class Recorder:
     """The scope of a model that is being initialised: notes what it asks for, answers with zeros."""
 
-    __slots__ = ("_children", "_path", "_ties")
+    __slots__ = ("_children", "_declared", "_order", "_parent", "_path", "_run")
 
     # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as
     # arguments, and a new recorder is always traced anew.
 
-    def __init__(self, path: Path = (), ties: dict[str, str] | None = None) -> None:
+    def __init__(self, path: Path, run: "_Run", parent: "Recorder | None" = None) -> None:
         self._path = path
+        self._run = run
+        self._parent = parent
         self._children: dict[str, Recorder | Spec] = {}
-        self._ties: dict[str, str] = {} if ties is None else ties
+        self._order: dict[str, int] = {}
+        self._declared = False
 
     training = False
 
@@ -74,7 +86,8 @@ class Recorder:
         here, _, rest = name.partition("/")
         found = self._children.get(here)
         if found is None:
-            found = self._children[here] = Recorder((*self._path, here), self._ties)
+            found = self._children[here] = Recorder((*self._path, here), self._run, self)
+            self._order[here] = next(self._run.clock)
         if isinstance(found, Spec):
             if rest:
                 raise MismatchError(f"`{self._full(here)}` is a leaf: it has no `{rest}`.")
@@ -127,7 +140,10 @@ class Recorder:
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
         spec = Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, initializer)
-        found = self._children.setdefault(name, spec)
+        if name not in self._children:
+            self._children[name] = spec
+            self._declare(name)
+        found = self._children[name]
         if isinstance(found, Recorder):
             raise MismatchError(f"`{full}` is declared as a leaf, and is also a level with children.")
         if found[:3] != spec[:3]:
@@ -137,6 +153,19 @@ class Recorder:
                 "parameters: give the second call a scope of its own, or inputs of the same size."
             )
         return jnp.zeros(found.shape, found.dtype)
+
+    def _declare(self, name: str) -> None:
+        """Gives a child its place in the order: where something is first declared at or below it.
+
+        Not where it is first read: in ``dense(p.out, dense(p.hidden, x))`` that would be ``out``.
+        """
+        self._order[name] = next(self._run.clock)
+        level = self
+        while not level._declared:
+            level._declared = True
+            if level._parent is not None:
+                level._parent._order[level._path[-1]] = next(self._run.clock)
+                level = level._parent
 
     def _full(self, name: object) -> str:
         return join((*self._path, str(name)))
@@ -161,32 +190,34 @@ def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:
     """Asks for ties between paths below a scope; only a recorder has use for it."""
     if isinstance(scope, Recorder):
         prefix = "".join(f"{segment}/" for segment in scope._path)
-        scope._ties.update((prefix + alias, prefix + source) for alias, source in pairs)
+        scope._run.ties.update((prefix + alias, prefix + source) for alias, source in pairs)
 
 
 def record(
     f: Callable[..., Any], inputs: Any, kwargs: Any, extra: Mapping[str, str] | None
 ) -> ParamTree:
     """Returns the tree that a model asks for, with specs as its leaves."""
-    scope = Recorder()
+    run = _Run()
+    scope = Recorder((), run)
     flat, treedef = jax.tree.flatten((inputs, kwargs))
     where = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
 
-    def run(arrays: list[Any]) -> None:
+    def call(arrays: list[Any]) -> None:
         values = list(flat)  # what is not an array, such as a flag, stays what it is
         for i, array in zip(where, arrays, strict=True):
             values[i] = array
         args, keywords = jax.tree.unflatten(treedef, values)
         f(scope, *args, **keywords)
 
-    jax.eval_shape(run, [flat[i] for i in where])
+    jax.eval_shape(call, [flat[i] for i in where])
     items: list[tuple[Path, Any]] = []
     specs: dict[Path, Spec] = {}
     stack: list[Recorder] = [scope]
     while stack:
         level = stack.pop()
         items.append((level._path, None))
-        for name, found in level._children.items():
+        for name in sorted(level._children, key=level._order.__getitem__):
+            found = level._children[name]
             path = (*level._path, name)
             if isinstance(found, Spec):
                 specs[path] = found
@@ -194,4 +225,4 @@ def record(
         stack.extend(c for c in level._children.values() if isinstance(c, Recorder))
     structure, order = build(items, {path: spec.kind for path, spec in specs.items()})
     tree = _rebuild(structure, tuple(specs[path] for path in order))
-    return tie(tree, {**scope._ties, **(extra or {})}) if scope._ties or extra else tree
+    return tie(tree, {**run.ties, **(extra or {})}) if run.ties or extra else tree

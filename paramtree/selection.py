@@ -1,7 +1,7 @@
 """Verbs that read and set leaves by name."""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from paramtree.structure import Path, build
 from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, shape_of
 
 __all__ = ["collect", "map_named", "replace"]
+
+T = TypeVar("T")
 
 
 def collect(
@@ -35,7 +37,8 @@ def collect(
       aliases: give every name of a tied leaf, tied in the result too.
 
     Returns:
-      A flat ``ParamTree``, empty if nothing matches.
+      A flat ``ParamTree``, empty if nothing matches. Names start at ``tree``, also where that is a
+      sub-tree; only printing shows its place as well.
 
     Raises:
       NameCollisionError: two of the paths join to one name.
@@ -64,10 +67,10 @@ def collect(
         items = [((name,), slot) for name, _, slot in taken.values()]
         structure.cache[key] = build(items, structure.kinds)
     flat, order = structure.cache[key]
-    return _rebuild(flat, pick(source._leaves, order))
+    return _rebuild(flat, pick(source._leaves, order), source._place)
 
 
-def replace(tree: Any, values: Mapping[str, Any]) -> Any:
+def replace(tree: T, values: Mapping[str, Any]) -> T:
     """Returns the tree with new values for some names; all the rest stays, ties too.
 
     Numbers, lists and numpy arrays become arrays of the leaf's dtype; jax arrays are taken as
@@ -96,7 +99,7 @@ def replace(tree: Any, values: Mapping[str, Any]) -> Any:
     problems = []
     for name, slot in find(source._structure, values.keys(), "replace").items():
         value, old = values[name], leaves[slot]
-        if slot in given and given[slot][1] is not value:
+        if slot in given and not _equal(given[slot][1], value):
             raise RuleError(
                 f"replace: `{given[slot][0]}` and `{name}` are tied, one leaf, and get different "
                 "arrays: give one of them, or pt.untie them first."
@@ -109,6 +112,13 @@ def replace(tree: Any, values: Mapping[str, Any]) -> Any:
     if problems:
         raise MismatchError(f"replace: {'; '.join(problems)}.")
     return restore(tuple(leaves))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are known to be the same array; that of two traced ones is not known."""
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b
+    return dtype_of(a) == dtype_of(b) and np.array_equal(a, b)
 
 
 def _fitted(value: Any, old: Any) -> Any:
@@ -145,9 +155,9 @@ def _casts(found: Any, wanted: Any) -> bool:
 
 def map_named(
     fn: Callable[[str, Any], Any] | Mapping[Pattern, Callable[[str, Any], Any]],
-    tree: Any,
+    tree: T,
     pattern: Pattern | None = None,
-) -> Any:
+) -> T:
     """Returns the tree with ``fn(name, leaf)`` in place of every leaf, or of those that match.
 
     A tied leaf is mapped once, under the first of its names that matches.
@@ -169,7 +179,8 @@ def map_named(
       array([1., 1.])
     """
     if not _is_functions(fn) and _is_functions(tree):
-        fn, tree = tree, fn
+        swapped: Any = tree, fn
+        fn, tree = swapped
     if not _is_functions(fn):
         raise TypeError(
             f"map_named takes a function of name and leaf, or a mapping of patterns to such "

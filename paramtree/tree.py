@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey

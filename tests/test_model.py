@@ -38,6 +38,17 @@ def test_names_come_in_the_order_of_first_use(key: jax.Array) -> None:
     assert mlp(params, X).shape == (3, 2)
 
 
+def test_the_order_is_that_of_the_declarations_and_not_of_reading(key: jax.Array) -> None:
+    def model(p: Any, x: jax.Array) -> jax.Array:
+        x = nn.Dropout(0.5)(p.drop, x)
+        return nn.Dense(2)(
+            p.out, nn.Dense(3)(p.deep.hidden, x) + p.after.param("b", (1, 3), init.One())
+        )
+
+    params = pt.init(model, key, X)
+    assert list(params) == ["drop", "deep", "after", "out"]
+
+
 def test_abstract_has_the_structure_shapes_and_dtypes_of_init(key: jax.Array) -> None:
     params, shapes = pt.init(mlp, key, X), pt.abstract(mlp, X)
     assert params._structure is shapes._structure

@@ -154,6 +154,11 @@ def test_replacing_one_name_of_a_tied_leaf_replaces_the_other() -> None:
     assert new.embed.weight is new.decoder.weight and float(new.embed.weight[0, 0]) == 9
 
 
+def test_equal_arrays_for_two_names_of_one_leaf_are_one_value() -> None:
+    new = pt.replace(tied(), {"embed_weight": np.ones((3, 2)), "decoder_weight": np.ones((3, 2))})
+    assert float(new.decoder.weight.sum()) == 6
+
+
 def test_map_named() -> None:
     tree = tied()
     seen = []

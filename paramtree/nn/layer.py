@@ -46,10 +46,6 @@ class Layer:
         """What a ``Sequential`` calls it, before the counter."""
         return type(self).__name__.lower()
 
-    def children(self) -> Iterator[tuple[str, "Layer"]]:
-        """Yields the names and layers that this layer calls on the children of its scope."""
-        yield from ()
-
     def init(
         self,
         key: jax.Array,
@@ -144,10 +140,6 @@ class Sequential(Layer):
             x = layer(child(p, name), x)
         return x
 
-    def children(self) -> Iterator[tuple[str, Layer]]:
-        """Yields the names and layers, in order."""
-        yield from zip(self.names, self.layers, strict=True)
-
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, slice):
             # The children keep their names, so a part of a net runs on the whole net's tree.
@@ -171,7 +163,7 @@ class Sequential(Layer):
     def __repr__(self) -> str:
         lines = []
         counts: dict[str, int] = {}
-        for i, (name, layer) in enumerate(self.children()):
+        for i, (name, layer) in enumerate(zip(self.names, self.layers, strict=True)):
             count = counts[layer.alias] = counts.get(layer.alias, -1) + 1
             shown = i if name == f"{layer.alias}{count}" else name
             text = repr(layer).replace("\n", "\n  ")
@@ -193,7 +185,11 @@ def _as_layer(layer: Any, where: str) -> Layer:
 
 def _shared(layer: Layer, prefix: str, first: dict[int, str]) -> Iterator[tuple[str, str]]:
     """Yields the paths of layers that are the same instance as one before, with that one's path."""
-    for name, below in layer.children():
+    # Only what a Sequential is given counts: the default of a dataclass's field is one instance too,
+    # and two layers that have it in common do not mean to share.
+    if not isinstance(layer, Sequential):
+        return
+    for name, below in zip(layer.names, layer.layers, strict=True):
         path = prefix + name
         if id(below) in first:
             yield path, first[id(below)]

@@ -1,0 +1,1410 @@
+"""Layers: one table of them all that runs through every transform, then each layer by itself."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import paramtree as pt
+from paramtree import initializers as init
+from paramtree import nn
+
+
+class Row(NamedTuple):
+    """A layer, made anew at every call, and what it is called with. Integers are below 5."""
+
+    make: Callable[[], nn.Layer]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def of(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def double(x):
+    return 2 * x
+
+
+def tied():
+    shared = nn.Dense(5, activation="tanh")
+    return nn.Sequential(shared, nn.Sequential(nn.Dense(5), shared), nn.Dense(2))
+
+
+# The first word is the class. A new layer needs a row, and then passes all the tests of the table.
+TABLE = {
+    "Activation": Row(lambda: nn.Activation("tanh"), (of(2, 5),)),
+    "Activation function": Row(lambda: nn.Activation(double), (of(5),)),
+    "Dense": Row(lambda: nn.Dense(3), (of(2, 5),)),
+    "Dense flattening": Row(lambda: nn.Dense(3, activation="tanh"), (of(2, 2, 3),)),
+    "Dense on the last axis": Row(lambda: nn.Dense(3, double, flatten=False), (of(2, 2, 5),)),
+    "Dense without bias": Row(
+        lambda: nn.Dense(3, use_bias=False, weight_initializer="xavier", in_units=5), (of(5),)
+    ),
+    "Dropout": Row(lambda: nn.Dropout(0.5), (of(2, 5),)),
+    "Dropout axes": Row(lambda: nn.Dropout(0.5, axes=(1,)), (of(2, 5),)),
+    "Embedding": Row(lambda: nn.Embedding(5, 3), (of(2, 4, dtype="int32"),)),
+    "Flatten": Row(nn.Flatten, (of(2, 3, 4),)),
+    "Lambda": Row(lambda: nn.Lambda(double), (of(2, 5),)),
+    "Sequential": Row(
+        lambda: nn.Sequential(
+            nn.Embedding(5, 3), nn.Flatten(), nn.Dense(4, "relu"), nn.Dropout(0.5), double, nn.Dense(2)
+        ),
+        (of(2, 3, dtype="int32"),),
+    ),
+    "Sequential nested": Row(
+        lambda: nn.Sequential(nn.Sequential(nn.Dense(4), nn.Activation("relu")), head=nn.Dense(2)),
+        (of(2, 5),),
+    ),
+    "Sequential tied": Row(tied, (of(2, 5),)),
+    "Sequential empty": Row(nn.Sequential, (of(2, 5),)),
+}
+rows = pytest.mark.parametrize("row", TABLE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA's optimisations take longer than all that these small layers compute."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def x64():
+    """Returns the context in which jax has 64-bit types."""
+    enable = getattr(jax, "enable_x64", None)
+    if enable is None:
+        from jax.experimental import enable_x64 as enable
+    return enable(True)
+
+
+def arrays(inputs, seed=0, batch=()):
+    """Returns random inputs, with more leading axes if asked for."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(
+            rng.integers(5, size=batch + s.shape)
+            if jnp.issubdtype(s.dtype, jnp.integer)
+            else rng.normal(size=batch + s.shape),
+            s.dtype,
+        )
+        for s in inputs
+    )
+
+
+@functools.cache
+def setup(row):
+    """Returns a layer, its parameters and inputs."""
+    make, structs = TABLE[row]
+    layer = make()
+    return layer, pt.init(layer, jax.random.key(0), *structs), arrays(structs)
+
+
+def cast(tree, dtype):
+    """Returns the tree with its floating leaves cast."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
+
+
+def loss(layer, params, *inputs):
+    """Returns a scalar that depends on every output, each with another weight."""
+    total = jnp.zeros((), jnp.float32)
+    for y in jax.tree.leaves(layer(params, *inputs)):
+        weights = jnp.linspace(0.5, 1.5, y.size).reshape(y.shape)
+        total = total + (weights * y.astype(jnp.float32)).sum()
+    return total
+
+
+def close(a, b, **tolerance):
+    """Checks that two trees have one structure, and shapes, dtypes and about the same values."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, **({"rtol": 1e-5, "atol": 1e-6} | tolerance))
+
+
+def same(a, b):
+    """Whether two trees have one structure and exactly the same values."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def described(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def pruned(tree):
+    """Returns nested dicts without the levels that hold nothing: what a file of names gives."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: below for name, old in tree.items() if (below := pruned(old)) not in ({},)}
+
+
+class Counting:
+    """A function that counts how often it is traced or run."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x
+
+
+# The table
+
+
+def test_every_public_layer_has_a_row():
+    public = {name: getattr(nn, name) for name in dir(nn) if not name.startswith("_")}
+    layers = {n for n, v in public.items() if isinstance(v, type) and issubclass(v, nn.Layer)}
+    assert {row.split()[0] for row in TABLE} == layers - {"Layer"}
+    for row, (make, _) in TABLE.items():
+        assert type(make()).__name__ == row.split()[0]
+
+
+@rows
+def test_init(row, key):
+    make, structs = TABLE[row]
+    _, params, inputs = setup(row)
+    assert isinstance(params, pt.ParamTree)
+    assert same(pt.init(make(), key, *structs), params)
+    assert same(pt.init(make(), key, *inputs), params)
+    assert same(make().init(key, *inputs), params)
+    close(jax.jit(lambda key: pt.init(make(), key, *structs))(key), params)
+
+
+@rows
+def test_abstract_agrees_with_real(row):
+    make, structs = TABLE[row]
+    layer, params, inputs = setup(row)
+    abstract = pt.abstract(make(), *structs)
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    assert jax.tree.leaves(abstract) == jax.tree.leaves(described(params))
+    output = jax.eval_shape(layer, abstract, *structs)
+    assert jax.tree.leaves(output) == jax.tree.leaves(described(layer(params, *inputs)))
+
+
+@rows
+def test_jit_equals_eager(row):
+    layer, params, inputs = setup(row)
+    y = layer(params, *inputs)
+    close(jax.jit(layer)(params, *inputs), y)
+    close(jax.jit(lambda p: layer(p, *inputs))(params), y)
+
+
+@rows
+def test_grad(row):
+    layer, params, inputs = setup(row)
+    grads = jax.grad(functools.partial(loss, layer))(params, *inputs)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert described(grads) == described(params) or jax.tree.leaves(described(grads)) == (
+        jax.tree.leaves(described(params))
+    )
+    for leaf in jax.tree.leaves(grads):
+        assert jnp.isfinite(leaf).all()
+        assert (leaf != 0).any()
+    compiled = jax.jit(jax.grad(functools.partial(loss, layer)))(params, *inputs)
+    close(compiled, grads)
+
+
+@rows
+def test_grad_is_the_slope(row):
+    layer, params, inputs = setup(row)
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        pytest.skip("no parameters")
+    rng = np.random.default_rng(1)
+    step = jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(size=w.shape), w.dtype) for w in leaves])
+    with x64():
+        one, by, data = (cast(tree, "float64") for tree in (params, step, inputs))
+        slope = jax.jvp(lambda p: layer(p, *data).sum(), (one,), (by,))[1]
+        ends = [
+            layer(jax.tree.map(lambda w, d, e=e: w + e * d, one, by), *data).sum()
+            for e in (1e-6, -1e-6)
+        ]
+        np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-7)
+
+
+@rows
+def test_vmap_equals_a_loop(row):
+    layer, params, _ = setup(row)
+    inputs = arrays(TABLE[row].inputs, seed=1, batch=(3,))
+    mapped = jax.vmap(lambda *x: layer(params, *x))(*inputs)
+    loop = [layer(params, *(x[i] for x in inputs)) for i in range(3)]
+    close(mapped, jax.tree.map(lambda *y: jnp.stack(y), *loop))
+
+
+@rows
+def test_vmap_over_parameters(row):
+    layer, params, inputs = setup(row)
+    other = jax.tree.map(lambda w: w + 1, params)
+    both = jax.tree.map(lambda *w: jnp.stack(w), params, other)
+    if not jax.tree.leaves(params):
+        pytest.skip("no parameters")
+    y = jax.vmap(lambda p: layer(p, *inputs))(both)
+    close(y, jnp.stack([layer(params, *inputs), layer(other, *inputs)]))
+
+
+@rows
+def test_scan_equals_a_loop(row):
+    layer, params, _ = setup(row)
+    inputs = arrays(TABLE[row].inputs, seed=2, batch=(3,))
+    scanned = jax.lax.scan(lambda c, x: (c, layer(c, *x)), params, inputs)
+    assert same(scanned[0], params)
+    loop = [layer(params, *(x[i] for x in inputs)) for i in range(3)]
+    close(scanned[1], jax.tree.map(lambda *y: jnp.stack(y), *loop))
+
+
+@rows
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(row, dtype):
+    layer, params, inputs = setup(row)
+    half, data = cast(params, dtype), cast(inputs, dtype)
+    y = layer(half, *data)
+    assert all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(y))
+    close(cast(y, "float32"), layer(params, *inputs), rtol=0.05, atol=0.05)
+    grads = jax.grad(functools.partial(loss, layer))(half, *data)
+    assert jax.tree.leaves(described(grads)) == jax.tree.leaves(described(half))
+    out, after = pt.training(layer)(half, *data, key=jax.random.key(1))
+    assert out.dtype == jnp.dtype(dtype)
+    assert jax.tree.leaves(described(after)) == jax.tree.leaves(described(half))
+
+
+@rows
+def test_x64(row):
+    make, structs = TABLE[row]
+    _, params, inputs = setup(row)
+    with x64():
+        layer, key = make(), jax.random.key(0)
+        made = pt.init(layer, key, *structs)
+        # A layer's dtype is what it says; 64 bits being possible changes nothing.
+        assert jax.tree.leaves(described(made)) == jax.tree.leaves(described(params))
+        y = layer(made, *inputs)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(y))
+        wide, data = cast(params, "float64"), cast(inputs, "float64")
+        for f in (layer, jax.jit(layer)):
+            y = f(wide, *data)
+            assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(y))
+        grads = jax.grad(functools.partial(loss, layer))(wide, *data)
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(grads))
+        out, _ = pt.training(layer)(wide, *data, key=key)
+        assert out.dtype == jnp.float64
+        close(cast(y, "float32"), make()(params, *inputs))
+
+
+@rows
+def test_checkpoint(row):
+    layer, params, inputs = setup(row)
+    remat = jax.checkpoint(layer)
+    close(remat(params, *inputs), layer(params, *inputs))
+    plain = jax.grad(functools.partial(loss, layer))(params, *inputs)
+    close(jax.grad(functools.partial(loss, remat))(params, *inputs), plain)
+
+
+@rows
+def test_no_tracer_leaks(row, key):
+    layer, params, inputs = setup(row)
+    with jax.checking_leaks():
+        jax.jit(lambda key: pt.init(layer, key, *inputs))(key)
+        pt.abstract(layer, *inputs)
+        jax.jit(lambda p, *x: layer(p, *x))(params, *inputs)
+        jax.jit(jax.grad(lambda p, *x: loss(layer, p, *x)))(params, *inputs)
+        jax.vmap(lambda *x: layer(params, *x))(*(x[None] for x in inputs))
+        jax.jit(lambda p, k, *x: pt.training(layer)(p, *x, key=k))(params, key, *inputs)
+        remat = jax.checkpoint(layer)
+        jax.jit(lambda p, k, *x: pt.training(remat)(p, *x, key=k))(params, key, *inputs)
+
+
+@rows
+def test_training(row, key):
+    layer, params, inputs = setup(row)
+    y, after = pt.training(layer)(params, *inputs, key=key)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert jax.tree.leaves(described(y)) == jax.tree.leaves(described(layer(params, *inputs)))
+    again, _ = pt.training(TABLE[row].make())(params, *inputs, key=key)
+    assert same(y, again)
+    close(jax.jit(pt.training(layer))(params, *inputs, key=key), (y, after))
+    remat, _ = pt.training(jax.checkpoint(layer))(params, *inputs, key=key)
+    close(remat, y)
+
+
+@rows
+def test_a_sub_tree_is_a_scope_as_well(row, key):
+    layer, params, inputs = setup(row)
+
+    def model(p, *x):
+        return layer(p.outer.inner, *x)
+
+    nested = pt.init(model, key, *TABLE[row].inputs)
+    assert jax.tree.structure(nested.outer.inner) == jax.tree.structure(params)
+    close(layer(nested.outer.inner, *inputs), model(nested, *inputs))
+    renamed = pt.from_tree({"outer": {"inner": params}})
+    close(model(renamed, *inputs), layer(params, *inputs))
+    close(jax.jit(layer)(renamed.outer.inner, *inputs), layer(params, *inputs))
+
+
+@rows
+def test_a_tree_of_names_alone_will_do(row, key):
+    layer, params, inputs = setup(row)
+    names = pt.from_tree(pruned(params.to_dict()))
+    assert len(jax.tree.leaves(names)) >= len(jax.tree.leaves(params))
+    for f in (layer, jax.jit(layer), jax.checkpoint(layer)):
+        close(f(names, *inputs), layer(params, *inputs))
+    trained, _ = pt.training(layer)(names, *inputs, key=key)
+    assert same(trained, pt.training(layer)(params, *inputs, key=key)[0])
+    remat, _ = pt.training(jax.checkpoint(layer))(names, *inputs, key=key)
+    close(remat, trained)
+
+
+@rows
+def test_equal_settings_are_equal_layers(row):
+    make = TABLE[row].make
+    layer = make()
+    assert make() is not layer
+    for other in (make(), pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer)):
+        assert type(other) is type(layer)
+        assert other == layer
+        assert hash(other) == hash(layer)
+        assert repr(other) == repr(layer)
+    assert layer != 3
+    others = [TABLE[name].make() for name in TABLE if name != row]
+    assert layer not in others
+    assert pt.training(layer) == pt.training(make())
+
+
+@rows
+def test_a_pickled_layer_runs_on_the_same_parameters(row, key):
+    layer, params, inputs = setup(row)
+    restored = pickle.loads(pickle.dumps(layer))
+    assert same(pt.init(restored, key, *inputs), params)
+    assert same(restored(params, *inputs), layer(params, *inputs))
+
+
+@rows
+def test_immutable(row):
+    layer = TABLE[row].make()
+    for name in [field.name for field in dataclasses.fields(layer)] or ["units"]:
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{name}'"):
+            setattr(layer, name, 1)
+
+
+@rows
+def test_repr(row):
+    layer = TABLE[row].make()
+    assert repr(layer) == repr(TABLE[row].make())
+    assert repr(layer).split("(")[0] == row.split()[0]
+    assert " at 0x" not in repr(layer)
+
+
+def test_repr_is_in_the_form_of_gluon():
+    assert repr(nn.Dense(256, activation="relu")) == "Dense(None -> 256, Activation(relu))"
+    assert repr(nn.Dense(10, in_units=20)) == "Dense(20 -> 10, linear)"
+    assert repr(nn.Dense(10, activation=double)) == "Dense(None -> 10, Activation(double))"
+    assert repr(nn.Dropout(0.3)) == "Dropout(p = 0.3, axes=())"
+    assert repr(nn.Dropout(0.3, axes=[1, 2])) == "Dropout(p = 0.3, axes=(1, 2))"
+    assert repr(nn.Embedding(10, 4)) == "Embedding(10 -> 4, float32)"
+    assert repr(nn.Activation("relu")) == "Activation(relu)"
+    assert repr(nn.Activation(double)) == "Activation(double)"
+    assert repr(nn.Flatten()) == "Flatten"
+    assert repr(nn.Lambda(double)) == "Lambda(double)"
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments"),
+    [
+        (
+            nn.Dense,
+            "units activation=None use_bias=True flatten=True dtype='float32' "
+            "weight_initializer=None bias_initializer='zeros' in_units=0",
+        ),
+        (nn.Embedding, "input_dim output_dim dtype='float32' weight_initializer=None"),
+        (nn.Dropout, "rate axes=()"),
+        (nn.Activation, "activation"),
+        (nn.Flatten, ""),
+    ],
+    ids=["Dense", "Embedding", "Dropout", "Activation", "Flatten"],
+)
+def test_arguments_are_in_the_order_of_gluon(layer, arguments):
+    parameters = inspect.signature(layer).parameters.values()
+    assert [parameter.name for parameter in parameters] == [
+        text.split("=")[0] for text in arguments.split()
+    ]
+    for parameter, text in zip(parameters, arguments.split(), strict=True):
+        default = parameter.default
+        if "=" not in text:
+            assert default is inspect.Parameter.empty
+        elif parameter.name == "bias_initializer":
+            assert init.get(default) == init.Zero()
+        else:
+            assert repr(default) == text.split("=")[1]
+
+
+def test_a_layer_of_ones_own(key):
+    @dataclasses.dataclass(frozen=True)
+    class Scale(nn.Layer):
+        start: float = 1.0
+
+        def __call__(self, p, x):
+            return p.param("scale", (), init.Constant(self.start)) * x
+
+    net = nn.Sequential(nn.Dense(3), Scale(2.0), nn.Sequential(Scale()), Scale(4.0))
+    params = net.init(key, jnp.ones((2, 5)))
+    assert list(params) == ["dense0", "scale0", "sequential0", "scale1"]
+    assert params.scale1.scale == 4
+    assert params[2][0].scale == 1
+    assert net[1] == Scale(2.0)
+    assert list(Scale().children()) == []
+    expected = 8 * nn.Dense(3)(params.dense0, jnp.ones((2, 5)))
+    np.testing.assert_allclose(net(params, jnp.ones((2, 5))), expected, rtol=1e-6)
+
+
+def test_a_layer_needs_a_call():
+    class Nothing(nn.Layer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\)"):
+        Nothing()(pt.from_tree({}), 0)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dense(3), nn.Embedding(3, 2), nn.Sequential(nn.Dense(3))], ids=repr
+)
+def test_parameters_come_first(layer, key):
+    x = jnp.ones((2, 5), jnp.int32 if isinstance(layer, nn.Embedding) else jnp.float32)
+    for wrong in ({}, x, None):
+        with pytest.raises(TypeError, match=r"its parameters first, model\(params, x\), but found"):
+            layer(wrong, x)
+    layer(pt.init(layer, key, x), x)
+
+
+def test_rules_and_ties_go_through_a_layers_init(key):
+    net = nn.Sequential(nn.Dense(5), nn.Dense(5))
+    params = net.init(key, of(2, 5), rules={".*bias": init.One()}, ties={"dense1": "dense0"})
+    assert (params.dense1.bias == 1).all()
+    assert pt.ties(params) == {"dense1_weight": "dense0_weight", "dense1_bias": "dense0_bias"}
+
+
+# Dense
+
+
+def test_dense(key):
+    x = jax.random.normal(key, (4, 5))
+    layer = nn.Dense(3, bias_initializer="normal")
+    params = layer.init(key, x)
+    assert params.weight.shape == (3, 5)
+    assert params.bias.shape == (3,)
+    assert list(params) == ["weight", "bias"]
+    expected = np.asarray(x) @ np.asarray(params.weight).T + np.asarray(params.bias)
+    np.testing.assert_allclose(layer(params, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(params, np.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dense_flatten(key):
+    x = jax.random.normal(key, (2, 4, 5))
+    flat, last = nn.Dense(3), nn.Dense(3, flatten=False)
+    params = flat.init(key, x)
+    assert params.weight.shape == (3, 20)
+    close(flat(params, x), flat(params, x.reshape(2, 20)))
+    params = last.init(key, x)
+    assert params.weight.shape == (3, 5)
+    assert last(params, x).shape == (2, 4, 3)
+    close(last(params, x)[1], last(params, x[1]))
+    assert pt.init(flat, key, of(2, 2, 3, 4)).weight.shape == (3, 24)
+
+
+def test_dense_without_bias(key):
+    x = jax.random.normal(key, (2, 5))
+    layer = nn.Dense(3, use_bias=False)
+    params = layer.init(key, x)
+    assert list(params) == ["weight"]
+    close(layer(params, x), x @ params.weight.T)
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_dense_on_one_dimension(flatten, key):
+    x = jax.random.normal(key, (5,))
+    layer = nn.Dense(3, activation="relu", flatten=flatten)
+    params = layer.init(key, x)
+    assert layer(params, x).shape == (3,)
+    close(layer(params, x), layer(params, x[None])[0])
+
+
+def test_dense_on_a_scalar(key):
+    with pytest.raises(ValueError, match=r"Dense\(None -> 3, linear\) needs an input of one dimension"):
+        nn.Dense(3).init(key, jnp.float32(1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 4, 5), (0, 2, 3, 4)], ids=str)
+def test_an_empty_batch(shape, key):
+    x, one = jnp.ones(shape), jnp.ones((1, *shape[1:]))
+    for net in (nn.Dense(3), nn.Sequential(nn.Flatten(), nn.Dense(3, "relu"))):
+        params = net.init(key, one)
+        assert net(params, x).shape == (0, 3)
+        assert jax.jit(net)(params, x).shape == (0, 3)
+        assert jax.tree.structure(pt.abstract(net, x)) == jax.tree.structure(params)
+        grads = jax.grad(lambda p, net=net: net(p, x).sum())(params)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_dense_on_the_last_axis_of_an_empty_batch(key):
+    net = nn.Dense(3, flatten=False)
+    assert net(net.init(key, jnp.ones((0, 4, 5))), jnp.ones((0, 4, 5))).shape == (0, 4, 3)
+
+
+def test_dense_checks_the_input_size(key):
+    layer = nn.Dense(4, in_units=20)
+    for x in (jnp.ones((2, 3)), jnp.ones((2, 20, 2))):
+        with pytest.raises(ValueError, match=r"Dense\(20 -> 4, linear\) expects inputs of size 20"):
+            layer.init(key, x)
+    assert layer.init(key, jnp.ones((2, 4, 5))).weight.shape == (4, 20)
+    params = nn.Dense(4).init(key, jnp.ones((2, 20)))
+    with pytest.raises(pt.MismatchError, match=r"`weight` has shape \(4, 20\).* needs \(4, 3\)"):
+        nn.Dense(4)(params, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: nn.Dense(-1), "Dense: units is a whole number of 0 or more, but found -1"),
+        (lambda: nn.Dense(2.5), "Dense: units is .* found 2.5"),
+        (lambda: nn.Dense("relu"), "Dense: units is .* found 'relu'"),
+        (lambda: nn.Dense(True), "Dense: units is .* found True"),
+        (lambda: nn.Dense(3, in_units=-2), "Dense: in_units is .* found -2"),
+        (lambda: nn.Embedding(-1, 2), "Embedding: input_dim is .* found -1"),
+        (lambda: nn.Embedding(3, None), "Embedding: output_dim is .* found None"),
+    ],
+    ids=["negative", "float", "string", "bool", "in_units", "input_dim", "output_dim"],
+)
+def test_sizes_are_whole_numbers(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_settings_spelled_differently_are_equal():
+    assert nn.Dense(3, dtype="bfloat16") == nn.Dense(3, dtype=jnp.bfloat16)
+    assert nn.Dense(3) == nn.Dense(3, dtype=jnp.float32, weight_initializer=init.Uniform(0.07))
+    assert nn.Dropout(0.5, axes=[1]) == nn.Dropout(0.5, axes=(1,))
+    assert hash(nn.Dropout(0.5, axes=[1])) == hash(nn.Dropout(0.5, axes=(1,)))
+    different = [nn.Dense(3), nn.Dense(4), nn.Dense(3, "relu"), nn.Dense(3, use_bias=False)]
+    different += [nn.Dense(3, flatten=False), nn.Dense(3, dtype="float16"), nn.Dense(3, in_units=3)]
+    different += [nn.Dense(3, weight_initializer="normal"), nn.Dense(3, bias_initializer="ones")]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dense(3, dtype="bfloat16"), nn.Embedding(5, 3, "bfloat16")], ids=repr
+)
+def test_parameters_have_the_layers_dtype(layer, key):
+    x = jnp.ones((2, 5), jnp.int32 if isinstance(layer, nn.Embedding) else jnp.bfloat16)
+    params = layer.init(key, x)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    assert layer(params, x).dtype == jnp.bfloat16
+
+
+# Activations
+
+FORMULAS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "softrelu": lambda x: np.log1p(np.exp(x)),
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "softsign": lambda x: x / (1 + np.abs(x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "swish": lambda x: x / (1 + np.exp(-x)),
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "log_sigmoid": lambda x: -np.log1p(np.exp(-x)),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hard_tanh": lambda x: np.clip(x, -1, 1),
+    "hard_sigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "identity": lambda x: x,
+    "softmax": lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+    "log_softmax": lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_activations_by_name(name, key):
+    x = np.linspace(-7, 7, 30, dtype="float32").reshape(5, 6)
+    layer = nn.Activation(name)
+    params = layer.init(key, x)
+    np.testing.assert_allclose(layer(params, jnp.asarray(x)), FORMULAS[name](x), rtol=1e-4, atol=1e-5)
+    assert layer(params, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    dense = nn.Dense(4, activation=name)
+    params = dense.init(key, x)
+    expected = FORMULAS[name](np.asarray(nn.Dense(4)(params, x)))
+    np.testing.assert_allclose(dense(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu", "selu"])
+def test_other_activations(name):
+    x = jnp.linspace(-3, 3, 20)
+    close(nn.Activation(name)(pt.from_tree({}), x), getattr(jax.nn, name)(x))
+
+
+def test_activations_as_functions(key):
+    x = jnp.linspace(-3, 3, 10).reshape(2, 5)
+    by_name, by_function = nn.Dense(4, activation="tanh"), nn.Dense(4, activation=jnp.tanh)
+    params = by_name.init(key, x)
+    close(by_function(params, x), by_name(params, x))
+    assert by_function != by_name
+    assert by_function == nn.Dense(4, activation=jnp.tanh)
+    close(nn.Activation(double)(pt.from_tree({}), x), 2 * x)
+
+
+def test_an_activation_without_a_name_has_a_repr():
+    leaky = functools.partial(jax.nn.leaky_relu, negative_slope=0.2)
+    for layer in (nn.Activation(leaky), nn.Dense(3, leaky), nn.Lambda(leaky)):
+        assert "leaky_relu" in repr(layer)
+
+
+@pytest.mark.parametrize("use", [nn.Activation, lambda name: nn.Dense(3, activation=name)])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("rleu", "relu"), ("Relu", "relu"), ("sigmod", "sigmoid")]
+)
+def test_an_unknown_activation_suggests_close_names(use, wrong, right):
+    with pytest.raises(ValueError, match=f"no activation '{wrong}'. Did you mean .*`{right}`") as info:
+        use(wrong)
+    assert "any function of x" in str(info.value)
+    use(right)
+
+
+def test_an_unknown_activation_lists_the_names():
+    with pytest.raises(ValueError, match="no activation 'zzz'. The names are .*relu.*tanh"):
+        nn.Activation("zzz")
+    with pytest.raises(ValueError, match="no activation 3"):
+        nn.Dense(4, activation=3)
+
+
+# Flatten and Lambda
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3), (2,), (1, 1, 1, 1)], ids=str)
+def test_flatten(shape, key):
+    x = jax.random.normal(key, shape)
+    y = nn.Flatten()(nn.Flatten().init(key, x), x)
+    np.testing.assert_array_equal(y, np.asarray(x).reshape(shape[0], -1))
+
+
+def test_lambda(key):
+    x = jnp.arange(4.0)
+    layer = nn.Lambda(double)
+    np.testing.assert_array_equal(layer(layer.init(key, x), x), 2 * np.arange(4))
+    assert layer == nn.Lambda(double)
+    assert layer != nn.Lambda(jnp.tanh)
+    assert nn.Sequential(double)[0] == layer
+
+
+# Sequential
+
+
+def all_sorts():
+    return nn.Sequential(
+        nn.Dense(6),
+        nn.Dropout(0.5),
+        nn.Activation("relu"),
+        nn.Dense(4),
+        nn.Flatten(),
+        double,
+        nn.Sequential(nn.Dense(4), nn.Dropout(0.1)),
+        nn.Activation("tanh"),
+        nn.Activation("relu"),
+        nn.Activation(double),
+        lambda x: x + 1,
+        nn.Sequential(),
+        head=nn.Dense(2),
+    )
+
+
+ALL_SORTS = (
+    "dense0 dropout0 relu0 dense1 flatten0 lambda0 sequential0 tanh0 relu1 activation0 lambda1 "
+    "sequential1 head"
+).split()
+
+
+def test_names_count_each_alias(key):
+    net = all_sorts()
+    params = net.init(key, of(2, 5))
+    assert list(net.names) == ALL_SORTS
+    assert list(params) == ALL_SORTS
+    assert list(params.sequential0) == ["dense0", "dropout0"]
+    assert list(pt.collect(params)) == [
+        f"{layer}_{leaf}"
+        for layer in ("dense0", "dense1", "sequential0_dense0", "head")
+        for leaf in ("weight", "bias")
+    ]
+
+
+def test_positions_agree_with_structural_names(key):
+    net = all_sorts()
+    params = net.init(key, of(2, 5))
+    assert len(params) == len(net) == len(ALL_SORTS)
+    for i, name in enumerate(ALL_SORTS):
+        assert list(params[i]) == list(params[name])
+        assert jax.tree.structure(params[i]) == jax.tree.structure(params[name])
+        assert net[i] is net[name]
+    assert params[0].weight is params.dense0.weight
+    assert params[3].weight is params.dense1.weight
+    assert params[6][0].bias is params.sequential0.dense0.bias
+    assert params[-1].bias is params.head.bias
+    assert list(params[1]) == []
+
+
+def test_more_than_ten_keep_their_order(key):
+    net = nn.Sequential(*[nn.Dense(2) for _ in range(12)])
+    params = net.init(key, of(1, 2))
+    assert list(params) == [f"dense{i}" for i in range(12)]
+    assert params[10].weight is params.dense10.weight
+
+
+def test_sequential_computes_one_after_another(key):
+    x = jax.random.normal(key, (3, 5))
+    net = all_sorts()
+    params = net.init(key, x)
+    y = x
+    for i, layer in enumerate(net):
+        y = layer(params[i], y)
+    close(net(params, x), y)
+    assert [layer for _, layer in net.children()] == list(net) == list(net.layers)
+
+
+def test_named_children_come_last(key):
+    net = nn.Sequential(nn.Dense(4), body=nn.Dense(3, "relu"), act=jnp.tanh, head=nn.Dense(2))
+    params = net.init(key, of(2, 5))
+    assert list(params) == ["dense0", "body", "act", "head"]
+    assert [params[i].weight.shape for i in (0, 1, 3)] == [(4, 5), (3, 4), (2, 3)]
+    assert net["act"] == nn.Lambda(jnp.tanh)
+    assert net["head"] is net[-1]
+
+
+@pytest.mark.parametrize("name", ["items", "training", "param", "key", "layers", "names", "shared"])
+def test_a_child_may_be_called_like_an_attribute_of_the_tree(name, key):
+    x = jnp.ones((2, 5))
+    net = nn.Sequential(**{name: nn.Dense(3)})
+    params = net.init(key, x)
+    assert list(params) == [name]
+    close(net(params, x), nn.Dense(3)(params[name], x))
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "/", "a/"])
+def test_a_name_that_is_no_segment_is_refused_or_works(name, key):
+    x = jnp.ones((2, 5))
+    try:
+        net = nn.Sequential(**{name: nn.Dense(3)})
+    except ValueError:
+        return
+    assert net(net.init(key, x), x).shape == (2, 3)
+
+
+def test_names_never_clash_unnoticed():
+    # The alias of a class whose name ends in a digit runs into the counter of another alias.
+    class Dense1(nn.Layer):
+        def __call__(self, p, x):
+            return p.param("weight", (2, 2), init.One()) @ x
+
+    with contextlib.suppress(ValueError):
+        net = nn.Sequential(*[nn.Dense(2) for _ in range(11)], Dense1())
+        assert len(set(net.names)) == len(net)
+
+
+def test_a_name_given_twice():
+    with pytest.raises(ValueError, match="two children called dense0: .* called dense0, relu0") as info:
+        nn.Sequential(nn.Dense(3), nn.Activation("relu"), dense0=nn.Dense(2))
+    assert "give the named ones other names" in str(info.value)
+    nn.Sequential(nn.Dense(3), nn.Activation("relu"), head=nn.Dense(2))
+    nn.Sequential(nn.Dense(3), dense1=nn.Dense(2))
+
+
+@pytest.mark.parametrize(
+    ("child", "shown"),
+    [
+        (3, "3"),
+        (None, "None"),
+        ("relu", "'relu'"),
+        (nn.Dense, "Dense"),
+        ([nn.Dense(3)], r"\[Dense\(None -> 3, linear\)\]"),
+    ],
+    ids=["number", "None", "string", "class", "list"],
+)
+def test_a_child_that_is_not_callable(child, shown):
+    with pytest.raises(
+        TypeError, match=f"child 1 of a Sequential is {shown}; expected a layer"
+    ) as info:
+        nn.Sequential(nn.Flatten(), child)
+    assert "nn.Sequential(*layers)" in str(info.value)
+    with pytest.raises(TypeError, match=f"child head of a Sequential is {shown}"):
+        nn.Sequential(nn.Flatten(), head=child)
+    nn.Sequential(*[nn.Dense(3)])
+
+
+def test_indexing():
+    net = all_sorts()
+    assert net[0] == nn.Dense(6)
+    assert net[-1] == nn.Dense(2)
+    assert net["sequential0"][0] == nn.Dense(4)
+    with pytest.raises(KeyError, match="no child `dens0`.* Did you mean `dense0`"):
+        net["dens0"]
+    with pytest.raises(IndexError, match="out of range"):
+        net[99]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 7, 13])
+def test_slices_run_on_the_whole_tree(cut, key):
+    x = jax.random.normal(key, (2, 5))
+    net = all_sorts()
+    params = net.init(key, x)
+    first, second = net[:cut], net[cut:]
+    assert isinstance(first, nn.Sequential)
+    assert first.names + second.names == net.names
+    for f, g in ((first, second), (jax.jit(first), jax.jit(second))):
+        close(g(params, f(params, x)), net(params, x))
+    assert first == net[:cut]
+    assert hash(first) == hash(net[:cut])
+    assert net[:] == net
+
+
+def test_a_slice_starts_from_the_same_values(key):
+    net = all_sorts()
+    whole, part = net.init(key, of(2, 5)), net[:4].init(key, of(2, 5))
+    assert list(part) == ALL_SORTS[:4]
+    assert same(part.dense1, whole.dense1)
+    assert list(net[3:].init(key, of(2, 6))) == ALL_SORTS[3:]
+
+
+def test_a_slice_of_every_other_layer(key):
+    net = nn.Sequential(nn.Dense(5), double, nn.Dense(5), double)
+    params = net.init(key, x := jnp.ones((2, 5)))
+    assert net[::2].names == ("dense0", "dense1")
+    close(4 * net[::2](params, x), net(params, x), rtol=1e-4)
+    assert net[::-1].names == ("lambda1", "dense1", "lambda0", "dense0")
+
+
+def test_a_slice_shows_the_names_that_it_keeps():
+    net = nn.Sequential(nn.Dense(5), nn.Dropout(0.5), nn.Dense(2), head=nn.Dense(1))
+    assert repr(net[:2]) == (
+        "Sequential(\n  (0): Dense(None -> 5, linear)\n  (1): Dropout(p = 0.5, axes=())\n)"
+    )
+    assert "(dense1): Dense(None -> 2, linear)" in repr(net[2:])
+    assert "(head): Dense(None -> 1, linear)" in repr(net[2:])
+
+
+def test_nesting(key):
+    x = jax.random.normal(key, (2, 5))
+    flat = nn.Sequential(nn.Dense(4, "relu"), nn.Dense(3, "relu"), nn.Dense(2))
+    deep = nn.Sequential(
+        nn.Sequential(nn.Dense(4, "relu"), nn.Sequential(nn.Dense(3, "relu"))), nn.Dense(2)
+    )
+    params = deep.init(key, x)
+    assert list(pt.collect(params, ".*weight")) == [
+        "sequential0_dense0_weight",
+        "sequential0_sequential0_dense0_weight",
+        "dense0_weight",
+    ]
+    moved = jax.tree.unflatten(jax.tree.structure(flat.init(key, x)), jax.tree.leaves(params))
+    close(flat(moved, x), deep(params, x))
+
+
+def test_plain_functions_of_x(key):
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+    net = nn.Sequential(jnp.tanh, lambda x: x[:, :2], functools.partial(jnp.sum, axis=1), abs)
+    params = net.init(key, x)
+    assert list(params) == ["lambda0", "lambda1", "lambda2", "lambda3"]
+    assert jax.tree.leaves(params) == []
+    np.testing.assert_allclose(net(params, x), np.abs(np.tanh(x)[:, :2].sum(1)), rtol=1e-6)
+
+
+def test_an_empty_sequential(key):
+    x = jnp.ones((2, 3))
+    net = nn.Sequential()
+    params = net.init(key, x)
+    assert len(net) == len(params) == 0
+    assert net(params, x) is x
+    assert repr(net) == "Sequential(\n)"
+
+
+def test_repr_of_nets_is_that_of_gluon():
+    def block(size):
+        return nn.Sequential(
+            nn.Dense(32, activation="relu", in_units=size), nn.Dense(16, activation="relu", in_units=32)
+        )
+
+    net = nn.Sequential(
+        nn.Sequential(block(20), block(16), block(16), block(16)), nn.Dense(10, in_units=16)
+    )
+    assert repr(net) == (
+        "Sequential(\n"
+        "  (0): Sequential(\n"
+        "    (0): Sequential(\n"
+        "      (0): Dense(20 -> 32, Activation(relu))\n"
+        "      (1): Dense(32 -> 16, Activation(relu))\n"
+        "    )\n"
+        "    (1): Sequential(\n"
+        "      (0): Dense(16 -> 32, Activation(relu))\n"
+        "      (1): Dense(32 -> 16, Activation(relu))\n"
+        "    )\n"
+        "    (2): Sequential(\n"
+        "      (0): Dense(16 -> 32, Activation(relu))\n"
+        "      (1): Dense(32 -> 16, Activation(relu))\n"
+        "    )\n"
+        "    (3): Sequential(\n"
+        "      (0): Dense(16 -> 32, Activation(relu))\n"
+        "      (1): Dense(32 -> 16, Activation(relu))\n"
+        "    )\n"
+        "  )\n"
+        "  (1): Dense(16 -> 10, linear)\n"
+        ")"
+    )
+
+
+def test_repr_of_all_sorts():
+    net = nn.Sequential(
+        nn.Embedding(9, 4), nn.Flatten(), double, nn.Activation("relu"), head=nn.Dense(2)
+    )
+    assert repr(net) == (
+        "Sequential(\n"
+        "  (0): Embedding(9 -> 4, float32)\n"
+        "  (1): Flatten\n"
+        "  (2): Lambda(double)\n"
+        "  (3): Activation(relu)\n"
+        "  (head): Dense(None -> 2, linear)\n"
+        ")"
+    )
+
+
+# The same instance twice
+
+
+def dense(*names):
+    """Returns the ties of dense layers, each given as alias:source."""
+    pairs = (name.split(":") for name in names)
+    return {f"{a}_{leaf}": f"{s}_{leaf}" for a, s in pairs for leaf in ("weight", "bias")}
+
+
+def shared_nets():
+    """Yields nets with the ties that their parameters are to have."""
+    d, e = nn.Dense(5, "tanh"), nn.Dense(5, "tanh")
+    inner = nn.Sequential(d, d)
+    yield "flat", nn.Sequential(d, e, d), dense("dense2:dense0")
+    yield "thrice", nn.Sequential(d, d, d), dense("dense1:dense0", "dense2:dense0")
+    yield "equal, not the same", nn.Sequential(d, e, nn.Dense(5, "tanh")), {}
+    yield "down", nn.Sequential(d, nn.Sequential(e, d)), dense("sequential0_dense1:dense0")
+    yield "up", nn.Sequential(nn.Sequential(e, d), d), dense("dense0:sequential0_dense1")
+    yield (
+        "across",
+        nn.Sequential(nn.Sequential(d), nn.Sequential(e, d)),
+        dense("sequential1_dense1:sequential0_dense0"),
+    )
+    yield (
+        "inside and outside",
+        nn.Sequential(d, inner),
+        dense("sequential0_dense0:dense0", "sequential0_dense1:dense0"),
+    )
+    yield (
+        "a net twice",
+        nn.Sequential(once := nn.Sequential(d, e), once),
+        dense("sequential1_dense0:sequential0_dense0", "sequential1_dense1:sequential0_dense1"),
+    )
+    yield (
+        "a net that ties, twice",
+        nn.Sequential(inner, inner),
+        dense(
+            "sequential0_dense1:sequential0_dense0",
+            "sequential1_dense0:sequential0_dense0",
+            "sequential1_dense1:sequential0_dense0",
+        ),
+    )
+    yield (
+        "a net that ties, twice and deeper",
+        nn.Sequential(d, nn.Sequential(inner), inner),
+        dense(
+            "sequential0_sequential0_dense0:dense0",
+            "sequential0_sequential0_dense1:dense0",
+            "sequential1_dense0:dense0",
+            "sequential1_dense1:dense0",
+        ),
+    )
+    yield "by name", nn.Sequential(d, head=d), dense("head:dense0")
+    relu = nn.Activation("relu")
+    yield "without parameters", nn.Sequential(relu, d, relu, nn.Sequential(relu)), {}
+
+
+@pytest.mark.parametrize("case", [name for name, _, _ in shared_nets()])
+def test_the_same_instance_is_a_tie(case, key):
+    net, ties = next((net, ties) for name, net, ties in shared_nets() if name == case)
+    x = jax.random.normal(key, (2, 5))
+    params = net.init(key, x)
+    assert pt.ties(params) == ties
+    assert jax.tree.structure(pt.abstract(net, x)) == jax.tree.structure(params)
+    for alias, source in ties.items():
+        named = pt.collect(params, aliases=True)
+        assert named[alias] is named[source]
+    names = len(pt.collect(params, aliases=True))
+    assert len(jax.tree.leaves(params)) == names - len(ties)
+    grads = jax.grad(lambda p: net(p, x).sum())(params)
+    untied = jax.grad(lambda p: net(p, x).sum())(pt.untie(params)) if ties else grads
+    flat = pt.collect(untied, aliases=True)
+    for name, grad in pt.collect(grads).items():
+        total = sum((flat[alias] for alias, source in ties.items() if source == name), flat[name])
+        np.testing.assert_allclose(grad, total, rtol=1e-5, atol=1e-6)
+    restored = pickle.loads(pickle.dumps(net))
+    assert restored == net
+    assert pt.ties(restored.init(key, x)) == ties
+    assert pt.ties(copy.deepcopy(net).init(key, x)) == ties
+
+
+def test_nets_that_share_differently_are_different(key):
+    nets = []
+    for _, net, _ in shared_nets():
+        loose = pickle.loads(pickle.dumps(net))
+        assert loose == net
+        nets.append(net)
+    assert len(set(nets)) == len(nets)
+    d, e, f = (nn.Dense(5) for _ in range(3))
+    partitions = [(d, d, d), (d, d, e), (d, e, d), (d, e, e), (d, e, f)]
+    assert len({nn.Sequential(*layers) for layers in partitions}) == 5
+    assert len({nn.Sequential(a, nn.Sequential(b, c)) for a, b, c in partitions}) == 5
+    # Looked at from outside, what the inner net shares counts as well.
+    assert nn.Sequential(nn.Sequential(d, d)) != nn.Sequential(nn.Sequential(d, e))
+    assert nn.Sequential(d, d) == nn.Sequential(e, e)
+    assert hash(nn.Sequential(d, d)) == hash(nn.Sequential(e, e))
+
+
+def test_sharing_survives_a_slice(key):
+    d = nn.Dense(5)
+    net = nn.Sequential(nn.Dense(5), d, d, nn.Dense(2))
+    params = net.init(key, x := jnp.ones((2, 5)))
+    assert pt.ties(net[1:3].init(key, x)) == dense("dense2:dense1")
+    assert pt.ties(net[2:].init(key, x)) == {}
+    close(net[2:](params, net[:2](params, x)), net(params, x))
+
+
+def test_sharing_inside_a_model(key):
+    def model(p, x):
+        d = nn.Dense(5)
+        return nn.Sequential(d, nn.Sequential(d))(p.body, nn.Dense(5)(p.stem, x))
+
+    params = pt.init(model, key, of(2, 5))
+    assert pt.ties(params) == dense("body_sequential0_dense0:body_dense0")
+
+
+# What jax compiles
+
+
+def test_equal_nets_share_compiled_code(key):
+    counting = Counting()
+
+    def make():
+        d = nn.Dense(5)
+        return nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(2, "relu")))
+
+    x = jnp.ones((2, 5))
+    params = make().init(key, x)
+    counting.calls = 0
+    for _ in range(3):
+        jax.jit(make())(params, x)
+    assert counting.calls == 1
+    for _ in range(3):
+        jax.jit(pt.training(make()))(params, x, key=key)
+    assert counting.calls == 2
+    other = jax.tree.map(lambda w: w + 1, params)
+    jax.jit(make())(other, x)
+    assert counting.calls == 2
+    d = nn.Dense(5)
+    jax.jit(nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(3, "relu"))))(
+        nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(3, "relu"))).init(key, x),
+        x,
+    )
+    assert counting.calls == 4  # one init, one call
+
+
+def test_sub_trees_of_one_form_share_compiled_code(key):
+    counting = Counting()
+    block = nn.Sequential(nn.Dense(5), counting)
+    net = nn.Sequential(*[nn.Sequential(nn.Dense(5), counting) for _ in range(3)])
+    params = net.init(key, x := jnp.ones((2, 5)))
+    counting.calls = 0
+    run = jax.jit(block)
+    for i in range(3):
+        x = run(params[i], x)
+    assert counting.calls == 1
+
+
+def test_a_training_step_is_traced_once(key):
+    counting = Counting()
+    net = nn.Sequential(
+        nn.Dense(8, "relu"), nn.Dropout(0.5), counting, d := nn.Dense(8), d, nn.Dense(1)
+    )
+    x, y = jax.random.normal(key, (16, 5)), jnp.ones((16, 1))
+    params = net.init(key, x)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state, key):
+        def objective(params):
+            output, params = pt.training(net)(params, x, key=key)
+            return ((output - y) ** 2).mean(), params
+
+        (value, params), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    structure = jax.tree.structure(params)
+    state = optimizer.init(params)
+    counting.calls = 0
+    values = []
+    for k in jax.random.split(key, 5):
+        params, state, value = step(params, state, k)
+        values.append(float(value))
+    assert counting.calls == 1
+    assert jax.tree.structure(params) == structure
+    assert params.dense2.weight is params.dense1.weight
+    assert values[-1] < values[0]
+
+
+# Dropout
+
+
+def dropped(layer, x, key, params=None):
+    """Returns the output in training."""
+    params = layer.init(key, x) if params is None else params
+    return pt.training(layer)(params, x, key=key)[0]
+
+
+def test_dropout_does_nothing_in_inference(key):
+    x = jax.random.normal(key, (4, 5))
+    for rate in (0.0, 0.5, 0.99):
+        layer = nn.Dropout(rate)
+        assert layer(layer.init(key, x), x) is x
+    net = nn.Sequential(nn.Dropout(0.9), double)
+    close(jax.jit(net)(net.init(key, x), x), 2 * x)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean(rate, key):
+    x = jnp.full((200, 200), 3.0)
+    y = np.asarray(dropped(nn.Dropout(rate), x, key))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], 3 / (1 - rate), rtol=1e-5)
+    error = np.sqrt(rate * (1 - rate) / x.size)
+    assert abs(kept.mean() - (1 - rate)) < 5 * error
+    assert abs(y.mean() - 3) < 5 * 3 * error / (1 - rate)
+    # Neither rows nor columns share their fate.
+    for axis in (0, 1):
+        share = kept.mean(axis)
+        assert np.abs(share - (1 - rate)).max() < 6 * np.sqrt(rate * (1 - rate) / 200)
+
+
+@pytest.mark.parametrize(
+    "axes", [(0,), (1,), (2,), (-1,), (0, 2), (1, 2), (-3, -1), (0, 1, 2)], ids=str
+)
+def test_dropout_axes_share_their_fate(axes, key):
+    x = jnp.ones((12, 11, 10))
+    y = np.asarray(dropped(nn.Dropout(0.5, axes=axes), x, key))
+    assert set(np.unique(y)) <= {0.0, 2.0}
+    shared = {axis % 3 for axis in axes}
+    for axis in range(3):
+        constant = (y == np.take(y, [0], axis)).all()
+        assert constant == (axis in shared)
+
+
+def test_dropout_axes_that_the_input_does_not_have(key):
+    for axis in (2, 5, -3):
+        with pytest.raises(ValueError, match=r"ax[ie]s"):
+            dropped(nn.Dropout(0.5, axes=(axis,)), jnp.ones((3, 4)), key)
+
+
+def test_dropout_of_rate_0_needs_no_key(key):
+    x = jnp.ones((3, 4))
+    net = nn.Sequential(nn.Dropout(0), nn.Dropout(0.0, axes=(1,)))
+    y, _ = pt.training(net)(net.init(key, x), x)
+    assert y is x
+
+
+@pytest.mark.parametrize("rate", [1, 1.0, -0.1, 1.5, float("nan")])
+def test_dropout_rates(rate):
+    with pytest.raises(ValueError, match=r"Dropout: rate is a share in \[0, 1\), but found"):
+        nn.Dropout(rate)
+
+
+def test_dropout_without_a_key_names_the_layer(key):
+    x = jnp.ones((3, 4))
+    net = nn.Sequential(nn.Dense(4), nn.Sequential(nn.Dropout(0), nn.Dropout(0.5)))
+    params = net.init(key, x)
+    for f in (pt.training(net), jax.jit(pt.training(net))):
+        with pytest.raises(pt.ScopeError, match="`sequential0_dropout1` draws random numbers") as info:
+            f(params, x)
+        assert "key=jax.random.key(0)" in str(info.value)
+        f(params, x, key=jax.random.key(0))  # what the text says to do
+    names = pt.from_tree(pruned(params.to_dict()))
+    with pytest.raises(pt.ScopeError, match="`sequential0_dropout1` draws random numbers"):
+        pt.training(net)(names, x)
+
+
+def test_dropout_masks_differ(key):
+    x = jnp.ones((8, 8))
+
+    def model(p, x):
+        drop, other = nn.Dropout(0.5), nn.Sequential(d := nn.Dropout(0.5), d)
+        y = [drop(p.a, x), drop(p.a, x), drop(p.b, x), drop(p.a, x), other[0](p.net.x, x)]
+        return jnp.stack([*y, nn.Dropout(0.5)(p.net.dropout0, x)])
+
+    params = pt.init(model, key, x)
+    masks = np.asarray(dropped(model, x, key, params)).reshape(6, -1)
+    assert len({mask.tobytes() for mask in masks}) == 6
+    correlation = np.corrcoef(masks)
+    assert np.abs(correlation - np.eye(6)).max() < 5 / 8
+    assert same(dropped(model, x, key, params), dropped(model, x, key, params))
+    other = dropped(model, x, jax.random.key(1), params)
+    assert not any((a == b).all() for a, b in zip(masks, np.asarray(other).reshape(6, -1), strict=True))
+
+
+def test_the_same_dropout_twice_draws_twice(key):
+    x = jnp.ones((20, 20))
+    net = nn.Sequential(d := nn.Dropout(0.5), d, nn.Sequential(d))
+    y = np.asarray(dropped(net, x, key))
+    assert set(np.unique(y)) == {0.0, 8.0}
+    assert abs((y != 0).mean() - 1 / 8) < 5 * np.sqrt(7 / 64 / 400)
+
+
+def test_a_mask_depends_on_the_layers_path_alone(key):
+    x = jnp.ones((8, 8))
+    alone = nn.Sequential(nn.Dropout(0.5))
+    among = nn.Sequential(abs, nn.Dropout(0.5), nn.Activation("relu"), more=abs)
+    assert same(dropped(alone, x, key), dropped(among, x, key))
+
+
+def test_dropout_under_jit_and_vmap(key):
+    x = jnp.ones((5, 8, 8))
+    net = nn.Sequential(nn.Dropout(0.5))
+    params = net.init(key, x[0])
+    run = pt.training(net)
+    one = run(params, x[0], key=key)[0]
+    close(jax.jit(run)(params, x[0], key=key)[0], one)
+    keys = jax.random.split(key, 5)
+    own = jax.vmap(lambda x, k: run(params, x, key=k)[0])(x, keys)
+    close(own, jnp.stack([run(params, x[i], key=keys[i])[0] for i in range(5)]))
+    assert len({np.asarray(y).tobytes() for y in own}) == 5
+    shared = jax.vmap(lambda x: run(params, x, key=key)[0])(x)
+    close(shared, jnp.stack([one] * 5))
+
+
+def test_dropout_under_scan(key):
+    x = jnp.ones((5, 8, 8))
+    net = nn.Sequential(nn.Dropout(0.5))
+    params = net.init(key, x[0])
+    keys = jax.random.split(key, 5)
+    run = pt.training(net)
+
+    def step(params, xk):
+        y, params = run(params, xk[0], key=xk[1])
+        return params, y
+
+    after, y = jax.lax.scan(step, params, (x, keys))
+    assert same(after, params)
+    close(y, jnp.stack([run(params, x[i], key=keys[i])[0] for i in range(5)]))
+    assert len({np.asarray(one).tobytes() for one in y}) == 5
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_dropout_under_checkpoint_recomputes_the_same_mask(wrap, key):
+    x = jax.random.normal(key, (8, 8)) + 5
+    net = nn.Sequential(nn.Dropout(0.5), jnp.exp, nn.Dropout(0.5))
+
+    def remat(p, x):
+        return jax.checkpoint(net)(p, x)
+
+    params = net.init(key, x)
+    plain = wrap(lambda x: pt.training(net)(params, x, key=key)[0].sum())
+    checked = wrap(lambda x: pt.training(remat)(params, x, key=key)[0].sum())
+    close(checked(x), plain(x))
+    close(jax.grad(checked)(x), jax.grad(plain)(x))
+    assert 0 < (jax.grad(checked)(x) == 0).mean() < 1
+
+
+def test_the_gradient_of_what_is_dropped_is_0(key):
+    x = jnp.ones((8, 8))
+    layer = nn.Dropout(0.5)
+    y = dropped(layer, x, key)
+    grad = jax.grad(lambda x: dropped(layer, x, key).sum())(x)
+    np.testing.assert_array_equal(grad, y)
+
+
+# Embedding
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)], ids=str)
+def test_embedding(shape, dtype, key):
+    ids = np.random.default_rng(0).integers(7, size=shape).astype(dtype)
+    layer = nn.Embedding(7, 4)
+    params = layer.init(key, ids)
+    assert list(params) == ["weight"]
+    assert params.weight.shape == (7, 4)
+    for given in (ids, jnp.asarray(ids)):
+        y = layer(params, given)
+        assert y.shape == (*shape, 4)
+        np.testing.assert_array_equal(y, np.asarray(params.weight)[ids.astype("int64")])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
+def test_embedding_takes_whole_numbers(dtype, key):
+    layer = nn.Embedding(7, 4)
+    ids = jnp.ones((2, 3), dtype)
+    with pytest.raises(TypeError, match=rf"Embedding\(7 -> 4, float32\) takes whole numbers.* {dtype}"):
+        layer.init(key, ids)
+    params = layer.init(key, ids.astype("int32"))  # what the text says to do
+    with pytest.raises(TypeError, match="cast the ids to int32"):
+        layer(params, ids)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_an_index_out_of_range_gives_nan(wrap, key):
+    layer = nn.Embedding(7, 4)
+    params = layer.init(key, jnp.array([0]))
+    y = wrap(layer)(params, jnp.array([6, 7, 1000, -8]))
+    assert jnp.isfinite(y[0]).all()
+    assert jnp.isnan(y[1:]).all()
+
+
+def test_embedding_adds_the_gradients_of_repeated_ids(key):
+    layer = nn.Embedding(5, 2)
+    ids = jnp.array([[1, 3, 1], [1, 0, 3]])
+    params = layer.init(key, ids)
+    weights = jax.random.normal(key, (2, 3, 2))
+    grad = jax.grad(lambda p: (weights * layer(p, ids)).sum())(params).weight
+    expected = np.zeros((5, 2), "float32")
+    np.add.at(expected, np.asarray(ids), np.asarray(weights))
+    np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)
+    assert not grad[2].any()
+    assert not grad[4].any()
+
+
+def test_an_embedding_ties_to_its_decoder_without_a_transpose(key):
+    def model(p, ids):
+        x = nn.Embedding(7, 4)(p.embed, ids)
+        return nn.Dense(7, use_bias=False, flatten=False)(p.decoder, x)
+
+    ids = jnp.array([[1, 2, 3]])
+    params = pt.init(model, key, ids, ties={"decoder/weight": "embed/weight"})
+    assert params.decoder.weight is params.embed.weight
+    logits = model(params, ids)
+    close(logits, params.embed.weight[ids] @ params.embed.weight.T)
+    grads = jax.grad(lambda p: model(p, ids).sum())(params)
+    assert len(jax.tree.leaves(grads)) == 1
