@@ -95,8 +95,10 @@ def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[
 
 
 def _for_name(spec: Spec, path: Path) -> Spec:
-    for_name = getattr(spec.initializer, "for_name", None)
-    return spec if for_name is None else spec._replace(initializer=for_name(join(path)))
+    """Returns the spec with an initializer that goes by name replaced by the one for this name."""
+    while for_name := getattr(spec.initializer, "for_name", None):
+        spec = spec._replace(initializer=for_name(join(path)))
+    return spec
 
 
 def _alike(specs: Sequence[Spec]) -> Iterator[list[int]]:

@@ -93,7 +93,7 @@ class Constant:
 
     def _identity(self) -> tuple[Any, ...]:
         value = np.asarray(self.value)
-        return value.shape, value.dtype, value.tobytes()
+        return type(self), value.shape, value.dtype, value.tobytes()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self._identity() == other._identity()
@@ -242,10 +242,12 @@ class Orthogonal:
         if len(shape) < 2:
             raise ValueError(f"{self!r} needs two dimensions or more, but found the shape {shape}.")
         matrix = shape[0], math.prod(shape[1:])
+        # No decomposition works in half precision.
+        exact = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
         if self.rand_type == "normal":
-            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, jnp.float32)
+            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, exact)
         else:
-            base = jax.random.uniform(key, matrix, jnp.float32, -1.0, 1.0)
+            base = jax.random.uniform(key, matrix, exact, -1.0, 1.0)
             left, _, right = jnp.linalg.svd(base, full_matrices=False)
             flat = self.scale * (left if left.shape == matrix else right)
         return flat.reshape(shape).astype(dtype)

@@ -7,6 +7,7 @@ nothing can leak from a ``scan`` or a ``checkpoint``, and a branch may be traced
 
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,10 +51,7 @@ class _Run:
 class Recorder:
     """The scope of a model that is being initialised: notes what it asks for, answers with zeros."""
 
-    __slots__ = ("_children", "_declared", "_order", "_parent", "_path", "_run")
-
-    # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as
-    # arguments, and a new recorder is always traced anew.
+    __slots__ = ("__weakref__", "_children", "_declared", "_order", "_parent", "_path", "_run")
 
     def __init__(self, path: Path, run: "_Run", parent: "Recorder | None" = None) -> None:
         self._path = path
@@ -183,7 +181,14 @@ class Recorder:
         return f"Recorder({join(self._path)!r}: {', '.join(self._children)})"
 
 
-register(Recorder, lambda scope: ((), scope), lambda scope: ((), scope), lambda scope, _: scope)
+# A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as arguments,
+# and a new recorder is always traced anew. Weakly, as jax keeps what it compares for long.
+register(
+    Recorder,
+    lambda scope: ((), weakref.ref(scope)),
+    lambda scope: ((), weakref.ref(scope)),
+    lambda scope, _: scope(),
+)
 
 
 def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:

@@ -6,8 +6,9 @@ what was written.
 """
 
 import dataclasses
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from paramtree.draw import check_key, path_key, path_words
 from paramtree.errors import MismatchError, ScopeError
-from paramtree.structure import Node, Path, Structure
+from paramtree.structure import Node, Path
 from paramtree.tree import ParamTree, _flatten, _rebuild, dtype_of, join, register, shape_of, whole
 
 __all__ = ["training"]
@@ -24,11 +25,10 @@ __all__ = ["training"]
 class _Session:
     """What one call under ``training`` shares among its scopes."""
 
-    __slots__ = ("draws", "key", "leaves", "trace")
+    __slots__ = ("__weakref__", "draws", "leaves", "trace")
 
-    def __init__(self, leaves: list[Any], key: jax.Array | None) -> None:
+    def __init__(self, leaves: list[Any]) -> None:
         self.leaves = leaves
-        self.key = key
         self.draws: Counter[Path] = Counter()
         self.trace = _trace_state()
 
@@ -43,27 +43,30 @@ def _trace_state() -> Any:
 class TrainingScope(ParamTree):
     """The scope of a model in training: reads like the tree, and can draw keys and write state."""
 
-    __slots__ = ("_session",)
+    __slots__ = ("_key", "_session")
 
     _session: _Session
+    _key: jax.Array | None
 
     @staticmethod
-    def make(structure: Structure, leaves: Any, session: _Session, place: Path) -> "TrainingScope":
+    def make(
+        tree: ParamTree, leaves: Sequence[Any], session: _Session, key: jax.Array | None
+    ) -> "TrainingScope":
+        """Returns a scope that looks at a tree's level, over these leaves."""
         scope = object.__new__(TrainingScope)
         for name, value in (
-            ("_structure", structure),
+            ("_structure", tree._structure),
+            ("_node", tree._node),
+            ("_place", tree._place),
             ("_leaves", leaves),
             ("_session", session),
-            ("_place", place),
-            ("_node", None),
+            ("_key", key),
         ):
             object.__setattr__(scope, name, value)
         return scope
 
     def _view(self, node: Node) -> "TrainingScope":
-        view = TrainingScope.make(self._structure, self._leaves, self._session, self._place)
-        object.__setattr__(view, "_node", node)
-        return view
+        return TrainingScope.make(super()._view(node), self._leaves, self._session, self._key)
 
     @property
     def training(self) -> bool:
@@ -106,21 +109,25 @@ class TrainingScope(ParamTree):
           ScopeError: the call was given no key.
         """
         session, path = self._session, self._path()
-        if session.key is None:
+        if self._key is None:
             where = f"`{join(path)}`" if path else "the model"
             raise ScopeError(
                 f"{where} draws random numbers, but no key was given: call "
                 "pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
             )
         session.draws[path] += 1
-        return jax.random.fold_in(path_key(session.key, path_words(path)), session.draws[path])
+        return jax.random.fold_in(path_key(self._key, path_words(path)), session.draws[path])
 
 
 def _flatten_scope(scope: TrainingScope) -> tuple[Any, Any]:
-    leaves, structure = _flatten(scope)
     # What goes through a transform as an argument keeps its session, so that a layer under
-    # jax.checkpoint still drops out, and its place, so that it still draws from its own key.
-    return tuple(leaves), (structure, scope._session, scope._path())
+    # jax.checkpoint still drops out, and its place, so that it still draws from its own key. The
+    # number of draws tells jax.jit that a second call is another one. The session is there weakly:
+    # jax keeps what it compares, and would keep all the leaves.
+    leaves, structure = _flatten(scope)
+    session = scope._session
+    static = structure, weakref.ref(session), scope._path(), session.draws.total()
+    return (*leaves, scope._key), static
 
 
 def _flatten_scope_with_keys(scope: TrainingScope) -> tuple[Any, Any]:
@@ -129,8 +136,9 @@ def _flatten_scope_with_keys(scope: TrainingScope) -> tuple[Any, Any]:
 
 
 def _rebuild_scope(static: Any, leaves: Any) -> TrainingScope:
-    structure, session, place = static
-    return TrainingScope.make(structure, tuple(leaves), session, place)
+    structure, session, place, _ = static
+    *leaves, key = leaves
+    return TrainingScope.make(_rebuild(structure, leaves, place), tuple(leaves), session(), key)
 
 
 register(TrainingScope, _flatten_scope, _flatten_scope_with_keys, _rebuild_scope)
@@ -151,8 +159,8 @@ class _Training:
         if key is not None:
             check_key(key)
         params = whole(params)
-        session = _Session(list(params._leaves), key)
-        scope = TrainingScope.make(params._structure, session.leaves, session, params._place)
+        session = _Session(list(params._leaves))
+        scope = TrainingScope.make(params, session.leaves, session, key)
         output = self.f(scope, *inputs, **kwargs)
         return output, _rebuild(params._structure, tuple(session.leaves), params._place)
 

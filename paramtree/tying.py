@@ -61,7 +61,7 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
     tree = whole(_checked(tree, "tie"))
     structure = _without_holes(tree, "tie")
     problems: list[str] = []
-    target: dict[Path, Path] = {}
+    target: dict[Path, list[Path]] = {}
     for alias, source in pairs.items():
         try:
             _point(structure, _path(structure, alias), _path(structure, source), target)
@@ -70,7 +70,7 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
     if problems:
         raise RuleError(f"tie: {' '.join(problems)}")
     slot_of = dict(structure.entries())
-    ends = {path: _follow(path, target) for path in target}
+    ends = {path: _follow(path, target, slot_of) for path in target}
     for path, end in ends.items():
         if reason := _difference(structure, tree._leaves, slot_of[path], slot_of[end]):
             problems.append(f"`{join(path)}` and `{join(end)}` have {reason}")
@@ -181,7 +181,7 @@ def _path(structure: Structure, text: str) -> Path:
     return found
 
 
-def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, Path]) -> None:
+def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, list[Path]]) -> None:
     """Notes that every leaf at or below ``alias`` is to be the one of ``source``."""
     here, there = "/".join(alias), "/".join(source)
     short = min(len(alias), len(source))
@@ -201,8 +201,7 @@ def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, P
         lacking = "; ".join(f"only {text}" for text in only if text)
         raise RuleError(f"`{here}` and `{there}` do not have the same leaves: {lacking}.")
     for rest in below[0]:
-        if target.setdefault((*alias, *rest), (*source, *rest)) != (*source, *rest):
-            raise RuleError(f"`{'/'.join((*alias, *rest))}` is tied twice, to different leaves.")
+        target.setdefault((*alias, *rest), []).append((*source, *rest))
 
 
 def _below(structure: Structure, path: Path) -> set[Path]:
@@ -216,16 +215,20 @@ def _below(structure: Structure, path: Path) -> set[Path]:
     return {entry[len(path) :] for entry, _ in structure.entries(found)}
 
 
-def _follow(alias: Path, target: dict[Path, Path]) -> Path:
+def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int]) -> Path:
+    """Returns the path at the end of a chain of ties; where chains meet, they must end alike."""
     seen = [alias]
-    while seen[-1] in target:
-        seen.append(target[seen[-1]])
-        if seen[-1] == alias:
-            circle = " -> ".join("/".join(path) for path in seen)
-            raise RuleError(f"tie: the ties go in a circle, {circle}: take one of them out.")
-        if len(seen) > len(target) + 1:  # a circle further on, found from one of its own members
-            break
-    return seen[-1]
+    for path in seen:  # grows while it is walked
+        seen += [source for source in target.get(path, ()) if source not in seen]
+    ends = [path for path in seen if path not in target]
+    shown = "/".join(alias)
+    if not ends:
+        circle = " -> ".join("/".join(path) for path in (*seen, alias))
+        raise RuleError(f"tie: the ties go in a circle, {circle}: take one of them out.")
+    if len({slot_of[end] for end in ends}) > 1:
+        different = " and ".join("/".join(end) for end in ends)
+        raise RuleError(f"tie: `{shown}` is tied twice, to different leaves, {different}.")
+    return ends[0]
 
 
 def _difference(structure: Structure, leaves: Any, one: int, other: int) -> str:

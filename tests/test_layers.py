@@ -4,10 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import pickle
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +123,7 @@ def loss(layer, params, *inputs):
     """Returns a scalar that depends on every output, each with another weight."""
     total = jnp.zeros((), jnp.float32)
     for y in jax.tree.leaves(layer(params, *inputs)):
-        weights = jnp.linspace(0.5, 1.5, y.size).reshape(y.shape)
+        weights = jnp.linspace(0.5, 1.5, y.size, dtype=jnp.float32).reshape(y.shape)
         total = total + (weights * y.astype(jnp.float32)).sum()
     return total
 
@@ -151,7 +153,8 @@ def pruned(tree):
     """Returns nested dicts without the levels that hold nothing: what a file of names gives."""
     if not isinstance(tree, dict):
         return tree
-    return {name: below for name, old in tree.items() if (below := pruned(old)) not in ({},)}
+    below = {name: pruned(value) for name, value in tree.items()}
+    return {name: value for name, value in below.items() if not isinstance(value, dict) or value}
 
 
 class Counting:
@@ -184,7 +187,8 @@ def test_init(row, key):
     assert same(pt.init(make(), key, *structs), params)
     assert same(pt.init(make(), key, *inputs), params)
     assert same(make().init(key, *inputs), params)
-    close(jax.jit(lambda key: pt.init(make(), key, *structs))(key), params)
+    traced = jax.eval_shape(lambda key: pt.init(make(), key, *structs), key)
+    assert jax.tree.structure(traced) == jax.tree.structure(params)
 
 
 @rows
@@ -203,59 +207,43 @@ def test_jit_equals_eager(row):
     layer, params, inputs = setup(row)
     y = layer(params, *inputs)
     close(jax.jit(layer)(params, *inputs), y)
-    close(jax.jit(lambda p: layer(p, *inputs))(params), y)
+
+
+@functools.cache
+def value_and_grad(row):
+    layer, params, inputs = setup(row)
+    return jax.jit(jax.value_and_grad(functools.partial(loss, layer)))(params, *inputs)
 
 
 @rows
 def test_grad(row):
-    layer, params, inputs = setup(row)
-    grads = jax.grad(functools.partial(loss, layer))(params, *inputs)
+    _, params, _ = setup(row)
+    _, grads = value_and_grad(row)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
-    assert described(grads) == described(params) or jax.tree.leaves(described(grads)) == (
-        jax.tree.leaves(described(params))
-    )
+    assert jax.tree.leaves(described(grads)) == jax.tree.leaves(described(params))
     for leaf in jax.tree.leaves(grads):
         assert jnp.isfinite(leaf).all()
         assert (leaf != 0).any()
-    compiled = jax.jit(jax.grad(functools.partial(loss, layer)))(params, *inputs)
-    close(compiled, grads)
-
-
-@rows
-def test_grad_is_the_slope(row):
-    layer, params, inputs = setup(row)
-    leaves, treedef = jax.tree.flatten(params)
-    if not leaves:
-        pytest.skip("no parameters")
-    rng = np.random.default_rng(1)
-    step = jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(size=w.shape), w.dtype) for w in leaves])
-    with x64():
-        one, by, data = (cast(tree, "float64") for tree in (params, step, inputs))
-        slope = jax.jvp(lambda p: layer(p, *data).sum(), (one,), (by,))[1]
-        ends = [
-            layer(jax.tree.map(lambda w, d, e=e: w + e * d, one, by), *data).sum()
-            for e in (1e-6, -1e-6)
-        ]
-        np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-5, atol=1e-7)
 
 
 @rows
 def test_vmap_equals_a_loop(row):
     layer, params, _ = setup(row)
     inputs = arrays(TABLE[row].inputs, seed=1, batch=(3,))
-    mapped = jax.vmap(lambda *x: layer(params, *x))(*inputs)
+    mapped = jax.jit(jax.vmap(lambda *x: layer(params, *x)))(*inputs)
     loop = [layer(params, *(x[i] for x in inputs)) for i in range(3)]
     close(mapped, jax.tree.map(lambda *y: jnp.stack(y), *loop))
 
 
-@rows
+@pytest.mark.parametrize(
+    "row",
+    [row for row, (make, inputs) in TABLE.items() if jax.tree.leaves(pt.abstract(make(), *inputs))],
+)
 def test_vmap_over_parameters(row):
     layer, params, inputs = setup(row)
     other = jax.tree.map(lambda w: w + 1, params)
     both = jax.tree.map(lambda *w: jnp.stack(w), params, other)
-    if not jax.tree.leaves(params):
-        pytest.skip("no parameters")
-    y = jax.vmap(lambda p: layer(p, *inputs))(both)
+    y = jax.jit(jax.vmap(lambda p: layer(p, *inputs)))(both)
     close(y, jnp.stack([layer(params, *inputs), layer(other, *inputs)]))
 
 
@@ -269,64 +257,88 @@ def test_scan_equals_a_loop(row):
     close(scanned[1], jax.tree.map(lambda *y: jnp.stack(y), *loop))
 
 
+def outputs_of(layer, params, *inputs):
+    """Returns what a layer gives in training, and its gradient, as shapes and dtypes."""
+    key = jax.random.key(1)
+    y, after = jax.eval_shape(lambda p, *x: pt.training(layer)(p, *x, key=key), params, *inputs)
+    return y, after, jax.eval_shape(jax.grad(functools.partial(loss, layer)), params, *inputs)
+
+
 @rows
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(row, dtype):
+def test_bfloat16(row):
     layer, params, inputs = setup(row)
-    half, data = cast(params, dtype), cast(inputs, dtype)
-    y = layer(half, *data)
-    assert all(leaf.dtype == jnp.dtype(dtype) for leaf in jax.tree.leaves(y))
+    half, data = cast(params, "bfloat16"), cast(inputs, "bfloat16")
+    y = jax.jit(layer)(half, *data)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(y))
     close(cast(y, "float32"), layer(params, *inputs), rtol=0.05, atol=0.05)
-    grads = jax.grad(functools.partial(loss, layer))(half, *data)
-    assert jax.tree.leaves(described(grads)) == jax.tree.leaves(described(half))
-    out, after = pt.training(layer)(half, *data, key=jax.random.key(1))
-    assert out.dtype == jnp.dtype(dtype)
-    assert jax.tree.leaves(described(after)) == jax.tree.leaves(described(half))
+    trained, after, grads = outputs_of(layer, half, *data)
+    assert jax.tree.leaves(trained) == jax.tree.leaves(described(y))
+    assert jax.tree.leaves(after) == jax.tree.leaves(grads) == jax.tree.leaves(described(half))
 
 
 @rows
 def test_x64(row):
     make, structs = TABLE[row]
-    _, params, inputs = setup(row)
+    layer, params, inputs = setup(row)
+    expected = layer(params, *inputs)
     with x64():
-        layer, key = make(), jax.random.key(0)
-        made = pt.init(layer, key, *structs)
-        # A layer's dtype is what it says; 64 bits being possible changes nothing.
-        assert jax.tree.leaves(described(made)) == jax.tree.leaves(described(params))
-        y = layer(made, *inputs)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(y))
+        layer = make()
+        made = jax.eval_shape(lambda key: pt.init(layer, key, *structs), jax.random.key(0))
+        # A layer's dtype is what it says; that 64 bits are possible changes nothing.
+        assert jax.tree.leaves(made) == jax.tree.leaves(described(params))
+        y = jax.eval_shape(layer, params, *inputs)
+        assert jax.tree.leaves(y) == jax.tree.leaves(described(expected))
         wide, data = cast(params, "float64"), cast(inputs, "float64")
-        for f in (layer, jax.jit(layer)):
-            y = f(wide, *data)
-            assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(y))
-        grads = jax.grad(functools.partial(loss, layer))(wide, *data)
-        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(grads))
-        out, _ = pt.training(layer)(wide, *data, key=key)
-        assert out.dtype == jnp.float64
-        close(cast(y, "float32"), make()(params, *inputs))
+        y = jax.jit(layer)(wide, *data)
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(y))
+        trained, after, grads = outputs_of(layer, wide, *data)
+        assert jax.tree.leaves(trained) == jax.tree.leaves(described(y))
+        assert jax.tree.leaves(after) == jax.tree.leaves(grads) == jax.tree.leaves(described(wide))
+        close(cast(y, "float32"), expected)
 
 
 @rows
 def test_checkpoint(row):
     layer, params, inputs = setup(row)
     remat = jax.checkpoint(layer)
-    close(remat(params, *inputs), layer(params, *inputs))
-    plain = jax.grad(functools.partial(loss, layer))(params, *inputs)
-    close(jax.grad(functools.partial(loss, remat))(params, *inputs), plain)
+    checked = jax.jit(jax.value_and_grad(functools.partial(loss, remat)))(params, *inputs)
+    close(checked, value_and_grad(row))
 
 
 @rows
 def test_no_tracer_leaks(row, key):
     layer, params, inputs = setup(row)
+    remat = jax.checkpoint(layer)
     with jax.checking_leaks():
-        jax.jit(lambda key: pt.init(layer, key, *inputs))(key)
         pt.abstract(layer, *inputs)
-        jax.jit(lambda p, *x: layer(p, *x))(params, *inputs)
-        jax.jit(jax.grad(lambda p, *x: loss(layer, p, *x)))(params, *inputs)
-        jax.vmap(lambda *x: layer(params, *x))(*(x[None] for x in inputs))
-        jax.jit(lambda p, k, *x: pt.training(layer)(p, *x, key=k))(params, key, *inputs)
-        remat = jax.checkpoint(layer)
-        jax.jit(lambda p, k, *x: pt.training(remat)(p, *x, key=k))(params, key, *inputs)
+        jax.eval_shape(lambda key: pt.init(layer, key, *inputs), key)
+        jax.eval_shape(lambda p, *x: layer(p, *x), params, *inputs)
+        jax.eval_shape(lambda p, *x: remat(p, *x), params, *inputs)
+        jax.eval_shape(jax.grad(lambda p, *x: loss(layer, p, *x)), params, *inputs)
+        jax.eval_shape(jax.vmap(lambda *x: layer(params, *x)), *(x[None] for x in inputs))
+        jax.eval_shape(lambda p, k, *x: pt.training(layer)(p, *x, key=k), params, key, *inputs)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "jit"])
+def test_no_tracer_leaks_from_a_transform_of_a_layer_in_training(wrap, key):
+    layer, params, inputs = setup("Dropout")
+    model = wrap(layer)
+    with jax.checking_leaks():
+        jax.eval_shape(lambda p, k, *x: pt.training(model)(p, *x, key=k), params, key, *inputs)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "jit"])
+def test_training_keeps_no_parameters_alive(wrap, key):
+    layer, params, inputs = setup("Dense")
+    model = wrap(layer)
+    alive = []
+    for _ in range(3):
+        current = jax.tree.map(lambda w: w + 1, params)
+        alive.append(weakref.ref(current.weight))
+        pt.training(model)(current, *inputs, key=key)
+        del current
+    gc.collect()
+    assert [ref() is not None for ref in alive] == [False] * 3
 
 
 @rows
@@ -335,11 +347,8 @@ def test_training(row, key):
     y, after = pt.training(layer)(params, *inputs, key=key)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     assert jax.tree.leaves(described(y)) == jax.tree.leaves(described(layer(params, *inputs)))
-    again, _ = pt.training(TABLE[row].make())(params, *inputs, key=key)
-    assert same(y, again)
-    close(jax.jit(pt.training(layer))(params, *inputs, key=key), (y, after))
-    remat, _ = pt.training(jax.checkpoint(layer))(params, *inputs, key=key)
-    close(remat, y)
+    run = jax.jit(pt.training(layer))
+    close(run(params, *inputs, key=key), (y, after))
 
 
 @rows
@@ -349,12 +358,14 @@ def test_a_sub_tree_is_a_scope_as_well(row, key):
     def model(p, *x):
         return layer(p.outer.inner, *x)
 
-    nested = pt.init(model, key, *TABLE[row].inputs)
+    nested = pt.abstract(model, *TABLE[row].inputs)
     assert jax.tree.structure(nested.outer.inner) == jax.tree.structure(params)
-    close(layer(nested.outer.inner, *inputs), model(nested, *inputs))
-    renamed = pt.from_tree({"outer": {"inner": params}})
-    close(model(renamed, *inputs), layer(params, *inputs))
-    close(jax.jit(layer)(renamed.outer.inner, *inputs), layer(params, *inputs))
+    filled = jax.tree.unflatten(jax.tree.structure(nested), jax.tree.leaves(params))
+    expected = layer(params, *inputs)
+    close(model(filled, *inputs), expected)
+    close(layer(filled.outer.inner, *inputs), expected)
+    close(jax.jit(layer)(filled.outer.inner, *inputs), expected)
+    close(model(pt.from_tree({"outer": {"inner": params}}), *inputs), expected)
 
 
 @rows
@@ -366,8 +377,7 @@ def test_a_tree_of_names_alone_will_do(row, key):
         close(f(names, *inputs), layer(params, *inputs))
     trained, _ = pt.training(layer)(names, *inputs, key=key)
     assert same(trained, pt.training(layer)(params, *inputs, key=key)[0])
-    remat, _ = pt.training(jax.checkpoint(layer))(names, *inputs, key=key)
-    close(remat, trained)
+    close(pt.training(jax.checkpoint(layer))(names, *inputs, key=key)[0], trained)
 
 
 @rows
@@ -467,7 +477,6 @@ def test_a_layer_of_ones_own(key):
     assert params.scale1.scale == 4
     assert params[2][0].scale == 1
     assert net[1] == Scale(2.0)
-    assert list(Scale().children()) == []
     expected = 8 * nn.Dense(3)(params.dense0, jnp.ones((2, 5)))
     np.testing.assert_allclose(net(params, jnp.ones((2, 5))), expected, rtol=1e-6)
 
@@ -645,12 +654,18 @@ def test_activations_by_name(name, key):
     x = np.linspace(-7, 7, 30, dtype="float32").reshape(5, 6)
     layer = nn.Activation(name)
     params = layer.init(key, x)
-    np.testing.assert_allclose(layer(params, jnp.asarray(x)), FORMULAS[name](x), rtol=1e-4, atol=1e-5)
-    assert layer(params, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
-    dense = nn.Dense(4, activation=name)
-    params = dense.init(key, x)
-    expected = FORMULAS[name](np.asarray(nn.Dense(4)(params, x)))
-    np.testing.assert_allclose(dense(params, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(layer)(params, x), FORMULAS[name](x), rtol=1e-4, atol=1e-5)
+    half = jax.ShapeDtypeStruct(x.shape, "bfloat16")
+    assert jax.eval_shape(layer, params, half).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "softmax"])
+def test_dense_activates(name, key):
+    x = np.linspace(-7, 7, 30, dtype="float32").reshape(5, 6)
+    layer = nn.Dense(4, activation=name)
+    params = layer.init(key, x)
+    linear = np.asarray(x) @ np.asarray(params.weight).T
+    np.testing.assert_allclose(layer(params, x), FORMULAS[name](linear), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gelu", "selu"])
@@ -733,10 +748,8 @@ def all_sorts():
     )
 
 
-ALL_SORTS = (
-    "dense0 dropout0 relu0 dense1 flatten0 lambda0 sequential0 tanh0 relu1 activation0 lambda1 "
-    "sequential1 head"
-).split()
+ALL_SORTS = ["dense0", "dropout0", "relu0", "dense1", "flatten0", "lambda0", "sequential0", "tanh0"]
+ALL_SORTS += ["relu1", "activation0", "lambda1", "sequential1", "head"]
 
 
 def test_names_count_each_alias(key):
@@ -782,7 +795,7 @@ def test_sequential_computes_one_after_another(key):
     for i, layer in enumerate(net):
         y = layer(params[i], y)
     close(net(params, x), y)
-    assert [layer for _, layer in net.children()] == list(net) == list(net.layers)
+    assert list(net) == list(net.layers)
 
 
 def test_named_children_come_last(key):
@@ -808,9 +821,10 @@ def test_a_name_that_is_no_segment_is_refused_or_works(name, key):
     x = jnp.ones((2, 5))
     try:
         net = nn.Sequential(**{name: nn.Dense(3)})
-    except ValueError:
+        params = net.init(key, x)
+    except (ValueError, pt.ParamTreeError):
         return
-    assert net(net.init(key, x), x).shape == (2, 3)
+    assert net(params, x).shape == (2, 3)
 
 
 def test_names_never_clash_unnoticed():
@@ -1069,12 +1083,26 @@ def test_the_same_instance_is_a_tie(case, key):
     assert pt.ties(copy.deepcopy(net).init(key, x)) == ties
 
 
-def test_nets_that_share_differently_are_different(key):
-    nets = []
-    for _, net, _ in shared_nets():
-        loose = pickle.loads(pickle.dumps(net))
-        assert loose == net
-        nets.append(net)
+def test_what_layers_have_in_common_without_a_sequential_is_no_tie(key):
+    default = nn.Dense(5)
+
+    @dataclasses.dataclass(frozen=True)
+    class Residual(nn.Layer):
+        body: nn.Layer = default  # one instance for all, as it is a default
+
+        def __call__(self, p, x):
+            return x + self.body(p.body, x)
+
+    twice = nn.Sequential(Residual(), residual := Residual(), residual)
+    params = twice.init(key, of(2, 5))
+    assert pt.ties(params) == {
+        "residual2_body_weight": "residual1_body_weight",
+        "residual2_body_bias": "residual1_body_bias",
+    }
+
+
+def test_nets_that_share_differently_are_different():
+    nets = [net for _, net, _ in shared_nets()]
     assert len(set(nets)) == len(nets)
     d, e, f = (nn.Dense(5) for _ in range(3))
     partitions = [(d, d, d), (d, d, e), (d, e, d), (d, e, e), (d, e, f)]
@@ -1115,23 +1143,21 @@ def test_equal_nets_share_compiled_code(key):
         return nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(2, "relu")))
 
     x = jnp.ones((2, 5))
-    params = make().init(key, x)
+    nets = [make() for _ in range(3)]  # jax forgets what it compiled with the function it was for
+    params = nets[0].init(key, x)
     counting.calls = 0
-    for _ in range(3):
-        jax.jit(make())(params, x)
+    for net in nets:
+        jax.jit(net)(params, x)
     assert counting.calls == 1
-    for _ in range(3):
-        jax.jit(pt.training(make()))(params, x, key=key)
+    runs = [pt.training(net) for net in nets]
+    for run in runs:
+        jax.jit(run)(params, x, key=key)
     assert counting.calls == 2
-    other = jax.tree.map(lambda w: w + 1, params)
-    jax.jit(make())(other, x)
+    jax.jit(nets[1])(jax.tree.map(lambda w: w + 1, params), x)
     assert counting.calls == 2
-    d = nn.Dense(5)
-    jax.jit(nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(3, "relu"))))(
-        nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(3, "relu"))).init(key, x),
-        x,
-    )
-    assert counting.calls == 4  # one init, one call
+    other = nets[0][:4]
+    jax.jit(other)(params, x)
+    assert counting.calls == 3
 
 
 def test_sub_trees_of_one_form_share_compiled_code(key):
@@ -1153,7 +1179,7 @@ def test_a_training_step_is_traced_once(key):
     )
     x, y = jax.random.normal(key, (16, 5)), jnp.ones((16, 1))
     params = net.init(key, x)
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.sgd(1e-2, momentum=0.9)
 
     @jax.jit
     def step(params, state, key):
@@ -1211,9 +1237,7 @@ def test_dropout_keeps_the_mean(rate, key):
         assert np.abs(share - (1 - rate)).max() < 6 * np.sqrt(rate * (1 - rate) / 200)
 
 
-@pytest.mark.parametrize(
-    "axes", [(0,), (1,), (2,), (-1,), (0, 2), (1, 2), (-3, -1), (0, 1, 2)], ids=str
-)
+@pytest.mark.parametrize("axes", [(0,), (1,), (-1,), (0, 2), (-3, -2, 2)], ids=str)
 def test_dropout_axes_share_their_fate(axes, key):
     x = jnp.ones((12, 11, 10))
     y = np.asarray(dropped(nn.Dropout(0.5, axes=axes), x, key))
@@ -1322,20 +1346,21 @@ def test_dropout_under_scan(key):
     assert len({np.asarray(one).tobytes() for one in y}) == 5
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_dropout_under_checkpoint_recomputes_the_same_mask(wrap, key):
+def test_dropout_under_checkpoint_recomputes_the_same_mask(key):
     x = jax.random.normal(key, (8, 8)) + 5
     net = nn.Sequential(nn.Dropout(0.5), jnp.exp, nn.Dropout(0.5))
+    params = net.init(key, x)
 
     def remat(p, x):
         return jax.checkpoint(net)(p, x)
 
-    params = net.init(key, x)
-    plain = wrap(lambda x: pt.training(net)(params, x, key=key)[0].sum())
-    checked = wrap(lambda x: pt.training(remat)(params, x, key=key)[0].sum())
-    close(checked(x), plain(x))
-    close(jax.grad(checked)(x), jax.grad(plain)(x))
-    assert 0 < (jax.grad(checked)(x) == 0).mean() < 1
+    def total(model):
+        return lambda x: pt.training(model)(params, x, key=key)[0].sum()
+
+    value, slope = jax.jit(jax.value_and_grad(total(net)))(x)
+    close(jax.jit(jax.value_and_grad(total(remat)))(x), (value, slope))
+    close(jax.grad(total(remat))(x), slope)
+    assert 0 < (slope == 0).mean() < 1
 
 
 def test_the_gradient_of_what_is_dropped_is_0(key):
@@ -1349,8 +1374,13 @@ def test_the_gradient_of_what_is_dropped_is_0(key):
 # Embedding
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32"])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *(((2, 3), dtype) for dtype in ("int8", "uint8", "int16", "int32", "uint32")),
+        *((shape, "int32") for shape in ((), (3,), (0,))),
+    ],
+)
 def test_embedding(shape, dtype, key):
     ids = np.random.default_rng(0).integers(7, size=shape).astype(dtype)
     layer = nn.Embedding(7, 4)

@@ -1,5 +1,6 @@
 """Dense layers, embeddings, and the layers without parameters that go with them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,10 @@ def _shown(activation: Any) -> str:
 def _size(layer: str, what: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{layer}: {what} is a whole number of 0 or more, but found {value!r}.")
+
+
+def _flat(x: Any) -> Any:
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))  # not -1: the batch may be empty
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,7 +148,7 @@ class Dense(Layer):
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs an input of one dimension or more, but found a scalar.")
         if self.flatten and x.ndim > 2:
-            x = x.reshape(x.shape[0], -1)
+            x = _flat(x)
         size = x.shape[-1]
         if self.in_units and size != self.in_units:
             raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
@@ -235,6 +240,8 @@ class Dropout(Layer):
     def __call__(self, p: Any, x: Any) -> Any:
         if not p.training or self.rate == 0:
             return x
+        if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
+            raise ValueError(f"{self!r}: the axes are not all among those of the input, {x.shape}.")
         axes = {axis % x.ndim for axis in self.axes}
         shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
         keep = jax.random.bernoulli(p.key(), 1 - self.rate, shape)
@@ -254,7 +261,7 @@ class Flatten(Layer):
     """
 
     def __call__(self, p: Any, x: Any) -> Any:
-        return x.reshape(x.shape[0], -1)
+        return _flat(x)
 
     def __repr__(self) -> str:
         return "Flatten"

@@ -116,10 +116,11 @@ class Sequential(Layer):
     ) -> None:
         made = [_as_layer(layer, str(i)) for i, layer in enumerate(layers)]
         counts: dict[str, int] = {}
-        names = []
+        names: list[str] = []
         for layer in made:
-            count = counts[layer.alias] = counts.get(layer.alias, -1) + 1
-            names.append(f"{layer.alias}{count}")
+            names.append(_next_name(layer.alias, counts, names))
+        if wrong := [name for name in named if not name or "/" in name]:
+            raise ValueError(f"Sequential: {wrong[0]!r} cannot name a child: no '/', not empty.")
         if twice := [name for name in named if name in names]:
             raise ValueError(
                 f"Sequential has two children called {', '.join(twice)}: positional children are "
@@ -164,11 +165,17 @@ class Sequential(Layer):
         lines = []
         counts: dict[str, int] = {}
         for i, (name, layer) in enumerate(zip(self.names, self.layers, strict=True)):
-            count = counts[layer.alias] = counts.get(layer.alias, -1) + 1
-            shown = i if name == f"{layer.alias}{count}" else name
+            shown = i if name == _next_name(layer.alias, counts, []) else name
             text = repr(layer).replace("\n", "\n  ")
             lines.append(f"  ({shown}): {text}\n")
         return f"Sequential(\n{''.join(lines)})"
+
+
+def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:
+    while True:
+        count = counts[alias] = counts.get(alias, -1) + 1
+        if f"{alias}{count}" not in taken:  # it may be: an alias can end in a digit
+            return f"{alias}{count}"
 
 
 def _as_layer(layer: Any, where: str) -> Layer:
