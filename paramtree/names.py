@@ -19,7 +19,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, whole
 
 __all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
 
@@ -102,11 +102,11 @@ def no_match(pattern: Pattern, known: Sequence[str]) -> str:
     return f"{text!r} matches no name{hint}"
 
 
-_UNSET: Any = object()
+UNSET: Any = object()
 
 
 def resolve(
-    structure: Structure, rules: Rules, *, default: Any = _UNSET, what: str = "the rules"
+    structure: Structure, rules: Rules, *, default: Any = UNSET, what: str = "the rules"
 ) -> tuple[Any, ...]:
     """Returns the value that a rule table gives to every stored leaf, in the order of the slots.
 
@@ -129,41 +129,49 @@ def resolve(
     key = ("rules", patterns)
     if key not in structure.cache:
         structure.cache[key] = _assign(structure, patterns)
-    hits, unused = structure.cache[key]
-    values = [*rules.values(), default]
+    first, disputed, unused = structure.cache[key]
+    values = [*rules.values(), default]  # the rule of a leaf that none matches is the last, -1
     problems = [no_match(pattern, names(structure)) for pattern in unused]
-    chosen = []
-    unmatched = []
-    for slot, found in enumerate(hits):
-        if len(found) > 1 and any(not _same(values[i], values[found[0][0]]) for i, _ in found[1:]):
-            shown = ", ".join(f"{name} by {patterns[i]!r}" for i, name in found)
+    for hits in disputed:
+        if any(not _same(values[i], values[hits[0][0]]) for i, _ in hits):
+            shown = ", ".join(f"{name} by {patterns[i]!r}" for i, name in hits)
             problems.append(f"one tied leaf gets different values: {shown}; give both names one rule")
-        if not found and default is _UNSET:
-            unmatched.append(join(structure.canonical[slot]))
-        chosen.append(values[found[0][0]] if found else default)
-    if unmatched:
+    if default is UNSET and -1 in first:
+        unmatched = [join(structure.canonical[slot]) for slot, i in enumerate(first) if i < 0]
         problems.append(f"no pattern matches {', '.join(unmatched)}; add a last rule '.*'")
     if problems:
         raise RuleError(f"{what} do not fit the tree: {'; '.join(problems)}.")
-    return tuple(chosen)
+    return pick(values, first)
+
+
+Hits = list[tuple[int, str]]
 
 
 def _assign(
     structure: Structure, patterns: tuple[Pattern, ...]
-) -> tuple[tuple[tuple[tuple[int, str], ...], ...], tuple[Pattern, ...]]:
-    """Returns for each slot the rules that its names hit, and the patterns that match nothing."""
-    tests = [compiled(pattern).fullmatch for pattern in patterns]
-    hits: list[list[tuple[int, str]]] = [[] for _ in structure.kinds]
-    unused = set(range(len(tests)))
-    for (_, slot), name in zip(structure.entries(), names(structure), strict=True):
-        for i, test in enumerate(tests):
-            if test(name):
-                hits[slot].append((i, name))
-                unused.discard(i)
-                break
-    # A pattern that only repeats what an earlier one took is shadowed, and still not a typo.
-    unused -= {i for i in unused if any(tests[i](name) for name in names(structure))}
-    return tuple(map(tuple, hits)), tuple(patterns[i] for i in sorted(unused))
+) -> tuple[tuple[int, ...], list[Hits], list[Pattern]]:
+    """Returns each slot's rule, -1 for none; the ties with several; the patterns without a match."""
+    found = names(structure)
+    rule = [-1] * len(found)
+    unused = []
+    for i, pattern in enumerate(patterns):
+        # A pattern is tried on all names, also those that an earlier one took: one that is merely
+        # shadowed is no typo.
+        test = compiled(pattern).fullmatch
+        hits = [k for k, name in enumerate(found) if test(name)]
+        for k in hits:
+            if rule[k] < 0:
+                rule[k] = i
+        if not hits:
+            unused.append(pattern)
+    if len(found) == len(structure.kinds):  # nothing is tied: entries and slots are one
+        return tuple(rule), [], unused
+    by_slot: list[Hits] = [[] for _ in structure.kinds]
+    for (_, slot), name, i in zip(structure.entries(), found, rule, strict=True):
+        if i >= 0:
+            by_slot[slot].append((i, name))
+    first = tuple(hits[0][0] if hits else -1 for hits in by_slot)
+    return first, [hits for hits in by_slot if len({i for i, _ in hits}) > 1], unused
 
 
 def _same(a: Any, b: Any) -> bool:
