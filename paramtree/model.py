@@ -120,7 +120,7 @@ def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
       Array([42., 42.], dtype=float32)
     """
     check_key(key)
-    source, restore = named(tree)
+    source, restore, _ = named(tree)
     chosen = _initializers(source._structure, rules)
     leaves = list(source._leaves)
     slots = [slot for slot, rule in enumerate(chosen) if rule is not None]

@@ -25,6 +25,7 @@ __all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"
 
 Pattern = str | re.Pattern[str]
 Rules = Mapping[Pattern, Any]
+UNSET: Any = object()  # an argument that was not given, where None could be
 
 
 def names(structure: Structure, sep: str = "_") -> tuple[str, ...]:
@@ -100,9 +101,6 @@ def no_match(pattern: Pattern, known: Sequence[str]) -> str:
     close = close_names(plain, known)
     hint = f"; the closest are {', '.join(close)}" if close else ""
     return f"{text!r} matches no name{hint}"
-
-
-UNSET: Any = object()
 
 
 def resolve(
@@ -206,17 +204,19 @@ def find(structure: Structure, wanted: Iterable[str], what: str) -> dict[str, in
 
 
 class Named(NamedTuple):
-    """A pytree seen as a tree of named leaves, and how to put other leaves in their places."""
+    """A pytree seen as a tree of named leaves, and how to get the container back.
+
+    ``restore`` puts other leaves in their places. Its second argument, if given, takes the place of
+    what is no array, such as an activation function in an Equinox module, and has no name.
+    """
 
     tree: ParamTree
-    restore: Callable[[Sequence[Any]], Any]
+    restore: Callable[..., Any]
+    foreign: bool
 
 
 def named(tree: Any) -> Named:
     """Returns any pytree as a tree of its array leaves, named by their key paths.
-
-    Leaves that are not arrays, such as an activation function in an Equinox module, have no name
-    and are put back as they were.
 
     Raises:
       NameCollisionError: two key paths are spelled alike, as those of 1 and "1".
@@ -224,19 +224,19 @@ def named(tree: Any) -> Named:
     if isinstance(tree, ParamTree):
         tree = whole(tree)
         structure = tree._structure
-        return Named(tree, lambda leaves: _rebuild(structure, leaves, tree._place))
+        return Named(tree, lambda leaves, others=None: _rebuild(structure, leaves, tree._place), False)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     where = [i for i, (_, leaf) in enumerate(flat) if dtype_of(leaf) is not None]
     items = [(_segments(flat[i][0]) or ("value",), i) for i in where]
     structure, order = build(items, dict.fromkeys(where, PARAM))
 
-    def restore(leaves: Sequence[Any]) -> Any:
-        values = [leaf for _, leaf in flat]
+    def restore(leaves: Sequence[Any], others: Any = UNSET) -> Any:
+        values = [leaf if others is UNSET else others for _, leaf in flat]
         for i, leaf in zip(order, leaves, strict=True):
             values[i] = leaf
         return jax.tree_util.tree_unflatten(treedef, values)
 
-    return Named(_rebuild(structure, tuple(flat[i][1] for i in order)), restore)
+    return Named(_rebuild(structure, tuple(flat[i][1] for i in order)), restore, True)
 
 
 def _segments(key_path: Iterable[Any]) -> Path:

@@ -52,7 +52,7 @@ def collect(
       >>> list(pt.collect(params, sep="."))
       ['dense0.weight', 'dense0.bias']
     """
-    source, _ = named(tree)
+    source = named(tree).tree
     structure = source._structure
     key = ("collect", pattern, sep, kind, aliases)
     if key not in structure.cache:
@@ -93,7 +93,7 @@ def replace(tree: T, values: Mapping[str, Any]) -> T:
     """
     if not isinstance(values, Mapping | ParamTree):
         raise RuleError(f"replace takes a mapping of names to arrays, but found {values!r}.")
-    source, restore = named(tree)
+    source, restore, _ = named(tree)
     leaves = list(source._leaves)
     given: dict[int, tuple[str, Any]] = {}
     problems = []
@@ -186,7 +186,7 @@ def map_named(
             f"map_named takes a function of name and leaf, or a mapping of patterns to such "
             f"functions, but found {fn!r}."
         )
-    source, restore = named(tree)
+    source, restore, _ = named(tree)
     structure = source._structure
     table = fn if isinstance(fn, Mapping) else {".*" if pattern is None else pattern: fn}
     if not structure.kinds and pattern is None and not isinstance(fn, Mapping):
