@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types bench-core test-matrix clean
+.PHONY: demo test lint types data bench-core test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -20,9 +20,17 @@ lint: $(VENV)/.lint
 types: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/mypy
 
+# Fashion-MNIST, for examples/fashion_mnist.py. It needs apt, and the right to install with it.
+data:
+	@command -v apt-get >/dev/null || { echo "there is no apt-get here: give the folder of the four \
+	  *-ubyte.gz files with --data instead"; exit 1; }
+	apt-get update -qq && apt-get install -y dataset-fashion-mnist
+
 # Ratios of the core's costs to those of a nested dict, in one process.
-bench-core: $(VENV)/.run
+bench-core: $(VENV)/.test
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/fashion_step.py
+	$(BIN)/python benchmarks/names.py
 
 # The oldest jax that is supported, and the newest that each installed Python can take.
 test-matrix:

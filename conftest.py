@@ -2,9 +2,13 @@
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("repo", deadline=None, max_examples=60)
+settings.load_profile("repo")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from paramtree.errors import RuleError
 from paramtree.names import Pattern, named
-from paramtree.parts import chosen_slots, merge, part
+from paramtree.parts import choose, divide, merge, part
 from paramtree.structure import PARAM
 from paramtree.tree import dtype_of, join
 
@@ -86,8 +86,8 @@ def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
     """Returns the leaves to differentiate by, and the rest."""
     source = named(params)
     structure, leaves = source.tree._structure, source.tree._leaves
-    taken, left = chosen_slots(structure, wrt, PARAM if wrt is None else None, "grad")
-    dtypes = {slot: dtype_of(leaves[slot]) for slot in taken}
+    taken, left = choose(structure, wrt, PARAM if wrt is None else None, "grad")
+    dtypes = {slot: dtype_of(leaves[slot]) for slot in taken.slots}
     fixed = [
         slot for slot, dtype in dtypes.items() if not (dtype and jnp.issubdtype(dtype, jnp.inexact))
     ]
@@ -98,6 +98,5 @@ def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
             "pattern that leaves them out, or none to take all trained floating-point leaves."
         )
     if fixed:
-        taken = tuple(slot for slot in taken if slot not in fixed)
-        left = tuple(slot for slot in range(len(structure.kinds)) if slot not in set(taken))
+        taken, left = divide(structure, set(taken.slots) - set(fixed))
     return part(source, taken), part(source, left, rest=True)

@@ -183,6 +183,8 @@ class Xavier:
                 f"{self!r} needs a shape (out, in, ...) of two dimensions or more, but found {shape}; "
                 "give vectors such as biases another initializer."
             )
+        if 0 in shape:
+            return jnp.zeros(shape, dtype)  # there is nothing to draw, and no fan to divide by
         # jax draws uniformly from ±√(3 scale / fan) and normally with variance scale / fan.
         uniform = self.rnd_type == "uniform"
         scale = self.magnitude / 3 if uniform else self.magnitude
@@ -323,7 +325,7 @@ class Mixed(_ByName):
     """
 
     patterns: Sequence[str]
-    initializers: Sequence[Initializer]
+    initializers: Sequence["Initializer | str"]
 
     def __post_init__(self) -> None:
         if len(self.patterns) != len(self.initializers):
@@ -332,13 +334,13 @@ class Mixed(_ByName):
                 f"{len(self.initializers)}."
             )
         object.__setattr__(self, "patterns", tuple(self.patterns))
-        object.__setattr__(self, "initializers", tuple(self.initializers))
+        object.__setattr__(self, "initializers", tuple(map(get, self.initializers)))
 
     def for_name(self, name: str) -> Initializer:
         """Returns the initializer of a parameter."""
         for pattern, initializer in zip(self.patterns, self.initializers, strict=True):
             if re.fullmatch(pattern, name):
-                return initializer
+                return get(initializer)
         raise RuleError(f"no pattern of Mixed matches `{name}`: add a last pattern '.*'.")
 
 
@@ -356,7 +358,7 @@ class Load(_ByName):
     """
 
     params: Mapping[str, Any]
-    default_init: Initializer | None = None
+    default_init: "Initializer | str | None" = None
 
     def for_name(self, name: str) -> Initializer:
         """Returns the initializer of a parameter."""
@@ -369,7 +371,7 @@ class Load(_ByName):
                 f"Load has no array for `{name}`; it has: {', '.join(self.params)}. Give a "
                 "default_init for the names that are not there."
             )
-        return self.default_init
+        return get(self.default_init)
 
 
 class _Loaded(Constant):
@@ -415,6 +417,6 @@ def get(initializer: "Initializer | str") -> Initializer:
     """
     if not isinstance(initializer, str):
         return initializer
-    if initializer not in _BY_NAME:
+    if initializer.lower() not in _BY_NAME:
         raise ValueError(f"an initializer's name is one of {', '.join(_BY_NAME)}, not {initializer!r}.")
-    return _BY_NAME[initializer]()
+    return _BY_NAME[initializer.lower()]()

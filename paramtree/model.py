@@ -148,4 +148,4 @@ def _initializers(structure: Structure, rules: Rules) -> tuple[Any, ...]:
             f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
             "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
         )
-    return tuple(rule and initializers.get(rule) for rule in chosen)
+    return tuple(None if rule is None else initializers.get(rule) for rule in chosen)

@@ -18,8 +18,8 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
-from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, whole
+from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build, picker
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
 
 __all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
 
@@ -98,7 +98,8 @@ def no_match(pattern: Pattern, known: Sequence[str]) -> str:
             f"'.*{text}.*' would match these"
         )
     plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
-    close = close_names(plain, known)
+    by_start = {name[: len(plain)]: name for name in reversed(known)}  # "embd.*" means "embed_weight"
+    close = close_names(plain, known) or [by_start[s] for s in close_names(plain, list(by_start))]
     hint = f"; the closest are {', '.join(close)}" if close else ""
     return f"{text!r} matches no name{hint}"
 
@@ -139,7 +140,7 @@ def resolve(
         problems.append(f"no pattern matches {', '.join(unmatched)}; add a last rule '.*'")
     if problems:
         raise RuleError(f"{what} do not fit the tree: {'; '.join(problems)}.")
-    return pick(values, first)
+    return picker(first)(values)
 
 
 Hits = list[tuple[int, str]]

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from paramtree.errors import MismatchError, RuleError
 from paramtree.names import UNSET, Named, Pattern, Rules, match, named, names, no_match, resolve
-from paramtree.structure import Structure
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, whole
+from paramtree.structure import Picker, Structure, picker
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
 
 __all__ = ["cast", "labels", "mask", "merge", "partition", "select"]
 
@@ -47,7 +47,7 @@ def select(tree: T, pattern: Patterns = None, *, kind: str | None = None) -> T:
       (1 hole)
     """
     source = named(tree)
-    taken, _ = chosen_slots(source.tree._structure, pattern, kind, "select")
+    taken, _ = choose(source.tree._structure, pattern, kind, "select")
     return part(source, taken)
 
 
@@ -72,7 +72,7 @@ def partition(tree: T, pattern: Patterns = None, *, kind: str | None = None) -> 
       True
     """
     source = named(tree)
-    taken, left = chosen_slots(source.tree._structure, pattern, kind, "partition")
+    taken, left = choose(source.tree._structure, pattern, kind, "partition")
     return part(source, taken), part(source, left, rest=True)
 
 
@@ -119,10 +119,10 @@ def merge(*trees: T) -> T:
         if doubled:
             shown = ", ".join(join(structure.canonical[slot]) for slot in doubled)
             raise MismatchError(f"merge: more than one part has {shown}. Take each leaf from one part.")
-        structure.cache[key] = structure.keep(ordered), tuple(order)
-    merged, order = structure.cache[key]
+        structure.cache[key] = structure.keep(ordered), picker(order)
+    merged, take = structure.cache[key]
     leaves = [leaf for part in parts for leaf in part._leaves]
-    result: Any = _rebuild(merged, pick(leaves, order), parts[0]._place)
+    result: Any = _rebuild(merged, take(leaves), parts[0]._place)
     return result
 
 
@@ -251,9 +251,24 @@ def _patterns(pattern: Patterns) -> Sequence[Pattern]:
     return pattern if isinstance(pattern, list | tuple) else (pattern,)
 
 
-def chosen_slots(
+class Choice:
+    """Some slots of a structure, and what takes them out of a tree of it, made once."""
+
+    def __init__(self, structure: Structure, slots: tuple[int, ...]) -> None:
+        self.slots = slots
+        self._structure = structure
+        self._part: tuple[Structure, Picker] | None = None
+
+    def part(self) -> tuple[Structure, Picker]:
+        """Returns the structure with holes for all other slots, and what takes its leaves."""
+        if self._part is None:
+            self._part = self._structure.keep(self.slots), picker(self.slots)
+        return self._part
+
+
+def choose(
     structure: Structure, pattern: Patterns, kind: str | None, verb: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[Choice, Choice]:
     """Returns the slots that patterns and a kind choose, and all the others."""
     patterns = None if pattern is None else tuple(_patterns(pattern))
     key = ("chosen", patterns, kind)
@@ -264,31 +279,35 @@ def chosen_slots(
             hits = match(structure, one, kind)
             found = {slot for (_, slot), hit in zip(structure.entries(), hits, strict=True) if hit}
             if one is not None and not found:
-                problems.append(no_match(one, names(structure)) + (f" of kind {kind}" if kind else ""))
+                other = kind is not None and any(match(structure, one))
+                text = f"{one!r} matches no name of kind {kind}" if other else ""
+                problems.append(text or no_match(one, names(structure)))
             taken |= found
         if problems:
             raise RuleError(f"{verb}: {'; '.join(problems)}.")
-        slots = range(len(structure.kinds))
-        structure.cache[key] = (
-            tuple(slot for slot in slots if slot in taken),
-            tuple(slot for slot in slots if slot not in taken),
-        )
-    found_slots: tuple[tuple[int, ...], tuple[int, ...]] = structure.cache[key]
-    return found_slots
+        structure.cache[key] = divide(structure, taken)
+    chosen: tuple[Choice, Choice] = structure.cache[key]
+    return chosen
 
 
-def part(source: Named, slots: tuple[int, ...], rest: bool = False) -> Any:
+def divide(structure: Structure, taken: set[int]) -> tuple[Choice, Choice]:
+    """Returns some slots, and all the others."""
+    slots = range(len(structure.kinds))
+    return (
+        Choice(structure, tuple(slot for slot in slots if slot in taken)),
+        Choice(structure, tuple(slot for slot in slots if slot not in taken)),
+    )
+
+
+def part(source: Named, choice: Choice, rest: bool = False) -> Any:
     """Returns a tree with some of its slots; of other pytrees the rest has what is no array as well."""
     tree, restore, foreign = source
     if foreign:
-        kept = set(slots)
+        kept = set(choice.slots)
         leaves = [leaf if slot in kept else None for slot, leaf in enumerate(tree._leaves)]
         return restore(leaves) if rest else restore(leaves, None)
-    structure = tree._structure
-    key = ("part", slots)
-    if key not in structure.cache:
-        structure.cache[key] = structure.keep(slots)
-    return _rebuild(structure.cache[key], pick(tree._leaves, slots), tree._place)
+    structure, take = choice.part()
+    return _rebuild(structure, take(tree._leaves), tree._place)
 
 
 def _merge_others(trees: Sequence[Any]) -> Any:
@@ -327,7 +346,7 @@ def _table(verb: str, tree: Any, rules: Any, default: Any, kind: str | None, oth
             return structure.cache[key]
     chosen = resolve(structure, rules, default=default, what=f"the rules of {verb}")
     if kind is not None:
-        wanted = set(chosen_slots(structure, None, kind, verb)[0])
+        wanted = set(choose(structure, None, kind, verb)[0].slots)
         chosen = tuple(value if slot in wanted else other for slot, value in enumerate(chosen))
     if foreign:
         return restore(chosen, other)

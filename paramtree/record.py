@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from paramtree import initializers
 from paramtree.errors import MismatchError, MissingError, ParamTreeError
 from paramtree.initializers import Initializer
 from paramtree.structure import PARAM, STATE, Path, build
@@ -132,11 +133,12 @@ class Recorder:
                 f"`{full}` is declared with shape {shape!r}; a shape is a tuple of sizes, each a "
                 "whole number that is known while tracing."
             )
-        if not callable(initializer):
+        if not callable(initializer) and not isinstance(initializer, str):
             raise TypeError(
                 f"the initializer of `{full}` is {initializer!r}; expected a function "
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
+        initializer = initializers.get(initializer)
         spec = Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, initializer)
         if name not in self._children:
             self._children[name] = spec

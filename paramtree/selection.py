@@ -9,8 +9,8 @@ import numpy as np
 
 from paramtree.errors import MismatchError, RuleError
 from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
-from paramtree.structure import Path, build
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, pick, shape_of
+from paramtree.structure import Path, build, picker
+from paramtree.tree import ParamTree, _rebuild, dtype_of, join, shape_of
 
 __all__ = ["collect", "map_named", "replace"]
 
@@ -65,9 +65,10 @@ def collect(
                 taken.setdefault(path if aliases else slot, (name, path, slot))
         check_unique((name, path) for name, path, _ in taken.values())
         items = [((name,), slot) for name, _, slot in taken.values()]
-        structure.cache[key] = build(items, structure.kinds)
-    flat, order = structure.cache[key]
-    return _rebuild(flat, pick(source._leaves, order), source._place)
+        flat, order = build(items, structure.kinds)
+        structure.cache[key] = flat, picker(order)
+    flat, take = structure.cache[key]
+    return _rebuild(flat, take(source._leaves), source._place)
 
 
 def replace(tree: T, values: Mapping[str, Any]) -> T:

@@ -17,14 +17,16 @@ the very same structure. Interning is weak, so a structure dies with the last tr
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from paramtree.errors import NameCollisionError
 
-__all__ = ["EMPTY", "HOLE", "PARAM", "STATE", "Node", "Path", "Structure", "build"]
+__all__ = ["EMPTY", "HOLE", "PARAM", "STATE", "Node", "Path", "Structure", "build", "picker"]
 
 Path = tuple[str, ...]
+Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 EMPTY = -1  # the path is that of a level without children
 HOLE = -2  # the path is that of a leaf which select or partition left out
@@ -67,6 +69,7 @@ class Structure:
     __slots__ = (
         "__weakref__",
         "_canonical",
+        "_parts",
         "_root",
         "cache",
         "kept",
@@ -84,6 +87,7 @@ class Structure:
     cache: dict[Hashable, Any]
     _root: Node | None
     _canonical: tuple[Path, ...] | None
+    _parts: "weakref.WeakValueDictionary[tuple[int, ...], Structure]"
 
     @staticmethod
     def intern(paths: tuple[Path, ...], slots: tuple[int, ...], kinds: tuple[str, ...]) -> "Structure":
@@ -102,6 +106,9 @@ class Structure:
         made.whole, made.kept = made, tuple(range(len(kinds)))
         made.cache = {}
         made._root, made._canonical = None, None
+        # Not in the table of all: its key would keep the whole alive for as long as a part, and the
+        # whole's cache holds parts.
+        made._parts = weakref.WeakValueDictionary()
         return made
 
     def keep(self, kept: Iterable[int]) -> "Structure":
@@ -110,15 +117,14 @@ class Structure:
         kept = tuple(self.kept[slot] for slot in kept)
         if len(kept) == len(whole.kinds):
             return whole
-        key = (whole, kept)
         with _lock:
-            found = _interned.get(key)
+            found = whole._parts.get(kept)
             if found is None:
                 position = {slot: i for i, slot in enumerate(kept)}
                 slots = tuple(s if s == EMPTY else position.get(s, HOLE) for s in whole.slots)
                 found = Structure._make(whole.paths, slots, tuple(whole.kinds[s] for s in kept))
                 found.whole, found.kept = whole, kept
-                _interned[key] = found
+                whole._parts[kept] = found
         return found
 
     @property
@@ -146,8 +152,8 @@ class Structure:
             if slot >= 0:
                 yield path, slot
 
-    def below(self, node: Node) -> tuple["Structure", tuple[int, ...]]:
-        """Returns the structure of one level by itself, and for each of its slots the slot here."""
+    def below(self, node: Node) -> tuple["Structure", "Picker"]:
+        """Returns the structure of one level by itself, and what takes its leaves out of these."""
         key = ("below", node.path)
         if key not in self.cache:
             depth, whole = len(node.path), self.whole
@@ -161,8 +167,8 @@ class Structure:
                 position = {slot: i for i, slot in enumerate(self.kept)}
                 kept = [i for i, slot in enumerate(order) if slot in position]
                 structure, order = structure.keep(kept), tuple(position[order[i]] for i in kept)
-            self.cache[key] = structure, order
-        found: tuple[Structure, tuple[int, ...]] = self.cache[key]
+            self.cache[key] = structure, picker(order)
+        found: tuple[Structure, Picker] = self.cache[key]
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -242,6 +248,17 @@ def build(
     order = tuple(slot_of)
     structure = Structure.intern(tuple(paths), tuple(slots), tuple(kinds[label] for label in order))
     return structure, order
+
+
+def picker(order: Sequence[int]) -> Picker:
+    """Returns a function that takes the values at some positions, without a step of Python for each."""
+    if len(order) < 2:
+        return lambda values: tuple(values[i] for i in order)
+    step = order[1] - order[0]
+    if step > 0 and tuple(order) == tuple(range(order[0], order[-1] + 1, step)):
+        span = slice(order[0], order[-1] + 1, step)
+        return lambda values: tuple(values[span])
+    return itemgetter(*order)
 
 
 def _clash(path: Path) -> NameCollisionError:

@@ -8,7 +8,6 @@ of the same tuple that knows its level, and is cut out only when it is itself fl
 
 import json
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -325,8 +324,8 @@ def _rebuild(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> P
 def _flatten(tree: ParamTree) -> tuple[Sequence[Any], Structure]:
     if tree._node is None:
         return tree._leaves, tree._structure
-    structure, order = tree._structure.below(tree._node)
-    return pick(tree._leaves, order), structure
+    structure, take = tree._structure.below(tree._node)
+    return take(tree._leaves), structure
 
 
 def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Structure]:
@@ -337,14 +336,6 @@ def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Stru
         # also what reads the leaf from the tree.
         keys = structure.cache["keys"] = [DictKey("/".join(path)) for path in structure.canonical]
     return list(zip(keys, leaves, strict=True)), structure
-
-
-def pick(leaves: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
-    """Returns the leaves at the positions in ``order``."""
-    if len(order) < 2:
-        return tuple(leaves[i] for i in order)
-    picked: tuple[Any, ...] = itemgetter(*order)(leaves)
-    return picked
 
 
 def whole(tree: ParamTree) -> ParamTree:

@@ -18,9 +18,6 @@ from paramtree import nn
 from paramtree.tree import whole
 from tests.catalogue import CATALOGUE, WITHOUT_HOLES, same, siblings, tied, trees
 
-settings.register_profile("repo", deadline=None, max_examples=60)
-settings.load_profile("repo")
-
 every_tree = pytest.mark.parametrize("name", CATALOGUE)
 every_whole_tree = pytest.mark.parametrize("name", WITHOUT_HOLES)
 

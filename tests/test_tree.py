@@ -162,6 +162,9 @@ def test_structures_die_with_their_trees() -> None:
 
     tree = pt.from_tree({"only_here_for_this_test": leaf(0), "x": leaf(1)})
     pt.collect(tree, ".*this.*")
+    pt.merge(*pt.partition(tree, ".*this.*"))
+    pt.mask(tree, ".*this.*")
+    pt.labels(tree, {".*": "a"})
     found = weakref.ref(tree._structure)
     del tree
     gc.collect()

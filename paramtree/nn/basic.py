@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paramtree import initializers
 from paramtree.errors import suggest
@@ -60,7 +61,7 @@ def _shown(activation: Any) -> str:
 
 
 def _size(layer: str, what: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{layer}: {what} is a whole number of 0 or more, but found {value!r}.")
 
 
@@ -175,8 +176,8 @@ class Embedding(Layer):
       weight_initializer: U[-0.07, 0.07] if None.
 
     Returns:
-      On calling with whole numbers of any shape: (*shape, output_dim); NaN for an index that is out
-      of range, as an error cannot be raised from compiled code.
+      On calling with whole numbers of any shape: (*shape, output_dim). A negative index counts from
+      the end; one that is out of range gives NaN, as compiled code cannot raise an error.
 
     Example:
       >>> net = Embedding(10, 4)

@@ -1,0 +1,277 @@
+"""Fashion-MNIST with a tied layer: the network of an exercise in Dive into Deep Learning.
+
+The network is 784 -> 256 -> 256 -> 256 -> 10, where the two layers from 256 to 256 are one and the
+same. Its two uses have two names and one array: the tie is part of the tree, so the gradient is the
+sum over the uses, and neither the optimiser nor donation nor a checkpoint has to know about it.
+
+Run it with ``python examples/fashion_mnist.py``; ``--help`` lists the options.
+"""
+
+import gzip
+import importlib
+import importlib.util
+import math
+import os
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # type: ignore[import-untyped]
+
+import paramtree as pt
+from paramtree import initializers as init
+from paramtree import nn
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
+FILES = (
+    *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+)
+WEIGHTS: dict[str, init.Initializer] = {"normal": init.Normal(0.01), "xavier": init.Xavier()}
+
+
+class Split(NamedTuple):
+    """Images, (n, pixels) of float32 in [0, 1], and their labels, (n,) of int32."""
+
+    images: Any
+    labels: Any
+
+
+class Data(NamedTuple):
+    """What to train with and what to test with, and what it is called."""
+
+    name: str
+    train: Split
+    test: Split
+
+
+class Epoch(NamedTuple):
+    """What came of an epoch. Loss and training accuracy are means over its steps."""
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    test_accuracy: float
+    seconds: float
+
+
+# The data
+
+
+def load_data(folder: Path | None = None) -> Data:
+    """Returns Fashion-MNIST from a folder or else from Debian's package; without both, the digits.
+
+    Raises:
+      OSError: the folder lacks files, which are all listed, or one cannot be read.
+      ValueError: a file is damaged or is not what its name says.
+    """
+    if folder is None and not DEBIAN.is_dir():
+        print("Fashion-MNIST is not here: `make data` gets it, or --data names a folder that has it.")
+        print("Training on scikit-learn's digits instead; try them with --init xavier --epochs 60.")
+        return load_digits()
+    folder = folder or DEBIAN
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Name the folder that has them.")
+    train_images, train_labels, test_images, test_labels = (folder / name for name in FILES)
+    train, test = load_split(train_images, train_labels), load_split(test_images, test_labels)
+    return Data("Fashion-MNIST", train, test)
+
+
+def load_split(image_file: Path, label_file: Path) -> Split:
+    """Returns the images and labels of two files."""
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+    if len(images) != len(labels):
+        raise ValueError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels.")
+    if not len(labels) or labels.max() > 9:
+        raise ValueError(f"{label_file} should have labels from 0 to 9.")
+    return Split(images.reshape(len(images), -1) / np.float32(255), labels.astype(np.int32))
+
+
+def read_idx(path: Path, ndim: int) -> Any:
+    """Returns the array of bytes, of ``ndim`` dimensions, that an idx.gz file holds."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or no gzip file: {error}. Get it again.") from error
+    start = 4 + 4 * ndim  # two zeros, the code of the type, ndim, and the sizes
+    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < start:
+        raise ValueError(f"{path} is no idx file of bytes in {ndim} dimensions: {content[:4]!r}.")
+    shape = tuple(np.frombuffer(content, ">i4", ndim, 4).tolist())
+    if math.prod(shape) != len(content) - start:
+        raise ValueError(f"{path} should have {shape} bytes, and has {len(content) - start}.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def load_digits() -> Data:
+    """Returns scikit-learn's 1,797 digits of 8 x 8, a fifth of them to test with."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise FileNotFoundError("There are no digits either: `pip install scikit-learn` brings them.")
+    images, labels = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = images[order].astype(np.float32) / 16, labels[order].astype(np.int32)
+    first = len(labels) * 4 // 5
+    return Data("digits", Split(images[:first], labels[:first]), Split(images[first:], labels[first:]))
+
+
+# The network
+
+
+def network(tie: bool = True) -> nn.Sequential:
+    """Returns the network, of which the second and the third layer are the same one, or are not."""
+    first, second, third = (nn.Dense(256, activation="relu") for _ in range(3))
+    return nn.Sequential(first, second, second if tie else third, nn.Dense(10))
+
+
+def loss_and_accuracy(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> tuple[Any, Any]:
+    """Returns the mean cross-entropy of a batch, and how much of the batch is right."""
+    logits = net(params, x)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return loss, jnp.mean(jnp.argmax(logits, axis=-1) == y)
+
+
+# Training
+
+
+def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Returns the compiled step, ``(params, state, x, y) -> (params, state, loss, accuracy)``.
+
+    It takes the buffers of the parameters and of the optimiser's state, so use what it returns.
+    """
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: pt.ParamTree, state: Any, x: Any, y: Any) -> tuple[Any, ...]:
+        of_params = partial(loss_and_accuracy, net)
+        (loss, accuracy), grads = jax.value_and_grad(of_params, has_aux=True)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, accuracy
+
+    return step
+
+
+def batches(key: jax.Array, size: int, batch_size: int) -> Any:
+    """Returns the indices of an epoch, (steps, batch_size), shuffled; those left over sit out."""
+    steps = size // batch_size
+    order = np.asarray(jax.random.permutation(key, size))
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def progress(steps: Sequence[Any], title: str) -> Iterable[Any]:
+    """Returns the steps behind a progress bar, if there is a terminal, and rich to draw it."""
+    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
+        return steps
+    console = importlib.import_module("rich.console").Console(stderr=True)
+    bars = importlib.import_module("rich.progress")
+    return bars.track(steps, title, console=console, transient=True)
+
+
+def report(net: nn.Sequential, params: pt.ParamTree, data: Split) -> None:
+    """Prints every parameter beside its gradient; a tied one is there once, with all its names."""
+    x, y = data.images[:10_000], data.labels[:10_000]
+    grads, _ = jax.jit(jax.grad(partial(loss_and_accuracy, net), has_aux=True))(params, x, y)
+    names = {name: [name] for name in pt.collect(params)}
+    for alias, name in pt.ties(params).items():
+        names[name].append(alias)
+    print(f"\n{'parameter':31} {'shape':>10} {'mean':>9} {'std':>9} {'|gradient|':>10}")
+    leaves = zip(names.values(), jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    for both, leaf, grad in leaves:
+        shape, norm = " x ".join(map(str, leaf.shape)), jnp.linalg.norm(grad.ravel())
+        print(f"{' = '.join(both):31} {shape:>10} {leaf.mean():9.5f} {leaf.std():9.5f} {norm:10.6f}")
+
+
+# Checkpoints
+
+
+def write_checkpoint(path: Path, params: pt.ParamTree, epoch: int, seed: int) -> None:
+    """Writes all that the rest of a run depends on; plain SGD has no state. There is no half file."""
+    unfinished = path.with_name(path.name + ".tmp")
+    leaves = {name: np.asarray(leaf) for name, leaf in pt.collect(params, sep="/").items()}
+    with unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, epoch=epoch, seed=seed, **leaves)
+    os.replace(unfinished, path)
+
+
+def read_checkpoint(path: Path, like: pt.ParamTree) -> tuple[pt.ParamTree, int, int]:
+    """Returns the parameters, how many epochs they have seen, and the seed that the run began with.
+
+    Raises:
+      ValueError: the file is no checkpoint, or one of another network; all differences are listed.
+    """
+    try:
+        with np.load(path) as file:
+            saved = dict(file)
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from error
+    flat = pt.collect(like, sep="/")
+    want = {"epoch": (), "seed": (), **{name: leaf.shape for name, leaf in flat.items()}}
+    have = {name: array.shape for name, array in saved.items()}
+    wrong = [name for name in {**want, **have} if want.get(name) != have.get(name)]
+    if wrong:
+        shown = ", ".join(f"{name} {have.get(name)}, not {want.get(name)}" for name in wrong)
+        raise ValueError(f"{path} is of another network; it has {shown}.")
+    params: pt.ParamTree = pt.replace(like, {name: saved[name] for name in flat})
+    return params, int(saved["epoch"]), int(saved["seed"])
+
+
+def main(argv: Sequence[str] | None = None) -> list[Epoch]:
+    """Trains, prints, and returns what came of each epoch."""
+    parser = argparse.ArgumentParser(description="Trains a network with a tied layer on Fashion-MNIST.")
+    parser.add_argument("--seed", type=int, default=0, help="with --resume it is that of the first run")
+    parser.add_argument("--epochs", type=int, default=5, help="in all, with those before --resume")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=0.5, help="the learning rate")
+    parser.add_argument("--init", choices=WEIGHTS, default="normal")
+    parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the four idx.gz files")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help=".npz to write after each epoch"
+    )
+    parser.add_argument("--resume", type=Path, metavar="FILE", help=".npz to go on from")
+    args = parser.parse_args(argv)
+    net, tx, done = network(args.tie), optax.sgd(args.lr), 0
+    try:
+        data = load_data(args.data)
+        params = pt.abstract(net, data.train.images)
+        if args.resume:
+            params, done, args.seed = read_checkpoint(args.resume, params)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    size = len(data.train.labels)
+    if not 0 < args.batch_size <= size:
+        parser.error(f"--batch-size is from 1 to {size}, the number of images, not {args.batch_size}")
+    if args.checkpoint and not args.checkpoint.parent.is_dir():
+        parser.error(f"--checkpoint: there is no folder {args.checkpoint.parent}")
+    init_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
+    if not args.resume:
+        rules = {".*weight": WEIGHTS[args.init], ".*bias": init.Zero()}
+        params = pt.init(net, init_key, data.train.images, rules=rules)
+    print(f"{data.name}: {size} images to train with, {len(data.test.labels)} to test with")
+    print(f"{'epoch':>5} {'loss':>8} {'train':>8} {'test':>8} {'seconds':>8}")
+    state, step, results = tx.init(params), make_step(net, tx), []
+    evaluate, test = jax.jit(partial(loss_and_accuracy, net)), jax.device_put(data.test)
+    for epoch in range(done + 1, args.epochs + 1):
+        start, taken = time.perf_counter(), []
+        order = batches(jax.random.fold_in(shuffle_key, epoch), size, args.batch_size)
+        for rows in progress(order, f"epoch {epoch}"):
+            x, y = data.train.images[rows], data.train.labels[rows]
+            params, state, *measured = step(params, state, x, y)
+            taken.append(measured)  # to be read at the end, so that no step waits for it
+        measured = [*np.mean(jax.device_get(taken), axis=0).tolist(), evaluate(params, *test)[1].item()]
+        results.append(Epoch(epoch, *measured, time.perf_counter() - start))
+        print("{:5} {:8.3f} {:8.3f} {:8.3f} {:8.1f}".format(*results[-1]))
+        if args.checkpoint:
+            write_checkpoint(args.checkpoint, params, epoch, args.seed)
+    report(net, params, data.train)
+    return results
+
+
+if __name__ == "__main__":
+    main()
