@@ -1,14 +1,12 @@
 """Fashion-MNIST with a tied layer: the network of an exercise in Dive into Deep Learning.
 
 The network is 784 -> 256 -> 256 -> 256 -> 10, where the two layers from 256 to 256 are one and the
-same. Its two uses have two names and one array: the tie is part of the tree, so the gradient is the
-sum over the uses, and neither the optimiser nor donation nor a checkpoint has to know about it.
-
-Run it with ``python examples/fashion_mnist.py``; ``--help`` lists the options.
+same: two names and one array. The tie is part of the tree, so gradients are sums over both uses, and
+neither the optimiser nor donation nor a checkpoint has to know about it. ``--help`` lists the options.
 """
 
+import argparse
 import gzip
-import importlib
 import importlib.util
 import math
 import os
@@ -16,7 +14,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,26 +29,19 @@ from paramtree import initializers as init
 from paramtree import nn
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
-FILES = (
-    *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-)
+TRAIN = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 WEIGHTS: dict[str, init.Initializer] = {"normal": init.Normal(0.01), "xavier": init.Xavier()}
 
 
-class Split(NamedTuple):
-    """Images, (n, pixels) of float32 in [0, 1], and their labels, (n,) of int32."""
-
-    images: Any
-    labels: Any
-
-
 class Data(NamedTuple):
-    """What to train with and what to test with, and what it is called."""
+    """Images, (n, pixels) float32 in [0, 1], and labels, (n,) of int32, to train and to test with."""
 
     name: str
-    train: Split
-    test: Split
+    x: Any
+    y: Any
+    test_x: Any
+    test_y: Any
 
 
 class Epoch(NamedTuple):
@@ -69,31 +60,27 @@ class Epoch(NamedTuple):
 def load_data(folder: Path | None = None) -> Data:
     """Returns Fashion-MNIST from a folder or else from Debian's package; without both, the digits.
 
-    Raises:
-      OSError: the folder lacks files, which are all listed, or one cannot be read.
-      ValueError: a file is damaged or is not what its name says.
+    Raises OSError for files that are not there, and ValueError for one that is not what its name says.
     """
     if folder is None and not DEBIAN.is_dir():
         print("Fashion-MNIST is not here: `make data` gets it, or --data names a folder that has it.")
         print("Training on scikit-learn's digits instead; try them with --init xavier --epochs 60.")
         return load_digits()
     folder = folder or DEBIAN
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in TRAIN + TEST if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}. Name the folder that has them.")
-    train_images, train_labels, test_images, test_labels = (folder / name for name in FILES)
-    train, test = load_split(train_images, train_labels), load_split(test_images, test_labels)
-    return Data("Fashion-MNIST", train, test)
+    return Data("Fashion-MNIST", *load_pair(folder, *TRAIN), *load_pair(folder, *TEST))
 
 
-def load_split(image_file: Path, label_file: Path) -> Split:
-    """Returns the images and labels of two files."""
-    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+def load_pair(folder: Path, image_file: str, label_file: str) -> tuple[Any, Any]:
+    """Returns the images of one file and their labels of another."""
+    images, labels = read_idx(folder / image_file, 3), read_idx(folder / label_file, 1)
     if len(images) != len(labels):
         raise ValueError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels.")
     if not len(labels) or labels.max() > 9:
         raise ValueError(f"{label_file} should have labels from 0 to 9.")
-    return Split(images.reshape(len(images), -1) / np.float32(255), labels.astype(np.int32))
+    return images.reshape(len(images), -1) / np.float32(255), labels.astype(np.int32)
 
 
 def read_idx(path: Path, ndim: int) -> Any:
@@ -119,10 +106,10 @@ def load_digits() -> Data:
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order].astype(np.float32) / 16, labels[order].astype(np.int32)
     first = len(labels) * 4 // 5
-    return Data("digits", Split(images[:first], labels[:first]), Split(images[first:], labels[first:]))
+    return Data("digits", images[:first], labels[:first], images[first:], labels[first:])
 
 
-# The network
+# The network and its training
 
 
 def network(tie: bool = True) -> nn.Sequential:
@@ -138,13 +125,10 @@ def loss_and_accuracy(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) 
     return loss, jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
 
-# Training
-
-
 def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """Returns the compiled step, ``(params, state, x, y) -> (params, state, loss, accuracy)``.
 
-    It takes the buffers of the parameters and of the optimiser's state, so use what it returns.
+    The buffers of the parameters and of the state that it takes are used for those that it returns.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -157,34 +141,24 @@ def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[
     return step
 
 
-def batches(key: jax.Array, size: int, batch_size: int) -> Any:
-    """Returns the indices of an epoch, (steps, batch_size), shuffled; those left over sit out."""
-    steps = size // batch_size
-    order = np.asarray(jax.random.permutation(key, size))
-    return order[: steps * batch_size].reshape(steps, batch_size)
-
-
-def progress(steps: Sequence[Any], title: str) -> Iterable[Any]:
+def progress(steps: Any, title: str) -> Any:
     """Returns the steps behind a progress bar, if there is a terminal, and rich to draw it."""
     if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
         return steps
     console = importlib.import_module("rich.console").Console(stderr=True)
-    bars = importlib.import_module("rich.progress")
-    return bars.track(steps, title, console=console, transient=True)
+    track = importlib.import_module("rich.progress").track
+    return track(steps, title, console=console, transient=True)
 
 
-def report(net: nn.Sequential, params: pt.ParamTree, data: Split) -> None:
+def report(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> None:
     """Prints every parameter beside its gradient; a tied one is there once, with all its names."""
-    x, y = data.images[:10_000], data.labels[:10_000]
     grads, _ = jax.jit(jax.grad(partial(loss_and_accuracy, net), has_aux=True))(params, x, y)
-    names = {name: [name] for name in pt.collect(params)}
-    for alias, name in pt.ties(params).items():
-        names[name].append(alias)
+    flat, aliases = pt.collect(grads), pt.ties(params)
     print(f"\n{'parameter':31} {'shape':>10} {'mean':>9} {'std':>9} {'|gradient|':>10}")
-    leaves = zip(names.values(), jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-    for both, leaf, grad in leaves:
-        shape, norm = " x ".join(map(str, leaf.shape)), jnp.linalg.norm(grad.ravel())
-        print(f"{' = '.join(both):31} {shape:>10} {leaf.mean():9.5f} {leaf.std():9.5f} {norm:10.6f}")
+    for name, leaf in pt.collect(params).items():
+        names = " = ".join([name, *(alias for alias, source in aliases.items() if source == name)])
+        shape, norm = " x ".join(map(str, leaf.shape)), jnp.linalg.norm(flat[name].ravel())
+        print(f"{names:31} {shape:>10} {leaf.mean():9.5f} {leaf.std():9.5f} {norm:10.6f}")
 
 
 # Checkpoints
@@ -202,8 +176,7 @@ def write_checkpoint(path: Path, params: pt.ParamTree, epoch: int, seed: int) ->
 def read_checkpoint(path: Path, like: pt.ParamTree) -> tuple[pt.ParamTree, int, int]:
     """Returns the parameters, how many epochs they have seen, and the seed that the run began with.
 
-    Raises:
-      ValueError: the file is no checkpoint, or one of another network; all differences are listed.
+    Raises ValueError if the file is no checkpoint, or one of another network.
     """
     try:
         with np.load(path) as file:
@@ -231,45 +204,48 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
     parser.add_argument("--init", choices=WEIGHTS, default="normal")
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the four idx.gz files")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help=".npz to write after each epoch"
-    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=".npz to write every epoch")
     parser.add_argument("--resume", type=Path, metavar="FILE", help=".npz to go on from")
     args = parser.parse_args(argv)
     net, tx, done = network(args.tie), optax.sgd(args.lr), 0
     try:
         data = load_data(args.data)
-        params = pt.abstract(net, data.train.images)
+        params = pt.abstract(net, data.x)
         if args.resume:
             params, done, args.seed = read_checkpoint(args.resume, params)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    size = len(data.train.labels)
-    if not 0 < args.batch_size <= size:
-        parser.error(f"--batch-size is from 1 to {size}, the number of images, not {args.batch_size}")
+    size, batch_size = len(data.y), args.batch_size
+    if not 0 < batch_size <= size:
+        parser.error(f"--batch-size is from 1 to {size}, the number of images, not {batch_size}")
     if args.checkpoint and not args.checkpoint.parent.is_dir():
         parser.error(f"--checkpoint: there is no folder {args.checkpoint.parent}")
     init_key, shuffle_key = jax.random.split(jax.random.key(args.seed))
     if not args.resume:
-        rules = {".*weight": WEIGHTS[args.init], ".*bias": init.Zero()}
-        params = pt.init(net, init_key, data.train.images, rules=rules)
-    print(f"{data.name}: {size} images to train with, {len(data.test.labels)} to test with")
+        weights = WEIGHTS[args.init]
+        params = pt.init(net, init_key, data.x, rules={".*weight": weights, ".*bias": init.Zero()})
+    print(f"{data.name}: {size} images to train with, {len(data.test_y)} to test with")
     print(f"{'epoch':>5} {'loss':>8} {'train':>8} {'test':>8} {'seconds':>8}")
-    state, step, results = tx.init(params), make_step(net, tx), []
-    evaluate, test = jax.jit(partial(loss_and_accuracy, net)), jax.device_put(data.test)
+    state, step, evaluate = (
+        tx.init(params),
+        make_step(net, tx),
+        jax.jit(partial(loss_and_accuracy, net)),
+    )
+    results: list[Epoch] = []
     for epoch in range(done + 1, args.epochs + 1):
-        start, taken = time.perf_counter(), []
-        order = batches(jax.random.fold_in(shuffle_key, epoch), size, args.batch_size)
-        for rows in progress(order, f"epoch {epoch}"):
-            x, y = data.train.images[rows], data.train.labels[rows]
-            params, state, *measured = step(params, state, x, y)
-            taken.append(measured)  # to be read at the end, so that no step waits for it
-        measured = [*np.mean(jax.device_get(taken), axis=0).tolist(), evaluate(params, *test)[1].item()]
-        results.append(Epoch(epoch, *measured, time.perf_counter() - start))
+        start, measured = time.perf_counter(), []
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), size))
+        batches = order[: size - size % batch_size].reshape(-1, batch_size)  # some are left over
+        for rows in progress(batches, f"epoch {epoch}"):
+            params, state, *both = step(params, state, data.x[rows], data.y[rows])
+            measured.append(both)  # to be read at the end, so that no step waits for it
+        loss, accuracy = np.mean(jax.device_get(measured), axis=0).tolist()
+        test_accuracy = evaluate(params, data.test_x, data.test_y)[1].item()
+        results.append(Epoch(epoch, loss, accuracy, test_accuracy, time.perf_counter() - start))
         print("{:5} {:8.3f} {:8.3f} {:8.3f} {:8.1f}".format(*results[-1]))
         if args.checkpoint:
             write_checkpoint(args.checkpoint, params, epoch, args.seed)
-    report(net, params, data.train)
+    report(net, params, data.x[:10_000], data.y[:10_000])
     return results
 
 

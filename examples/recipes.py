@@ -171,7 +171,8 @@ def fisher(log_likelihood: Loss, params: Any, pattern: str | None, *batch: Any) 
     """Returns the diagonal of the empirical Fisher information of the matching parameters.
 
     Use it to weigh parameters, as in elastic weight consolidation or pruning. It is the mean over a
-    batch of the squared gradients; ``log_likelihood`` takes one example.
+    batch of the squared gradients; ``log_likelihood`` takes one example, and a loss that is minus it
+    will do. With no pattern it is that of all that is not state.
     """
     gradient = pt.grad(log_likelihood, wrt=pattern)
     grads = jax.vmap(lambda *example: gradient(params, *example))(*batch)
@@ -187,8 +188,8 @@ def inner_step(loss: Loss, params: Any, pattern: str, lr: float, *batch: Any) ->
     Use it to adapt to a task, and differentiate through it: the outer loss of the result has a
     gradient by all of ``params``, the adapted ones and the others.
     """
-    slow, rest = pt.partition(params, pattern)
-    grads = pt.grad(loss, wrt=pattern)(params, *batch)
+    slow, rest = pt.partition(params, pattern, kind="param")
+    grads = pt.grad(lambda p: loss(pt.merge(p, rest), *batch))(slow)
     return pt.merge(optax.tree.add_scale(slow, -lr, grads), rest)
 
 
@@ -261,16 +262,20 @@ def mean_loss(params: Any, xs: jax.Array, labels: jax.Array) -> Any:
     return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, xs, labels))
 
 
-def optimisers(params: Any) -> dict[str, Any]:
-    """Returns an optimiser for each of the recipes that make one."""
+def moves(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
+    """Returns how far the optimisers of the recipes move each parameter in one step."""
     sgd, adam = optax.sgd(0.1), optax.adam(0.1)
-    return {
+    txs = {
         "weights that decay": decay_some(0.1, 0.1, params),
-        "a slow body": per_group({"slow": sgd, "fast": adam}, params, {"body.*": "slow", ".*": "fast"}),
+        "a slow body": per_group(dict(slow=sgd, fast=adam), params, {"body.*": "slow", ".*": "fast"}),
         "a frozen body": freeze_in_optimiser(adam, params, "body.*"),
         "lr_mult, wd_mult": optax.chain(wd_mult(0.1, {".*bias": 0.0}), sgd, lr_mult({"head.*": 10.0})),
         "a clipped head": optax.chain(clip_group(0.01, params, "head.*"), sgd),
         "one of 2 calls": every(2, sgd),
+    }
+    grads = jax.grad(mean_loss)(params, xs, labels)
+    return {
+        what: norms_by_name(tx.update(grads, tx.init(params), params)[0]) for what, tx in txs.items()
     }
 
 
@@ -296,9 +301,8 @@ def main() -> None:
     params = pt.init(net, key, xs[0])
 
     title("How far one step moves each parameter")
-    for what, tx in optimisers(params).items():
-        moved, _, _ = fine_tune_step(mean_loss, tx)(params, tx.init(params), xs, labels)
-        show(what, norms_by_name(optax.tree.sub(moved, params)))
+    for what, norms in jax.jit(moves)(params, xs, labels).items():
+        show(what, norms)
 
     title("Norms by name, of gradients and the like")
     for what, norms in jax.jit(gradients)(params, xs, labels).items():

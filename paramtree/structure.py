@@ -255,7 +255,7 @@ def picker(order: Sequence[int]) -> Picker:
     if len(order) < 2:
         return lambda values: tuple(values[i] for i in order)
     step = order[1] - order[0]
-    if step > 0 and tuple(order) == tuple(range(order[0], order[-1] + 1, step)):
+    if order[0] >= 0 and step > 0 and tuple(order) == tuple(range(order[0], order[-1] + 1, step)):
         span = slice(order[0], order[-1] + 1, step)
         return lambda values: tuple(values[span])
     return itemgetter(*order)

@@ -16,9 +16,7 @@ from paramtree import nn
 from paramtree.tree import whole
 from tests.catalogue import CATALOGUE, leaf, same, siblings, tied, trees, with_holes, with_kinds
 
-PATTERNS = st.one_of(
-    st.just(".*"), st.text("ab_0.*|()[]", max_size=5), st.sampled_from([".*w.*", "d.*"])
-)
+PATTERNS = st.one_of(st.just(".*"), st.text("ab_0.*|()", max_size=5), st.sampled_from([".*w.*", "d.*"]))
 
 
 def naive(tree: pt.ParamTree) -> tuple[dict[tuple[str, ...], Any], dict[int, set[str]]]:

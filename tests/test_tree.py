@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import paramtree as pt
+from paramtree.structure import picker
 from tests.catalogue import CATALOGUE, leaf, siblings, tied, with_holes, with_kinds
 
 
@@ -229,6 +232,16 @@ def test_a_tree_a_thousand_levels_deep() -> None:
     tree = pt.from_tree(nested)
     assert jax.tree.map(lambda x: x, tree)._structure is tree._structure
     assert len(repr(tree)) > 3000
+
+
+@given(st.lists(st.integers(-5, 4), max_size=5))
+def test_a_picker_takes_any_positions(order: list[int]) -> None:
+    assert picker(tuple(order))(tuple("abcde")) == tuple("abcde"[i] for i in order)
+
+
+@pytest.mark.parametrize("order", [range(5), range(0, 5, 2), range(3, 5), (-1, 0), (-2, -1), (4, 3)])
+def test_a_picker_takes_ranges(order: Any) -> None:
+    assert picker(tuple(order))(list("abcde")) == tuple("abcde"[i] for i in order)
 
 
 def test_reading_in_threads_gives_one_structure() -> None:

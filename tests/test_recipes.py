@@ -1,0 +1,460 @@
+"""The recipes give what an independent computation gives, and stay short."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import paramtree as pt
+from examples import recipes
+from examples.recipes import loss, mean_loss, net
+from paramtree import initializers as init
+from paramtree import nn
+
+XS = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+YS = np.arange(6, dtype=np.int32) % 3
+LR = 0.1
+
+
+def tied_net(p: Any, x: Any) -> Any:
+    """A dense layer used under two names, a norm and a head, and a state that is added."""
+    h = nn.Dense(5, activation="tanh")(p.body, x)
+    h = nn.Dense(5, activation="tanh")(p.again, h)
+    gamma = p.norm.param("gamma", h.shape, init.One())
+    h = gamma * h + p.norm.state("shift", h.shape, init.Constant(0.1))
+    return nn.Dense(3)(p.head, h)
+
+
+def tied_loss(params: Any, x: Any, label: Any) -> Any:
+    return -jax.nn.log_softmax(tied_net(params, x))[label]
+
+
+def tied_mean_loss(params: Any, xs: Any, labels: Any) -> Any:
+    return jnp.mean(jax.vmap(tied_loss, (None, 0, 0))(params, xs, labels))
+
+
+class Case:
+    """A net with its losses and parameters; all leaves are random, so that no gradient is zero."""
+
+    def __init__(self, net: Any, loss: Any, mean_loss: Any, ties: dict[str, str] | None) -> None:
+        self.net, self.loss, self.mean_loss = net, loss, mean_loss
+        rules: Any = {".*gamma": init.Uniform(1), ".*": init.Normal(0.5)}
+        self.params = pt.init(net, jax.random.key(3), XS[0], ties=ties, rules=rules)
+        self.trained = pt.select(self.params, kind="param")
+        self.grads = pt.grad(mean_loss)(self.params, XS, YS)
+
+
+@pytest.fixture(scope="module", params=["plain", "tied"])
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "plain":
+        return Case(net, loss, mean_loss, None)
+    return Case(tied_net, tied_loss, tied_mean_loss, {"again": "body"})
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in pt.collect(tree).items()}
+
+
+def same(a: Any, b: Any) -> None:
+    """Fails unless two trees have one structure and equal leaves, bit by bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for name, leaf in named(a).items():
+        other = named(b)[name]
+        assert leaf.dtype == other.dtype and leaf.tobytes() == other.tobytes(), name
+
+
+def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for name, leaf in named(a).items():
+        np.testing.assert_allclose(leaf, named(b)[name], rtol, atol, err_msg=name)
+
+
+def updates(tx: Any, case: Case, steps: int = 1) -> Any:
+    """Returns what an optimiser does with the same gradients after some steps."""
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(case.trained)
+        for _ in range(steps):
+            moves, state = tx.update(case.grads, state, case.trained)
+    assert jax.tree.structure(moves) == jax.tree.structure(case.trained)
+    return moves
+
+
+def mixed(case: Case, pattern: str, yes: Any, no: Any) -> Any:
+    """Returns the leaves of one tree where names match and those of another elsewhere."""
+    return pt.merge(pt.select(yes, pattern), pt.partition(no, pattern)[1])
+
+
+# Optimisers
+
+
+def test_decay_some(case: Case) -> None:
+    tx = recipes.decay_some(LR, 0.3, case.trained)
+    adam = updates(optax.adam(LR), case)
+    decayed = jax.tree.map(lambda u, p: u - LR * 0.3 * p, adam, case.trained)
+    moves = updates(tx, case)
+    close(moves, mixed(case, ".*weight", decayed, adam))
+    same(pt.partition(moves, ".*weight")[1], pt.partition(adam, ".*weight")[1])
+
+
+def test_per_group(case: Case) -> None:
+    txs = {"slow": optax.sgd(LR), "fast": optax.adam(LR)}
+    tx = recipes.per_group(txs, case.trained, {"head.*": "fast", ".*": "slow"})
+    slow, fast = updates(txs["slow"], case, 2), updates(txs["fast"], case, 2)
+    same(updates(tx, case, 2), mixed(case, "head.*", fast, slow))
+
+
+def test_freeze_in_optimiser(case: Case) -> None:
+    tx = recipes.freeze_in_optimiser(optax.adam(LR), case.trained, "head.*")
+    moves = updates(tx, case, 2)
+    same(moves, mixed(case, "head.*", jax.tree.map(jnp.zeros_like, case.trained), updates(optax.adam(LR), case, 2)))
+    moved = optax.apply_updates(case.trained, moves)
+    same(pt.select(moved, "head.*"), pt.select(case.params, "head.*"))
+    slots = jax.tree.leaves(tx.init(case.trained))
+    assert sum(a.size for a in slots) < 2 * pt.count(case.trained)
+
+
+@pytest.mark.parametrize("pattern", ["head.*", None])
+def test_fine_tune_step(case: Case, pattern: str | None) -> None:
+    tx = optax.sgd(LR, momentum=0.9)
+    start = pt.select(case.params, pattern, kind="param")
+    state = tx.init(start)
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(start))
+    step = jax.jit(recipes.fine_tune_step(case.mean_loss, tx, pattern))
+    params = case.params
+    for _ in range(2):
+        params, state, value = step(params, state, XS, YS)
+    assert step._cache_size() == 1
+    hand, trace = named(case.params), {name: 0 for name in named(start)}
+    for _ in range(2):
+        grads = named(jax.grad(case.mean_loss)(pt.replace(case.params, hand), XS, YS))
+        expected = case.mean_loss(pt.replace(case.params, hand), XS, YS)
+        for name in trace:
+            trace[name] = grads[name] + np.float32(0.9) * trace[name]
+            hand[name] = hand[name] - np.float32(LR) * trace[name]
+    close(params, pt.replace(case.params, hand))
+    np.testing.assert_allclose(value, expected, 1e-5)
+    same(pt.partition(params, pattern, kind="param")[1], pt.partition(case.params, pattern, kind="param")[1])
+    assert pt.ties(params) == pt.ties(case.params)
+
+
+def test_lr_mult(case: Case) -> None:
+    rules = {"head_bias": 10.0, "head.*": 0.0, ".*bias": 2.0}
+    sgd = updates(optax.sgd(LR), case)
+    mult = {"head_bias": 10, "head_weight": 0, "body_bias": 2, "body_weight": 1, "norm_gamma": 1}
+    expected = pt.map_named(lambda name, leaf: leaf * np.float32(mult[name]), sgd)
+    same(updates(optax.chain(optax.sgd(LR), recipes.lr_mult(rules)), case), expected)
+
+
+def test_lr_mult_goes_with_groups_and_other_optimisers(case: Case) -> None:
+    adam = optax.chain(optax.adam(LR), recipes.lr_mult({"body.*": 0.5}))
+    tx = recipes.freeze_in_optimiser(adam, case.trained, "head.*")
+    moves, plain = updates(tx, case, 2), updates(optax.adam(LR), case, 2)
+    same(pt.select(moves, "body.*"), pt.select(jax.tree.map(lambda u: u / 2, plain), "body.*"))
+    same(pt.select(moves, "norm.*"), pt.select(plain, "norm.*"))
+    assert not any(leaf.any() for leaf in named(pt.select(moves, "head.*")).values())
+
+
+def test_wd_mult_with_lr_mult_is_gluons_rule(case: Case) -> None:
+    tx = optax.chain(
+        recipes.wd_mult(0.3, {".*bias": 0.0, "head.*": 2.0}), optax.sgd(LR), recipes.lr_mult({"head.*": 3.0})
+    )
+    wd = {"head_bias": 0, "head_weight": 2, "body_bias": 0, "body_weight": 1, "norm_gamma": 1}
+    grads, params = named(case.grads), named(case.trained)
+    for name, leaf in named(updates(tx, case)).items():
+        lr = LR * (3 if name.startswith("head") else 1)
+        expected = -lr * (grads[name] + 0.3 * wd[name] * params[name])
+        np.testing.assert_allclose(leaf, expected, 1e-5, 1e-7, err_msg=name)
+
+
+def test_multipliers_that_match_nothing_are_errors(case: Case) -> None:
+    for tx in (recipes.lr_mult({"haed.*": 2.0}), recipes.wd_mult(0.1, {"haed.*": 2.0})):
+        with pytest.raises(pt.RuleError, match="haed"):
+            tx.init(case.trained)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_clip_group(case: Case, factor: float) -> None:
+    head = named(pt.select(case.grads, "head.*"))
+    norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in head.values()))
+    clipped = updates(recipes.clip_group(factor * norm, case.trained, "head.*"), case)
+    scale = np.float32(min(1, factor))
+    close(pt.select(clipped, "head.*"), pt.replace(pt.select(case.grads, "head.*"), {k: scale * v for k, v in head.items()}))
+    same(pt.partition(clipped, "head.*")[1], pt.partition(case.grads, "head.*")[1])
+
+
+def test_every(case: Case) -> None:
+    tx = recipes.every(3, optax.sgd(LR))
+    grad = pt.grad(case.mean_loss)
+    with jax.numpy_dtype_promotion("standard"):
+        state, params = tx.init(case.trained), case.trained
+        for i in range(3):
+            same(params, case.trained)
+            part = slice(2 * i, 2 * i + 2)
+            moves, state = tx.update(grad(case.params, XS[part], YS[part]), state, params)
+            params = optax.apply_updates(params, moves)
+    expected = optax.apply_updates(case.trained, updates(optax.sgd(LR), case))  # of the whole batch
+    close(params, expected)
+
+
+# Gradients
+
+
+def test_grad_req_null(case: Case) -> None:
+    grads = recipes.grad_req_null(case.mean_loss, "body.*")(case.params, XS, YS)
+    close(grads, pt.partition(case.grads, "body.*")[1])
+    assert not pt.collect(grads, "body.*|.*shift")
+
+
+def test_grad_req_null_of_one_name_of_a_tie_leaves_the_leaf_out() -> None:
+    case = Case(tied_net, tied_loss, tied_mean_loss, {"again": "body"})
+    grads = recipes.grad_req_null(case.mean_loss, "again.*")(case.params, XS, YS)
+    assert list(pt.collect(grads)) == ["norm_gamma", "head_weight", "head_bias"]
+
+
+def test_grad_req_add_is_the_gradient_of_the_sum(case: Case) -> None:
+    xs, ys = XS.reshape(3, 2, 5), YS.reshape(3, 2)
+    total = recipes.grad_req_add(case.mean_loss, case.params, xs, ys)
+    summed = jax.grad(lambda p: sum(case.mean_loss(p, xs[i], ys[i]) for i in range(3)) * 1.0)(case.params)
+    close(total, pt.select(summed, kind="param"))
+
+
+def test_norms_by_name(case: Case) -> None:
+    norms = jax.jit(recipes.norms_by_name)(case.grads)
+    assert list(norms) == list(pt.collect(case.grads))
+    for name, leaf in named(case.grads).items():
+        np.testing.assert_allclose(norms[name], np.sqrt((leaf**2).sum()), 1e-5)
+
+
+def each(case: Case) -> list[dict[str, np.ndarray]]:
+    grad = jax.jit(jax.grad(case.loss))
+    return [named(grad(case.params, x, y)) for x, y in zip(XS, YS, strict=True)]
+
+
+def test_example_norms(case: Case) -> None:
+    groups = ["body.*", ".*weight"]
+    norms = jax.jit(lambda p: recipes.example_norms(case.loss, p, groups, XS, YS))(case.params)
+    assert list(norms) == sorted(groups)
+    for i, grads in enumerate(each(case)):
+        body = sum((grads[f"body_{k}"] ** 2).sum() for k in ("weight", "bias"))
+        weights = sum((grads[f"{k}_weight"] ** 2).sum() for k in ("body", "head"))
+        np.testing.assert_allclose(norms["body.*"][i], np.sqrt(body), 1e-5)
+        np.testing.assert_allclose(norms[".*weight"][i], np.sqrt(weights), 1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["head.*", "body_weight|norm_gamma"])
+def test_hvp(case: Case, pattern: str) -> None:
+    chosen, rest = pt.partition(case.params, pattern)
+    flat, restore = jax.flatten_util.ravel_pytree(chosen)
+    hessian = jax.hessian(lambda v: case.mean_loss(pt.merge(restore(v), rest), XS, YS))(flat)
+    direction = jax.random.normal(jax.random.key(1), flat.shape)
+    product = recipes.hvp(case.mean_loss, case.params, pattern, restore(direction), XS, YS)
+    close(product, restore(hessian @ direction), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("pattern", [".*weight", None])
+def test_fisher(case: Case, pattern: str | None) -> None:
+    diagonal = recipes.fisher(case.loss, case.params, pattern, XS, YS)
+    assert jax.tree.structure(diagonal) == jax.tree.structure(pt.select(case.params, pattern, kind="param"))
+    loop = each(case)
+    for name, leaf in named(diagonal).items():
+        expected = sum(grads[name].astype(np.float64) ** 2 for grads in loop) / len(loop)
+        np.testing.assert_allclose(leaf, expected, 1e-4, 1e-7, err_msg=name)
+
+
+# Parameters
+
+
+def hand_inner(case: Case, params: Any, *batch: Any) -> Any:
+    """Returns the head one SGD step on, with no verb that divides a tree."""
+    leaves = pt.collect(params).to_dict()
+    grads = pt.collect(jax.grad(case.mean_loss)(params, *batch)).to_dict()
+    for name in ("head_weight", "head_bias"):
+        leaves[name] = leaves[name] - LR * grads[name]
+    return pt.replace(params, leaves)
+
+
+def test_inner_step(case: Case) -> None:
+    adapted = recipes.inner_step(case.mean_loss, case.params, "head.*", LR, XS[:3], YS[:3])
+    close(adapted, hand_inner(case, case.params, XS[:3], YS[:3]))
+    rest = pt.partition(case.params, "head.*")[1]
+    same(pt.partition(adapted, "head.*")[1], rest)
+    assert pt.ties(adapted) == pt.ties(case.params)
+
+
+def test_inner_step_never_moves_state(case: Case) -> None:
+    adapted = recipes.inner_step(case.mean_loss, case.params, ".*", LR, XS, YS)
+    same(pt.select(adapted, kind="state"), pt.select(case.params, kind="state"))
+
+
+def test_the_outer_gradient_of_inner_step(case: Case) -> None:
+    def outer(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda p: case.mean_loss(inner(p), XS[3:], YS[3:])
+
+    ours = outer(lambda p: recipes.inner_step(case.mean_loss, p, "head.*", LR, XS[:3], YS[:3]))
+    grads = jax.jit(jax.grad(ours))(case.params)
+    close(grads, jax.jit(jax.grad(outer(lambda p: hand_inner(case, p, XS[:3], YS[:3]))))(case.params))
+    first_order = outer(
+        lambda p: recipes.inner_step(case.mean_loss, jax.lax.stop_gradient(p), "head.*", LR, XS[:3], YS[:3])
+    )
+    assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(first_order)(case.params)))
+    direction = optax.tree.random_like(jax.random.key(5), case.params)
+    slope = float(optax.tree.vdot(grads, direction))
+    eps = 1e-2
+    ends = [float(ours(optax.tree.add_scale(case.params, e, direction))) for e in (eps, -eps)]
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * eps), slope, rtol=0.02, atol=2e-3)
+
+
+def test_averages(case: Case) -> None:
+    average = pt.select(case.params, "head.*|body_weight")
+    size = len(jax.tree.leaves(average))
+    params, expected = case.params, named(average)
+    for _ in range(3):
+        params = jax.tree.map(lambda leaf: leaf + 1, params)
+        average = recipes.update_average(average, params, "head.*|body_weight", 0.9)
+        expected = {name: 0.9 * leaf + 0.1 * named(params)[name] for name, leaf in expected.items()}
+    assert len(jax.tree.leaves(average)) == size == 3
+    merged = recipes.with_average(params, average)
+    close(merged, pt.replace(params, {name: leaf.astype(np.float32) for name, leaf in expected.items()}))
+    assert pt.ties(merged) == pt.ties(params)
+    same(pt.select(merged, "norm.*"), pt.select(params, "norm.*"))
+
+
+def products(jaxpr: Any) -> list[Any]:
+    """Returns the dtypes of the operands of every dot_general in a jaxpr, the nested ones too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append({var.aval.dtype for var in eqn.invars})
+        for sub in jax.core.jaxprs_in_params(eqn.params) if hasattr(jax.core, "jaxprs_in_params") else nested(eqn):
+            found += products(sub)
+    return found
+
+
+def nested(eqn: Any) -> list[Any]:
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
+    return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]
+
+
+def kept_dtypes(p: Any, x: Any, seen: list[Any]) -> Any:
+    seen.append({name: leaf.dtype for name, leaf in pt.collect(p).items()})
+    return net(p, x)
+
+
+def test_mixed_precision() -> None:
+    case = Case(net, loss, mean_loss, None)
+    seen: list[Any] = []
+    half = recipes.mixed_precision(lambda p, x: kept_dtypes(p, x, seen), "norm.*")
+
+    def half_loss(params: Any) -> Any:
+        logits = jax.vmap(half, (None, 0))(params, XS)
+        assert logits.dtype == jnp.float32
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(6), YS])
+
+    gradient = jax.grad(half_loss)
+    grads = gradient(case.params)
+    assert {name for name, dtype in seen[0].items() if dtype == jnp.float32} == {"norm_gamma"}
+    assert {dtype for name, dtype in seen[0].items() if name != "norm_gamma"} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    close(grads, case.grads, 0.1, 0.02)
+    ran = products(jax.make_jaxpr(gradient)(case.params).jaxpr)
+    assert len(ran) >= 4 and all(pair == {jnp.dtype(jnp.bfloat16)} for pair in ran)
+    full = products(jax.make_jaxpr(lambda p: jax.grad(mean_loss)(p, XS, YS))(case.params).jaxpr)
+    assert len(full) == len(ran) and all(pair == {jnp.dtype("float32")} for pair in full)
+
+
+def test_mixed_precision_keeps_ties_and_structure() -> None:
+    case = Case(tied_net, tied_loss, tied_mean_loss, {"again": "body"})
+
+    def half_net(p: Any, x: Any) -> Any:
+        assert p.body.weight is p.again.weight
+        h = nn.Dense(5)(p.again, nn.Dense(5)(p.body, x))
+        return nn.Dense(3)(p.head, h)
+
+    half = recipes.mixed_precision(half_net, "norm.*")
+    grads = jax.grad(lambda p: jnp.sum(half(p, XS)))(case.params)
+    assert jax.tree.structure(grads) == jax.tree.structure(case.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_new_head(case: Case) -> None:
+    key = jax.random.key(9)
+    tuned = recipes.new_head(case.params, key, "head.*|nothing")
+    same(pt.partition(tuned, "head.*")[1], pt.partition(case.params, "head.*")[1])
+    assert jax.tree.structure(tuned) == jax.tree.structure(case.params)
+    rules: Any = {".*bias": init.Zero(), ".*weight": init.Normal(0.01)}
+    fresh = pt.init(case.net, key, XS[0], ties=pt_ties(case), rules=rules)
+    same(pt.select(tuned, "head.*"), pt.select(fresh, "head.*"))
+    assert np.asarray(recipes.new_head(case.params, key, "head.*", init.One()).head.weight).all()
+
+
+def pt_ties(case: Case) -> dict[str, str] | None:
+    return {"again": "body"} if pt.ties(case.params) else None
+
+
+def test_transplant(case: Case) -> None:
+    def wider(p: Any, x: Any) -> Any:
+        return nn.Dense(7)(p.head, XS[0])
+
+    def larger(p: Any, x: Any) -> Any:
+        case.net(pt_scope(p), x)
+        return wider(p, x)
+
+    key = jax.random.key(9)
+    rules = {"head_weight": jnp.zeros((7, 5)), "head_bias": jnp.zeros(7)}
+    old = case.params
+    if pt.ties(old):
+        old = pt.untie(old)
+    moved = recipes.transplant(old, case.net, key, "head.*", XS[0])
+    fresh = pt.init(case.net, key, XS[0])
+    same(moved, mixed(case, "head.*", fresh, old))
+    assert rules["head_bias"].shape == (7,)
+
+
+# All of them
+
+
+def functions() -> list[ast.FunctionDef]:
+    tree = ast.parse(Path(recipes.__file__).read_text())
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def code_lines(node: ast.FunctionDef) -> int:
+    """Returns how many lines of a function hold code: not its docstring, blank lines or comments."""
+    source = Path(recipes.__file__).read_text().splitlines()
+    first = node.body[0]
+    doc = range(first.lineno, (first.end_lineno or 0) + 1) if ast.get_docstring(node) else range(0)
+    lines = [n for n in range(node.lineno, (node.end_lineno or 0) + 1) if n not in doc]
+    return sum(bool(source[n - 1].strip()) and not source[n - 1].strip().startswith("#") for n in lines)
+
+
+DEMONSTRATION = {"net", "loss", "mean_loss", "moves", "gradients", "main", "title", "show"}
+RECIPES = [node for node in functions() if node.name not in DEMONSTRATION]
+
+
+@pytest.mark.parametrize("node", RECIPES, ids=lambda node: node.name)
+def test_a_recipe_is_short_typed_and_says_when_to_use_it(node: ast.FunctionDef) -> None:
+    assert code_lines(node) <= 10
+    assert "Use it" in (ast.get_docstring(node) or "")
+    assert node.returns and all(arg.annotation for arg in node.args.args)
+    assert f"recipes.{node.name}(" in Path(__file__).read_text(), "no test calls it"
+
+
+def test_the_counting_of_lines_counts() -> None:
+    assert {node.name: code_lines(node) for node in functions()}["loss"] == 2
+    assert {node.name: code_lines(node) for node in functions()}["main"] > 10
+    assert len(RECIPES) == 20 and DEMONSTRATION <= {node.name for node in functions()}
+
+
+def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with jax.numpy_dtype_promotion("standard"):
+        recipes.main()
+    out = capsys.readouterr().out
+    moved = {line[:18].strip(): line[18:].split() for line in out.splitlines()}
+    assert moved["a frozen body"][:4] == ["body_weight", "0.", "body_bias", "0."]
+    assert float(out.split("loss ")[1].split()[0]) < 0.6
