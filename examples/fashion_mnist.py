@@ -167,9 +167,8 @@ def report(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> None:
 def write_checkpoint(path: Path, params: pt.ParamTree, epoch: int, seed: int) -> None:
     """Writes all that the rest of a run depends on; plain SGD has no state. There is no half file."""
     unfinished = path.with_name(path.name + ".tmp")
-    leaves = {name: np.asarray(leaf) for name, leaf in pt.collect(params, sep="/").items()}
     with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, epoch=epoch, seed=seed, **leaves)
+        np.savez(file, epoch=epoch, seed=seed, **pt.collect(params, sep="/"))
     os.replace(unfinished, path)
 
 
@@ -226,11 +225,8 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
         params = pt.init(net, init_key, data.x, rules={".*weight": weights, ".*bias": init.Zero()})
     print(f"{data.name}: {size} images to train with, {len(data.test_y)} to test with")
     print(f"{'epoch':>5} {'loss':>8} {'train':>8} {'test':>8} {'seconds':>8}")
-    state, step, evaluate = (
-        tx.init(params),
-        make_step(net, tx),
-        jax.jit(partial(loss_and_accuracy, net)),
-    )
+    state, step = tx.init(params), make_step(net, tx)
+    evaluate = jax.jit(partial(loss_and_accuracy, net))
     results: list[Epoch] = []
     for epoch in range(done + 1, args.epochs + 1):
         start, measured = time.perf_counter(), []

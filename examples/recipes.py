@@ -235,10 +235,11 @@ def new_head(params: Any, key: jax.Array, pattern: str, initializer: Any = None)
 def transplant(old: Any, net: Model, key: jax.Array, head: str, x: Any) -> pt.ParamTree:
     """Returns parameters for a net whose head is new, with all but the head from an old tree.
 
-    Use it if the head has another shape, as for another number of classes.
+    Use it if the head has another shape, as for another number of classes. The ties are those of the
+    new net.
     """
     body = pt.partition(old, head)[1]
-    return pt.replace(pt.init(net, key, x), pt.collect(body).to_dict())
+    return pt.replace(pt.init(net, key, x), pt.collect(body, aliases=True).to_dict())
 
 
 # A demonstration
@@ -267,7 +268,7 @@ def moves(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
     sgd, adam = optax.sgd(0.1), optax.adam(0.1)
     txs = {
         "weights that decay": decay_some(0.1, 0.1, params),
-        "a slow body": per_group(dict(slow=sgd, fast=adam), params, {"body.*": "slow", ".*": "fast"}),
+        "a slow body": per_group({"": adam, "slow": sgd}, params, {"body.*": "slow", ".*": ""}),
         "a frozen body": freeze_in_optimiser(adam, params, "body.*"),
         "lr_mult, wd_mult": optax.chain(wd_mult(0.1, {".*bias": 0.0}), sgd, lr_mult({"head.*": 10.0})),
         "a clipped head": optax.chain(clip_group(0.01, params, "head.*"), sgd),
