@@ -178,7 +178,7 @@ def read_checkpoint(path: Path, like: pt.ParamTree) -> tuple[pt.ParamTree, int, 
     Raises ValueError if the file is no checkpoint, or one of another network.
     """
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             saved = dict(file)
     except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no checkpoint: {error}") from error

@@ -268,7 +268,7 @@ def moves(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
     sgd, adam = optax.sgd(0.1), optax.adam(0.1)
     txs = {
         "weights that decay": decay_some(0.1, 0.1, params),
-        "a slow body": per_group({"": adam, "slow": sgd}, params, {"body.*": "slow", ".*": ""}),
+        "a slow body": per_group({"slow": sgd, "fast": adam}, params, {"body.*": "slow", ".*": "fast"}),
         "a frozen body": freeze_in_optimiser(adam, params, "body.*"),
         "lr_mult, wd_mult": optax.chain(wd_mult(0.1, {".*bias": 0.0}), sgd, lr_mult({"head.*": 10.0})),
         "a clipped head": optax.chain(clip_group(0.01, params, "head.*"), sgd),
@@ -324,8 +324,8 @@ def main() -> None:
     show("transplanted", norms_by_name(transplant(params, net, key, "head.*", xs[0])))
 
     title("Mixed precision")
-    print("float32 ", net(params, xs[0]))
-    print("bfloat16", mixed_precision(net, "norm.*")(params, xs[0]))
+    for what, model in {"float32": net, "bfloat16": mixed_precision(net, "norm.*")}.items():
+        print(f"{what:18} {jax.jit(model)(params, xs[0])}")
 
 
 def title(text: str) -> None:

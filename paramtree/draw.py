@@ -16,9 +16,9 @@ import numpy as np
 
 from paramtree.errors import MismatchError
 from paramtree.initializers import Initializer
+from paramtree.leaf import join
 from paramtree.record import Spec
 from paramtree.structure import Path
-from paramtree.tree import join
 
 __all__ = ["check_key", "draw", "path_key", "path_words"]
 

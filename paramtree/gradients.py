@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.errors import RuleError
+from paramtree.leaf import dtype_of, join
 from paramtree.names import Pattern, named
 from paramtree.parts import choose, divide, merge, part
 from paramtree.structure import PARAM
-from paramtree.tree import dtype_of, join
 
 __all__ = ["grad", "value_and_grad"]
 

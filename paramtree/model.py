@@ -12,10 +12,11 @@ import jax
 from paramtree import initializers
 from paramtree.draw import check_key, draw
 from paramtree.errors import MismatchError, RuleError
+from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.names import Rules, named, resolve
 from paramtree.record import Spec, record
 from paramtree.structure import Structure
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, shape_of
+from paramtree.tree import ParamTree, _rebuild
 
 __all__ = ["abstract", "init", "reinit"]
 

@@ -18,8 +18,9 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
+from paramtree.leaf import dtype_of, join
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build, picker
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
+from paramtree.tree import ParamTree, _rebuild, whole
 
 __all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.errors import MismatchError, RuleError
+from paramtree.leaf import dtype_of, join
 from paramtree.names import UNSET, Named, Pattern, Rules, match, named, names, no_match, resolve
 from paramtree.structure import Picker, Structure, picker
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, whole
+from paramtree.tree import ParamTree, _rebuild, whole
 
 __all__ = ["cast", "labels", "mask", "merge", "partition", "select"]
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from paramtree import initializers
 from paramtree.errors import MismatchError, MissingError, ParamTreeError
 from paramtree.initializers import Initializer
+from paramtree.leaf import dtype_of, join
 from paramtree.structure import PARAM, STATE, Path, build
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, register
+from paramtree.tree import ParamTree, _rebuild, register
 from paramtree.tying import tie
 
 __all__ = ["Recorder", "Spec", "record", "tie_in_recorder"]

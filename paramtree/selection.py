@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.errors import MismatchError, RuleError
+from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
 from paramtree.structure import Path, build, picker
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, shape_of
+from paramtree.tree import ParamTree, _rebuild
 
 __all__ = ["collect", "map_named", "replace"]
 

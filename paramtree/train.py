@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from paramtree.draw import check_key, path_key, path_words
 from paramtree.errors import MismatchError, ScopeError
+from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.structure import Node, Path
-from paramtree.tree import ParamTree, _flatten, _rebuild, dtype_of, join, register, shape_of, whole
+from paramtree.tree import ParamTree, _flatten, _rebuild, register, whole
 
 __all__ = ["training"]
 

@@ -17,9 +17,10 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from paramtree.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
+from paramtree.leaf import describe, join, shape_of
 from paramtree.structure import HOLE, STATE, Node, Path, Structure
 
-__all__ = ["ParamTree", "check_scope", "child", "dtype_of", "join", "shape_of"]
+__all__ = ["ParamTree", "check_scope", "child", "register", "whole"]
 
 
 class _Fields:
@@ -294,7 +295,7 @@ class ParamTree(_Fields):
         for path, slot in structure.entries(node):
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
             tied = "" if first[slot] == path else f", tied to {join(self._place + first[slot])}"
-            lines.append(f"{word} {join(self._place + path)} ({_describe(self._leaves[slot])}{tied})")
+            lines.append(f"{word} {join(self._place + path)} ({describe(self._leaves[slot])}{tied})")
         span = slice(None) if node is None else slice(node.start, node.stop)
         if holes := structure.slots[span].count(HOLE):
             lines.append(f"({holes} hole{'s' if holes > 1 else ''})")
@@ -374,42 +375,8 @@ def child(scope: Any, name: str) -> Any:
     return scope._view(found if isinstance(found, Node) else Node((*node.path, name), node.stop))
 
 
-def join(path: Path, sep: str = "_") -> str:
-    """Returns the name of a path: its segments joined.
-
-    Example:
-      >>> join(("dense0", "weight"))
-      'dense0_weight'
-    """
-    return sep.join(path)
-
-
 def _where(path: Path) -> str:
     return f"`{join(path)}`" if path else "the tree"
-
-
-def shape_of(leaf: Any) -> tuple[int, ...] | None:
-    """Returns the shape of an array, tracer, number or anything with a shape; else None."""
-    if isinstance(leaf, bool | int | float | complex):
-        return ()
-    shape = getattr(leaf, "shape", None)
-    return tuple(shape) if isinstance(shape, tuple) else None
-
-
-def dtype_of(leaf: Any) -> Any:
-    """Returns the dtype of anything that has one and a shape; else None."""
-    return getattr(leaf, "dtype", None) if shape_of(leaf) is not None else None
-
-
-def _describe(leaf: Any) -> str:
-    shape, dtype = shape_of(leaf), dtype_of(leaf)
-    if shape is not None and dtype is not None:
-        return f"shape={shape}, dtype={dtype}"
-    try:
-        text = " ".join(repr(leaf).split())
-    except Exception:  # a leaf may be any object, and printing a tree must not fail on one
-        text = type(leaf).__name__
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _to_bytes(structure: Structure) -> bytes:

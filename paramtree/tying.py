@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.errors import MismatchError, ParamTreeError, RuleError, suggest
+from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.names import Pattern, match, names, no_match
 from paramtree.structure import EMPTY, Node, Path, Structure, build
-from paramtree.tree import ParamTree, _rebuild, dtype_of, join, shape_of, whole
+from paramtree.tree import ParamTree, _rebuild, whole
 
 __all__ = ["tie", "ties", "untie"]
 

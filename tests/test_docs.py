@@ -78,7 +78,7 @@ def test_importing_loads_jax_and_paramtree_only() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    order = ["errors", "structure", "tree", "names", "initializers", "selection", "parts", "gradients", "tying", "record", "draw", "model",
+    order = ["errors", "leaf", "structure", "tree", "names", "initializers", "selection", "parts", "gradients", "tying", "record", "draw", "model",
              "train", "nn", "inspect"]  # fmt: skip
     for path in (ROOT / "paramtree").rglob("*.py"):
         room = path.relative_to(ROOT / "paramtree").parts[0].removesuffix(".py")

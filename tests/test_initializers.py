@@ -14,6 +14,9 @@ import scipy.stats
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
+from tests.helpers import quick_compilation, x64
+
+__all__ = ["quick_compilation"]  # a fixture is used by being here
 
 X = jax.ShapeDtypeStruct((2, 5), "float32")
 NET = nn.Sequential(nn.Dense(4, activation="relu"), nn.Dense(3))
@@ -40,24 +43,6 @@ BY_NAME = {
     "Load": lambda: init.Load({"dense0_bias": np.zeros(4, "float32")}, init.One()),
 }
 rows = pytest.mark.parametrize("row", TABLE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA takes most of the time here to optimise random bits of which each test draws a few."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # other tests may compare bits, which differ with the optimisations
-
-
-def x64():
-    """Returns the context in which jax has 64-bit types."""
-    enable = getattr(jax, "enable_x64", None)
-    if enable is None:
-        from jax.experimental import enable_x64 as enable
-    return enable(True)
 
 
 def sample(initializer, shape, repeats=1, seed=0, dtype=jnp.float32):

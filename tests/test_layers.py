@@ -20,6 +20,9 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
+from tests.helpers import quick_compilation, x64
+
+__all__ = ["quick_compilation"]  # a fixture is used by being here
 
 
 class Row(NamedTuple):
@@ -71,24 +74,6 @@ TABLE = {
     "Sequential empty": Row(nn.Sequential, (of(2, 5),)),
 }
 rows = pytest.mark.parametrize("row", TABLE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimisations take longer than all that these small layers compute."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # other tests may compare bits, which differ with the optimisations
-
-
-def x64():
-    """Returns the context in which jax has 64-bit types."""
-    enable = getattr(jax, "enable_x64", None)
-    if enable is None:
-        from jax.experimental import enable_x64 as enable
-    return enable(True)
 
 
 def normal(*shape):

@@ -14,7 +14,7 @@ import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
 from paramtree.draw import path_words
-from paramtree.tree import dtype_of, shape_of
+from paramtree.leaf import dtype_of, shape_of
 
 
 def mlp(p: Any, x: jax.Array) -> jax.Array:

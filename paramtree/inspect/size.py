@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+from paramtree.leaf import dtype_of, shape_of
 from paramtree.names import Pattern
 from paramtree.selection import collect
-from paramtree.tree import dtype_of, shape_of
 
 __all__ = ["count", "nbytes"]
 

@@ -1,0 +1,41 @@
+"""What is asked of a single leaf, which may be anything: its name, shape, dtype, and how to print it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["describe", "dtype_of", "join", "shape_of"]
+
+
+def join(path: Sequence[str], sep: str = "_") -> str:
+    """Returns the name of a path: its segments joined.
+
+    Example:
+      >>> join(("dense0", "weight"))
+      'dense0_weight'
+    """
+    return sep.join(path)
+
+
+def shape_of(leaf: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an array, tracer, number or anything with a shape; else None."""
+    if isinstance(leaf, bool | int | float | complex):
+        return ()
+    shape = getattr(leaf, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def dtype_of(leaf: Any) -> Any:
+    """Returns the dtype of anything that has one and a shape; else None."""
+    return getattr(leaf, "dtype", None) if shape_of(leaf) is not None else None
+
+
+def describe(leaf: Any) -> str:
+    """Returns what to print of a leaf, on one line; it may be any object."""
+    shape, dtype = shape_of(leaf), dtype_of(leaf)
+    if shape is not None and dtype is not None:
+        return f"shape={shape}, dtype={dtype}"
+    try:
+        text = " ".join(repr(leaf).split())
+    except Exception:  # a leaf may be any object, and printing a tree must not fail on one
+        text = type(leaf).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
