@@ -1,4 +1,4 @@
-"""What is asked of a single leaf, which may be anything: its name, shape, dtype, and how to print it."""
+"""What is asked of one leaf, which may be anything: its name, shape, dtype, and how to print it."""
 
 from collections.abc import Sequence
 from typing import Any
