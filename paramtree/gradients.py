@@ -25,8 +25,8 @@ def value_and_grad(
 
     Args:
       fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
-      wrt: a pattern, or several, for the leaves to differentiate by; None for all trained,
-        floating-point leaves, which leaves out state and whole numbers.
+      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained:
+        state never is. None for all that are of floating point.
       has_aux: whether ``fn`` returns a pair.
 
     Returns:
@@ -34,7 +34,8 @@ def value_and_grad(
       ``pt.select`` gives for these leaves: holes, or None in another pytree, for all else.
 
     Raises:
-      RuleError: on calling: a pattern matches nothing, or a leaf that is not of floating point.
+      RuleError: on calling: a pattern matches nothing that is trained, or a leaf that is not of
+        floating point.
 
     Example:
       >>> import paramtree as pt
@@ -62,8 +63,8 @@ def grad(
 
     Args:
       fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
-      wrt: a pattern, or several, for the leaves to differentiate by; None for all trained,
-        floating-point leaves.
+      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained.
+        None for all that are of floating point.
       has_aux: whether ``fn`` returns a pair; the result is then ``(gradient, aux)``.
 
     Example:
@@ -86,7 +87,7 @@ def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
     """Returns the leaves to differentiate by, and the rest."""
     source = named(params)
     structure, leaves = source.tree._structure, source.tree._leaves
-    taken, left = choose(structure, wrt, PARAM if wrt is None else None, "grad")
+    taken, left = choose(structure, wrt, PARAM, "grad")  # state is never trained, by whatever pattern
     dtypes = {slot: dtype_of(leaves[slot]) for slot in taken.slots}
     fixed = [
         slot for slot, dtype in dtypes.items() if not (dtype and jnp.issubdtype(dtype, jnp.inexact))

@@ -25,7 +25,7 @@ from paramtree.tree import ParamTree, _rebuild, whole
 __all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
 
 Pattern = str | re.Pattern[str]
-Rules = Mapping[Pattern, Any]
+Rules = Mapping[Any, Any]  # patterns to values; a Mapping's key type is invariant, so any will do
 UNSET: Any = object()  # an argument that was not given, where None could be
 
 
@@ -185,10 +185,13 @@ def find(structure: Structure, wanted: Iterable[str], what: str) -> dict[str, in
       RuleError: some are not names of the tree; it lists them all with the closest ones.
       NameCollisionError: a name is that of two paths with different leaves.
     """
-    by_name: dict[str, dict[int, Path]] = {}
-    for name, (path, slot) in zip(names(structure), structure.entries(), strict=True):
-        by_name.setdefault(name, {})[slot] = path
-        by_name.setdefault("/".join(path), {})[slot] = path
+    if "by_name" not in structure.cache:
+        made: dict[str, dict[int, Path]] = {}
+        for name, (path, slot) in zip(names(structure), structure.entries(), strict=True):
+            made.setdefault(name, {})[slot] = path
+            made.setdefault("/".join(path), {})[slot] = path
+        structure.cache["by_name"] = made
+    by_name: dict[str, dict[int, Path]] = structure.cache["by_name"]
     wanted = list(wanted)
     unknown = [name for name in wanted if name not in by_name]
     if unknown:

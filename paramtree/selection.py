@@ -28,7 +28,8 @@ def collect(
 ) -> ParamTree:
     """Returns a flat tree of the leaves whose names match, in order, under their full names.
 
-    Each stored leaf appears once, under the first of its names that matches.
+    Each stored leaf appears once, under the first of its names that matches; ``aliases=True`` gives all
+    names, as a tree in which they are not tied would need them.
 
     Args:
       tree: a parameter tree, or any other pytree, whose arrays are named by their key paths.
@@ -72,7 +73,7 @@ def collect(
     return _rebuild(flat, take(source._leaves), source._place)
 
 
-def replace(tree: T, values: Mapping[str, Any]) -> T:
+def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     """Returns the tree with new values for some names; all the rest stays, ties too.
 
     Numbers, lists and numpy arrays become arrays of the leaf's dtype; jax arrays are taken as

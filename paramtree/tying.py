@@ -21,8 +21,12 @@ from paramtree.tree import ParamTree, _rebuild, whole
 __all__ = ["tie", "ties", "untie"]
 
 
-def ties(tree: ParamTree) -> dict[str, str]:
+def ties(tree: ParamTree, *, sep: str = "_") -> dict[str, str]:
     """Returns the name of every alias with the name of the leaf that it leads to.
+
+    Args:
+      tree: a parameter tree.
+      sep: what joins the names; with "/" they are paths, as ``pt.tie`` and ``pt.init`` take them.
 
     Example:
       >>> import paramtree as pt
@@ -32,7 +36,11 @@ def ties(tree: ParamTree) -> dict[str, str]:
     """
     structure = whole(_checked(tree, "ties"))._structure
     first = structure.canonical
-    return {join(path): join(first[slot]) for path, slot in structure.entries() if first[slot] != path}
+    return {
+        join(path, sep): join(first[slot], sep)
+        for path, slot in structure.entries()
+        if first[slot] != path
+    }
 
 
 def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:

@@ -736,7 +736,9 @@ def test_mixed(key):
 
 
 def test_mixed_takes_the_first_match_of_a_whole_name(key):
-    mixed = init.Mixed(["dense0", "bias", ".*bias", ".*"], [init.Normal(), init.Normal(), init.One(), init.Zero()])
+    mixed = init.Mixed(
+        ["dense0", "bias", ".*bias", ".*"], [init.Normal(), init.Normal(), init.One(), init.Zero()]
+    )
     params = pt.init(NET, key, X, rules={".*": mixed})
     assert (params.dense0.bias == 1).all()
     assert not params.dense0.weight.any()

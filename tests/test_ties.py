@@ -39,6 +39,10 @@ def test_an_alias_can_move_to_another_leaf() -> None:
     assert pt.ties(tree) == {"c_w": "b_w", "c_b": "b_b"}
 
 
+def test_ties_as_paths_can_be_tied_again() -> None:
+    assert same(pt.tie(pt.untie(tied()), pt.ties(tied(), sep="/")), tied())
+
+
 def test_tying_twice_changes_nothing() -> None:
     assert same(pt.tie(tied(), {"decoder/weight": "embed/weight"}), tied())
 
