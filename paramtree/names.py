@@ -99,8 +99,10 @@ def no_match(pattern: Pattern, known: Sequence[str]) -> str:
             f"'.*{text}.*' would match these"
         )
     plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
-    by_start = {name[: len(plain)]: name for name in reversed(known)}  # "embd.*" means "embed_weight"
-    close = close_names(plain, known) or [by_start[s] for s in close_names(plain, list(by_start))]
+    # "embd.*" means "embed_weight", and ".*weigth" does too: beginnings and ends are compared as well.
+    size = len(plain)
+    ends = {part: name for name in reversed(known) for part in (name[-size:], name[:size])}
+    close = close_names(plain, known) or [ends[part] for part in close_names(plain, list(ends))]
     hint = f"; the closest are {', '.join(close)}" if close else ""
     return f"{text!r} matches no name{hint}"
 

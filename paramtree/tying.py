@@ -5,7 +5,7 @@ lose it: a gradient of a tied leaf is the sum over its uses because there is onl
 differentiate, and an optimiser keeps one slot for it for the same reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from typing import Any
 
 import jax
@@ -213,15 +213,15 @@ def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, l
         target.setdefault((*alias, *rest), []).append((*source, *rest))
 
 
-def _below(structure: Structure, path: Path) -> set[Path]:
+def _below(structure: Structure, path: Path) -> KeysView[Path]:
     """Returns the paths of the leaves at or below a path, relative to it."""
     found: Node | int = structure.root
     for segment in path:
         assert isinstance(found, Node)  # the path was looked up, so it leads somewhere
         found = found.children[segment]
     if not isinstance(found, Node):
-        return {()}
-    return {entry[len(path) :] for entry, _ in structure.entries(found)}
+        return {(): None}.keys()
+    return {entry[len(path) :]: None for entry, _ in structure.entries(found)}.keys()
 
 
 def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int]) -> Path:

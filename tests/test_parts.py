@@ -147,6 +147,7 @@ def test_a_mask_is_made_once() -> None:
     ("call", "kind", "parts"),
     [
         (lambda t: pt.mask(t, "embd.*"), pt.RuleError, ["'embd.*' matches no name", "embed_weight"]),
+        (lambda t: pt.mask(t, ".*weigth"), pt.RuleError, ["'.*weigth' matches no name; the closest are embed_weight"]),
         (lambda t: pt.mask(t, {"embed.*": True}), pt.RuleError, ["no pattern matches block_a_w, block_a_b, decoder_bias"]),
         (lambda t: pt.mask(t, {"embed.*": True, "decoder.*": False, ".*": True}), pt.RuleError,
          ["embed_weight by 'embed.*', decoder_weight by 'decoder.*'", "one rule"]),
