@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from paramtree import initializers
 from paramtree.draw import check_key, draw
 from paramtree.errors import MismatchError, RuleError
+from paramtree.initializers import get
 from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.names import Rules, named, resolve
 from paramtree.record import Spec, record
@@ -149,4 +149,4 @@ def _initializers(structure: Structure, rules: Rules) -> tuple[Any, ...]:
             f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
             "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
         )
-    return tuple(None if rule is None else initializers.get(rule) for rule in chosen)
+    return tuple(None if rule is None else get(rule) for rule in chosen)

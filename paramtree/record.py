@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paramtree import initializers
 from paramtree.errors import MismatchError, MissingError, ParamTreeError
-from paramtree.initializers import Initializer
+from paramtree.initializers import Initializer, get
 from paramtree.leaf import dtype_of, join
 from paramtree.structure import PARAM, STATE, Path, build
 from paramtree.tree import ParamTree, _rebuild, register
@@ -139,7 +138,7 @@ class Recorder:
                 f"the initializer of `{full}` is {initializer!r}; expected a function "
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
-        initializer = initializers.get(initializer)
+        initializer = get(initializer)
         spec = Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, initializer)
         if name not in self._children:
             self._children[name] = spec

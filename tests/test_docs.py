@@ -77,6 +77,23 @@ def test_importing_loads_jax_and_paramtree_only() -> None:
     assert new == {"paramtree"}
 
 
+def test_any_room_can_be_imported_first() -> None:
+    rooms = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "paramtree").rglob("*.py")
+    ]
+    code = """if True:
+        import importlib, sys
+        for room in sys.argv[1:]:
+            for name in [name for name in sys.modules if name.startswith("paramtree")]:
+                if name != "paramtree.tree":  # it registers its classes, which jax allows but once
+                    del sys.modules[name]
+            importlib.import_module(room)
+    """
+    args = [sys.executable, "-c", code, *rooms]
+    subprocess.run(args, check=True, capture_output=True)
+
+
 def test_imports_go_one_way() -> None:
     order = ["errors", "leaf", "structure", "tree", "names", "initializers", "selection", "parts", "gradients", "tying", "record", "draw", "model",
              "train", "nn", "inspect"]  # fmt: skip

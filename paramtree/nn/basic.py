@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree import initializers
 from paramtree.errors import suggest
-from paramtree.initializers import Initializer
+from paramtree.initializers import Initializer, Uniform, get
 from paramtree.nn.layer import Layer
 from paramtree.tree import check_scope
 
@@ -140,9 +139,9 @@ class Dense(Layer):
         if self.activation is not None:
             _activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        weight = initializers.get(self.weight_initializer or initializers.Uniform())
+        weight = get(self.weight_initializer or Uniform())
         object.__setattr__(self, "weight_initializer", weight)
-        object.__setattr__(self, "bias_initializer", initializers.get(self.bias_initializer))
+        object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:
         check_scope(p)
@@ -195,7 +194,7 @@ class Embedding(Layer):
         _size("Embedding", "input_dim", self.input_dim)
         _size("Embedding", "output_dim", self.output_dim)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        weight = initializers.get(self.weight_initializer or initializers.Uniform())
+        weight = get(self.weight_initializer or Uniform())
         object.__setattr__(self, "weight_initializer", weight)
 
     def __call__(self, p: Any, x: Any) -> Any:
