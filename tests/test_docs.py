@@ -74,7 +74,8 @@ def test_importing_loads_jax_and_paramtree_only() -> None:
     code = "import sys, jax, jax.numpy; before = set(sys.modules); import paramtree; print(*set(sys.modules) - before)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     new = {name.split(".")[0] for name in run.stdout.split()}
-    assert new == {"paramtree"}
+    assert "paramtree" in new
+    assert new <= {"paramtree", "jax"}  # older versions of jax load jax.export only when asked to
 
 
 def test_any_room_can_be_imported_first() -> None:
