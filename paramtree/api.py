@@ -14,6 +14,9 @@ from paramtree.gradients import grad as grad
 from paramtree.gradients import value_and_grad as value_and_grad
 from paramtree.inspect import count as count
 from paramtree.inspect import nbytes as nbytes
+from paramtree.io import LoadReport as LoadReport
+from paramtree.io import load as load
+from paramtree.io import save as save
 from paramtree.model import abstract as abstract
 from paramtree.model import init as init
 from paramtree.model import reinit as reinit

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["describe", "dtype_of", "join", "shape_of"]
+import jax.numpy as jnp
+
+__all__ = ["casts", "describe", "dtype_of", "join", "shape_of"]
 
 
 def join(path: Sequence[str], sep: str = "_") -> str:
@@ -39,3 +41,19 @@ def describe(leaf: Any) -> str:
     except Exception:  # a leaf may be any object, and printing a tree must not fail on one
         text = type(leaf).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def casts(found: Any, wanted: Any) -> bool:
+    """Whether numbers of one dtype are meant when another is wanted: whole ones as any, never back.
+
+    Example:
+      >>> casts("float64", "bfloat16"), casts("int32", "float32"), casts("float32", "int32")
+      (True, True, False)
+    """
+    found, wanted = jnp.dtype(found), jnp.dtype(wanted)
+    if jnp.issubdtype(found, jnp.complexfloating):
+        return bool(jnp.issubdtype(wanted, jnp.complexfloating))
+    if jnp.issubdtype(found, jnp.inexact):
+        return bool(jnp.issubdtype(wanted, jnp.inexact))
+    whole = jnp.issubdtype(found, jnp.integer) or found == jnp.bool_
+    return bool(whole and (jnp.issubdtype(wanted, jnp.number) or wanted == jnp.bool_))

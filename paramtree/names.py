@@ -18,7 +18,7 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
-from paramtree.leaf import dtype_of, join
+from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build, picker
 from paramtree.tree import ParamTree, _rebuild, whole
 
@@ -222,8 +222,12 @@ class Named(NamedTuple):
     foreign: bool
 
 
-def named(tree: Any) -> Named:
+def named(tree: Any, *, numbers: bool = False) -> Named:
     """Returns any pytree as a tree of its array leaves, named by their key paths.
+
+    Args:
+      tree: a parameter tree, which is taken as it is, or any other pytree.
+      numbers: whether Python's numbers count as arrays.
 
     Raises:
       NameCollisionError: two key paths are spelled alike, as those of 1 and "1".
@@ -233,7 +237,8 @@ def named(tree: Any) -> Named:
         structure = tree._structure
         return Named(tree, lambda leaves, others=None: _rebuild(structure, leaves, tree._place), False)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    where = [i for i, (_, leaf) in enumerate(flat) if dtype_of(leaf) is not None]
+    least = shape_of if numbers else dtype_of
+    where = [i for i, (_, leaf) in enumerate(flat) if least(leaf) is not None]
     items = [(_segments(flat[i][0]) or ("value",), i) for i in where]
     structure, order = build(items, dict.fromkeys(where, PARAM))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.errors import MismatchError, RuleError
-from paramtree.leaf import dtype_of, join, shape_of
+from paramtree.leaf import casts, dtype_of, join, shape_of
 from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
 from paramtree.structure import Path, build, picker
 from paramtree.tree import ParamTree, _rebuild
@@ -136,7 +136,7 @@ def _fitted(value: Any, old: Any) -> Any:
             have = found.shape
         except ValueError:  # a list of rows of different lengths
             found = np.asarray(None)
-        if dtype is not None and _casts(found.dtype, dtype):
+        if dtype is not None and casts(found.dtype, dtype):
             value = found.astype(dtype) if isinstance(old, np.ndarray) else jnp.asarray(found, dtype)
         elif dtype is not None:
             have = None
@@ -147,13 +147,6 @@ def _fitted(value: Any, old: Any) -> Any:
             f"cast it, or fill with jnp.full({expected}, value)"
         )
     return value
-
-
-def _casts(found: Any, wanted: Any) -> bool:
-    """Whether numbers of one dtype are meant when another is wanted: whole ones as any, never back."""
-    if jnp.issubdtype(found, jnp.inexact):
-        return bool(jnp.issubdtype(wanted, jnp.inexact))
-    return found.kind in "iub" and bool(jnp.issubdtype(wanted, jnp.number) or wanted == np.bool_)
 
 
 def map_named(

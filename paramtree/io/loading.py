@@ -1,0 +1,437 @@
+"""``pt.load``: a file into a tree, all of it or an error that says all that is wrong."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from paramtree.errors import LoadError, NameCollisionError
+from paramtree.io import mxnet, npz, orbax, safetensors
+from paramtree.io.matching import Item, Lookup, Rename, closest, rename_all
+from paramtree.io.placing import Placing
+from paramtree.io.source import Source, fail, segments
+from paramtree.io.transforms import natural, transform_all
+from paramtree.io.wire import decode, logical
+from paramtree.leaf import casts, dtype_of, join, shape_of
+from paramtree.names import Pattern, Rules, compiled, named
+from paramtree.structure import PARAM, Path, Structure, build
+from paramtree.tree import ParamTree, _rebuild
+
+__all__ = ["LoadReport", "load"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``pt.load`` did.
+
+    Attributes:
+      path: the file.
+      format: what it is: "safetensors", "params", "npz" or "orbax".
+      loaded: for each name in the tree the names in the file that its value came from.
+      missing: names of the tree that kept the value they had.
+      ignored: names of the file that were not used.
+      cast: for each name whose dtype was changed the dtype in the file.
+
+    Example:
+      >>> print(LoadReport("a.npz", "npz", {"w": ["weight"]}, [], ["step"], {}))
+      a.npz (npz): 1 loaded, 0 missing, 1 ignored
+        w: from weight
+        step: in the file, ignored
+    """
+
+    path: str
+    format: str
+    loaded: dict[str, list[str]]
+    missing: list[str]
+    ignored: list[str]
+    cast: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.loaded)} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
+        lines = [f"{self.path} ({self.format}): {counts}"]
+        lines += [f"  {name}: from {', '.join(origins)}" for name, origins in self.loaded.items()]
+        lines += [f"  {name}: cast from {dtype}" for name, dtype in self.cast.items()]
+        lines += [f"  {name}: not in the file, kept" for name in self.missing]
+        lines += [f"  {name}: in the file, ignored" for name in self.ignored]
+        return "\n".join(lines)
+
+
+def load(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    rename: Rename | None = None,
+    transform: Rules | None = None,
+    strict: bool = True,
+    allow_missing: bool | Pattern = False,
+    ignore_extra: bool | Pattern = False,
+    cast_dtype: bool = False,
+    sep: str = ".",
+    report: bool = False,
+) -> Any:
+    r"""Returns the tree that a file holds; what the file is shows from its content.
+
+    Reads safetensors, MXNet's ``.params``, numpy's ``.npz`` and Orbax checkpoints, never a pickle.
+    Names are found in ``like`` joined with ".", "/" or "_", with the positions of layers in place of
+    their names (``0.weight``), under any name of a tied leaf, and in ``.params`` by order as well.
+    Nothing is returned unless all of it fits.
+
+    Args:
+      path: a file, or the folder that Orbax wrote.
+      like: a tree of arrays, or of the shapes that ``pt.abstract`` gives; or any other pytree. The
+        result has its structure, ties, kinds, types of arrays and shardings. Without it the tree is
+        the one that was saved or, if somebody else wrote the file, one built from the names.
+      rename: pairs of a regular expression and its replacement, each applied in turn to every name in
+        the file with ``re.sub``, or a function of a name. None as the replacement drops the name.
+      transform: a rule table from names in the tree to functions of an array, such as
+        ``{".*_kernel": np.transpose}``. To split an array, return a mapping of names, in which
+        ``\1`` stands for the first group of the pattern:
+        ``{"(.*)_qkv": lambda a: dict(zip([r"\1_q", r"\1_k", r"\1_v"], np.split(a, 3)))}``.
+        To stack several, rename them to one name; the function is then called with all of them.
+      strict: False allows both missing and extra names.
+      allow_missing: whether names of the tree may be missing in the file and keep their values; or
+        a pattern of those that may.
+      ignore_extra: whether the file may have names that the tree does not; or a pattern of those.
+      cast_dtype: whether arrays of another dtype are cast to that of ``like``.
+      sep: what separates the levels in names that become a tree; "/" always does.
+      report: whether to return the report as well.
+
+    Returns:
+      The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
+      arrays where ``like`` has these, or where jax could not hold the dtype without 64-bit types.
+
+    Raises:
+      LoadError: the file is damaged, or does not fit ``like``: all that is missing, unexpected, or of
+        another shape or dtype is listed.
+      RuleError: ``rename`` or ``transform`` has a pattern that matches nothing.
+      FileNotFoundError: there is no such file.
+
+    Example:
+      >>> import paramtree as pt, jax.numpy as jnp, tempfile
+      >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
+      >>> params = pt.from_tree({"dense0": {"weight": jnp.ones((2, 3)), "bias": jnp.zeros(2)}})
+      >>> pt.save(file, params)
+      >>> pt.load(file, like=params).dense0.bias
+      Array([0., 0.], dtype=float32)
+      >>> pt.load(file, rename=[("dense0", "head")])
+      Parameter head_weight (shape=(2, 3), dtype=float32)
+      Parameter head_bias (shape=(2,), dtype=float32)
+    """
+    source = open_source(os.fspath(path))
+    items = rename_all(_items(source), rename)
+    plan = _Plan(source, items, transform, sep)
+    if like is None:
+        tree, made = plan.into_names(exact=rename is None and transform is None)
+    else:
+        free = allow_missing or not strict, ignore_extra or not strict
+        tree, made = plan.into(like, *free, cast_dtype, ordered=source.ordered and rename is None)
+    return (tree, made) if report else tree
+
+
+_PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+def open_source(path: str) -> Source:  # noqa: RET503  # fail does not return
+    """Returns what a file holds, of whatever format it is.
+
+    Raises:
+      LoadError: it is of no format that is read here, or damaged.
+    """
+    if os.path.isdir(path):
+        return orbax.read(path)
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head.startswith(mxnet.MAGIC):
+        return mxnet.read(path)
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
+        return npz.read(path)
+    if head[8:9] == b"{":
+        return safetensors.read(path)
+    what = "is neither safetensors, .params nor .npz, and no folder of Orbax."
+    if not head:
+        what = "is empty."
+    elif head[:1] == b"\x80" or path.lower().endswith(_PICKLED):
+        what = npz.PICKLE
+    elif head.startswith(b"\x93NUMPY"):
+        what = "holds one array without a name: write it with numpy.savez."
+    elif head.startswith(b"\x89HDF"):
+        what = "is an HDF5 file, as Keras writes them: save its arrays as .npz."
+    fail(path, "", what)
+
+
+def _items(source: Source) -> list[Item]:
+    """Returns the arrays of a source with all their names, as the leaves that they stand for."""
+    layout = source.layout
+    if layout is None:
+        names = list(source.arrays)
+        if source.format == "safetensors":  # the package writes them in the order of the alphabet
+            names.sort(key=natural)
+        return [
+            Item(name, (name,), source.arrays[name].shape, source.arrays[name].dtype) for name in names
+        ]
+    items = []
+    for (name, names), tag in zip(layout.aliases().items(), layout.tags, strict=True):
+        stored = source.arrays[name]
+        try:
+            shape, dtype = logical(stored.shape, stored.dtype, tag)
+        except ValueError as error:
+            fail(source.path, repr(name), f"{error}.")
+        items.append(Item(name, tuple(names), shape, dtype))
+    return items
+
+
+class _Plan:
+    """Which array goes where, and the reading of it once that is known to be right."""
+
+    def __init__(
+        self, source: Source, items: Sequence[Item], transform: Rules | None, sep: str
+    ) -> None:
+        self.source = source
+        self.items = items
+        self.transform = transform
+        self.sep = sep
+        layout = source.layout
+        self.tags = {} if layout is None else dict(zip(layout.names, layout.tags, strict=True))
+
+    def value(self, item: Item) -> Any:
+        """Returns the array of an item."""
+        if item.read is not None:
+            return item.read()
+        return self.stored(item.origin)
+
+    def stored(self, name: str) -> Any:
+        """Returns an array of the file as the leaf that it stands for."""
+        return decode(self.source.get(name), self.tags.get(name, ""))
+
+    # Without a tree to fit
+
+    def into_names(self, exact: bool) -> tuple[ParamTree, LoadReport]:
+        """Returns the tree that was saved, or one of the names in the file."""
+        source, layout = self.source, self.source.layout
+        source.check_expansion({})
+        items = transform_all(self.items, self.transform, self._flat, self.stored)
+        source.prepare({item.origin: None for item in items if item.read is None})
+        if layout is not None and exact:
+            structure, order = layout.structure, tuple(range(len(items)))
+        else:
+            structure, order = self._structure(items)
+        placing = Placing()
+        for label in order:
+            placing.add(self.value(items[label]))
+        first = structure.canonical
+        loaded = {join(first[slot]): [items[label].origin] for slot, label in enumerate(order)}
+        tree = _rebuild(structure, placing.done())
+        return tree, LoadReport(source.path, source.format, loaded, [], self._dropped(items), {})
+
+    def _structure(self, items: Sequence[Item]) -> tuple[Structure, tuple[int, ...]]:
+        kinds = dict(self.source.kinds)
+        if layout := self.source.layout:
+            kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
+        entries = [
+            (segments(self.source.path, name, self.sep), label)
+            for label, item in enumerate(items)
+            for name in item.names
+        ]
+        try:
+            return build(entries, [kinds.get(item.origin, PARAM) for item in items])
+        except NameCollisionError as error:
+            fail(self.source.path, "the names", f"make no tree: {error}")
+
+    def _flat(self, name: str) -> str:
+        return join(segments(self.source.path, name, self.sep))
+
+    def _dropped(self, items: Sequence[Item]) -> list[str]:
+        used = {origin for item in items for origin in item.origin.split(", ")}
+        return [name for name in self.source.arrays if name not in used]
+
+    # Into a tree
+
+    def into(
+        self, like: Any, allow_missing: Any, ignore_extra: Any, cast: bool, ordered: bool
+    ) -> tuple[Any, LoadReport]:
+        """Returns a tree like another one, with the values of the file."""
+        source = self.source
+        target, restore, _ = named(like, numbers=True)
+        structure, leaves = target._structure, target._leaves
+        lookup = Lookup(structure)
+        shapes = [shape_of(leaf) for leaf in leaves]
+
+        def shown(name: str) -> str:
+            path = lookup.find(name)
+            return name.replace("/", "_").replace(self.sep or "/", "_") if path is None else join(path)
+
+        items = transform_all(self.items, self.transform, shown, self.stored)
+        paths = lookup.assign(items, shapes, ordered, source.nameless)
+        givers: list[list[Item]] = [[] for _ in leaves]
+        extra = []
+        for item, found in zip(items, paths, strict=True):
+            for slot in dict.fromkeys(lookup.slot_of[path] for path in found):
+                givers[slot].append(item)
+            if not found:
+                extra.append(item)
+        problems = _Problems(source.path)
+        missing = problems.missing(structure, leaves, givers, extra, allow_missing)
+        ignored = problems.extra(extra, ignore_extra)
+        for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
+            for item in givers[slot]:
+                problems.compare(join(path), leaves[slot], item, cast)
+        problems.check()
+        source.check_expansion({i.origin: i.shape for found in givers for i in found})
+        source.prepare(
+            {
+                item.origin: getattr(leaf, "sharding", None)
+                for leaf, found in zip(leaves, givers, strict=True)
+                for item in found
+                if item.read is None
+            }
+        )
+        placing = Placing()
+        loaded: dict[str, list[str]] = {}
+        changed: dict[str, str] = {}
+        for slot, (leaf, chosen) in enumerate(zip(leaves, givers, strict=True)):
+            if not chosen:
+                placing.keep(leaf)
+                continue
+            name = join(structure.canonical[slot])
+            value = self.value(chosen[0])
+            for other in chosen[1:]:
+                problems.equal(name, chosen[0], value, other, self.value(other))
+            placing.add(value, leaf, copy=chosen[0].read is not None)
+            loaded[name] = [item.origin for item in chosen]
+            if dtype_of(leaf) not in (None, chosen[0].dtype):
+                changed[name] = str(chosen[0].dtype)
+        problems.check()
+        ignored += [name for name in self._dropped(items) if name not in ignored]
+        made = LoadReport(source.path, source.format, loaded, missing, ignored, changed)
+        return restore(placing.done()), made
+
+
+class _Problems:
+    """Everything that is wrong with a file, collected so that one error can tell all of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lines: list[str] = []
+        self.advice: dict[str, None] = {}
+
+    def add(self, line: str, advice: str) -> None:
+        self.lines.append(line)
+        self.advice[advice] = None
+
+    def check(self) -> None:
+        """Raises LoadError if there is a problem."""
+        if self.lines:
+            shown = "".join(f"\n  {line}" for line in self.lines)
+            advice = "".join(f"\n{line}" for line in self.advice)
+            raise LoadError(f"{self.path} does not fit the tree:{shown}{advice}")
+
+    def missing(
+        self,
+        structure: Structure,
+        leaves: Sequence[Any],
+        givers: Sequence[Sequence[Item]],
+        extra: Sequence[Item],
+        allowed: Any,
+    ) -> list[str]:
+        """Returns the missing names that may be missing, and notes the others."""
+        fine = []
+        unexpected = {item.names[0]: item for item in extra}
+        aliases: dict[int, list[Path]] = {}
+        for path, slot in structure.entries():
+            aliases.setdefault(slot, []).append(path)
+        hints = max(1, 20_000 // (len(unexpected) + 1))  # each comparison takes a while
+        for slot, (leaf, found) in enumerate(zip(leaves, givers, strict=True)):
+            if found or shape_of(leaf) is None:
+                continue
+            names = [join(path) for path in aliases[slot]]
+            if not any(_allows(allowed, name) for name in names):
+                near = (
+                    closest(join(structure.canonical[slot], "."), shape_of(leaf), unexpected)
+                    if hints
+                    else ""
+                )
+                hints -= bool(hints)
+                hint = f"; the closest unexpected name is `{near}`" if near else ""
+                self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
+            elif hasattr(leaf, "sharding") and not hasattr(leaf, "__array__"):
+                self.add(f"`{names[0]}` is missing, and `like` has no value for it.", _NO_VALUE)
+            else:
+                fine.append(names[0])
+        return fine
+
+    def extra(self, extra: Sequence[Item], allowed: Any) -> list[str]:
+        """Returns the extra names that may be there, and notes the others."""
+        fine = []
+        for item in extra:
+            if _allows(allowed, item.origin) or any(_allows(allowed, name) for name in item.names):
+                fine.append(item.origin)
+            else:
+                now = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
+                self.add(f"`{_printable(item.origin)}`{now} is unexpected.", _EXTRA)
+        return fine
+
+    def compare(self, name: str, leaf: Any, item: Item, cast: bool) -> None:
+        """Notes a shape or dtype that is not that of the leaf."""
+        origin = "" if item.origin == name else f", from `{_printable(item.origin)}`,"
+        shape, dtype = shape_of(leaf), dtype_of(leaf)
+        if shape is None:
+            self.add(
+                f"`{name}`{origin} has no place: `like` has a {type(leaf).__name__} there.", _SHAPE
+            )
+        elif item.shape != shape:
+            self.add(f"`{name}`{origin} has shape {item.shape}, expected {shape}.", _SHAPE)
+        if dtype is None or item.dtype == dtype:
+            return
+        if not cast:
+            self.add(f"`{name}`{origin} has dtype {item.dtype}, expected {dtype}.", _DTYPE)
+        elif not casts(item.dtype, dtype):
+            self.add(f"`{name}`{origin} has dtype {item.dtype}, which does not cast to {dtype}.", _CAST)
+
+    def equal(self, name: str, item: Item, value: Any, other: Item, found: Any) -> None:
+        """Notes two names of a tied leaf that have different values."""
+        if item.origin == other.origin or _same(value, found):
+            return
+        both = f"`{_printable(item.origin)}` and `{_printable(other.origin)}`"
+        self.add(f"{both} are one leaf, `{name}`, and differ{_distance(value, found)}.", _TIED)
+
+
+_MISSING = "allow_missing=True keeps the values of `like`; rename= says what the file calls a name."
+_NO_VALUE = "Only shapes were given: give a tree of values, from pt.init, to keep some of them."
+_EXTRA = "ignore_extra=True leaves out what the tree has no place for."
+_SHAPE = "transform= can bring an array into another shape; or the file is of another model."
+_DTYPE = "cast_dtype=True casts to the dtypes of `like`."
+_CAST = "Only numbers that are whole, or become less exact, are cast: use transform=."
+_TIED = "One leaf has one value: drop one name with rename=, or load into pt.untie(like)."
+
+
+def _allows(allowed: Any, name: str) -> bool:
+    return bool(allowed) if isinstance(allowed, bool) else bool(compiled(allowed).fullmatch(name))
+
+
+def _printable(name: str) -> str:
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = (np.asarray(v) if isinstance(v, np.ndarray) else v for v in (a, b))
+    return bool(np.array_equal(x, y) or (isinstance(x, np.ndarray) and x.tobytes() == y.tobytes()))
+
+
+def _distance(a: Any, b: Any) -> str:
+    if a.shape != b.shape:
+        return f" in shape: {a.shape} and {b.shape}"
+    if a.dtype != b.dtype:
+        return f" in dtype: {a.dtype} and {b.dtype}"
+    x, y = (np.asarray(v).astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (a, b))
+    with np.errstate(all="ignore"):
+        far = np.abs(x - y)
+    return f" in {np.count_nonzero(x != y)} of {x.size} elements, by at most {np.nanmax(far):.3g}"

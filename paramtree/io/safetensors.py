@@ -1,0 +1,91 @@
+"""The safetensors format, read and written by its own package.
+
+The package checks the header; the bytes are then read straight into memory that jax can take over,
+where the package's own reader would map the file and copy from there.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from paramtree.io.atomic import replacing
+from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout, read_span
+from paramtree.io.wire import to_dtype, to_host
+
+__all__ = ["NATIVE", "read", "write"]
+
+_CODES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+NATIVE = frozenset(_CODES.values())
+_KEY = "paramtree"  # of the layout in the metadata
+
+
+def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
+    """Writes arrays of native dtypes, and the layout as metadata."""
+    from safetensors import TensorSpec, serialize_file
+
+    host = {name: to_host(array) for name, array in arrays.items()}
+    specs = {
+        name: TensorSpec(
+            dtype=array.dtype.name,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in host.items()
+    }
+    with replacing(path) as new:
+        serialize_file(specs, new, metadata={_KEY: layout})
+
+
+def read(path: str) -> Source:
+    """Returns what a file holds.
+
+    Raises:
+      LoadError: the file is damaged, or uses a dtype that jax does not have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    arrays: dict[str, Stored] = {}
+    with open(path, "rb") as file:
+        offset = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            # The package has checked that the arrays follow each other without a gap or an overlap,
+            # so their sizes tell where they are.
+            for name in opened.offset_keys():
+                found = opened.get_slice(name)
+                shape, code = tuple(found.get_shape()), found.get_dtype()
+                if code not in _CODES:
+                    fail(path, repr(name), f"has dtype {code}, which cannot be read: convert it first.")
+                check_name(path, name)
+                dtype = to_dtype(_CODES[code])
+                size = check_shape(path, repr(name), shape, dtype)
+                arrays[name] = Stored(
+                    shape, dtype, partial(read_span, path, offset, size, dtype, shape)
+                )
+                offset += size
+    except SafetensorError as error:
+        fail(path, "", f"is no safetensors file, or a damaged one: {error}.")
+    layout = read_layout(path, f"the metadata {_KEY!r}", metadata.get(_KEY), arrays)
+    return Source(path, "safetensors", arrays, layout)

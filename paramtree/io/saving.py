@@ -1,0 +1,109 @@
+"""``pt.save``: a tree into a file, in the format that its name asks for."""
+
+import os
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+
+from paramtree.errors import MismatchError, ParamTreeError
+from paramtree.io import mxnet, npz, orbax, safetensors
+from paramtree.io.layout import encode_layout
+from paramtree.io.source import DEEPEST
+from paramtree.io.wire import check_savable, encode, is_key
+from paramtree.leaf import join
+from paramtree.names import check_unique, named
+from paramtree.structure import Structure
+
+__all__ = ["save"]
+
+_WRITERS = {".safetensors": safetensors, ".npz": npz, ".orbax": orbax}
+# fmt: off
+_OTHERS = (
+    ".pt", ".pth", ".bin", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".gguf", ".onnx", ".npy",
+)
+# fmt: on
+
+
+def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
+    """Saves a tree, in the format that the path ends in.
+
+    ``.safetensors`` and whatever is not listed here: safetensors. ``.npz``: numpy's. ``.orbax``: a
+    folder that Orbax writes, for trees that are sharded over devices and processes. All three keep order,
+    ties, kinds, holes and every dtype, store a tied leaf once, and are read by their own packages too.
+    ``.params``: MXNet's, which has names and arrays only; a tied leaf is in it under all its names.
+
+    At every moment the old file or the new one is there, whole, even if the process is killed.
+
+    Args:
+      path: where to; a file that is there is replaced.
+      tree: a parameter tree or a sub-tree, whose names then start there; or any other pytree, of which
+        the arrays and numbers are saved.
+      sep: what joins the names in the file, as in ``dense0.weight``.
+
+    Raises:
+      NameCollisionError: two paths join to one name.
+      MismatchError: leaves that cannot be saved, such as shapes, tracers and strings; all are listed.
+      ParamTreeError: the format is another library's, or has no way to write the tree.
+      OSError: the folder is missing or full.
+
+    Example:
+      >>> import paramtree as pt, tempfile
+      >>> from safetensors.numpy import load_file
+      >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
+      >>> pt.save(file, pt.from_tree({"dense0": {"bias": np.zeros(2)}}))
+      >>> load_file(file)
+      {'dense0.bias': array([0., 0.])}
+    """
+    path = os.fspath(path)
+    extension = os.path.splitext(path)[1].lower()
+    if extension in _OTHERS:
+        raise ParamTreeError(
+            f"{path}: files that end in {extension} are another library's. Choose .safetensors, .npz, "
+            ".orbax or .params."
+        )
+    source = named(tree, numbers=True).tree
+    structure, leaves = source._structure, source._leaves
+    _check_names(structure, sep)
+    if extension == ".params":
+        slots = [(join(path, sep), slot) for path, slot in structure.entries()]
+        arrays, _ = _encoded(path, structure, leaves, mxnet.NATIVE)
+        mxnet.write(path, {name: arrays[slot] for name, slot in slots})
+        return
+    writer = _WRITERS.get(extension, safetensors)
+    arrays, tags = _encoded(path, structure, leaves, writer.NATIVE)
+    names = [join(path, sep) for path in structure.canonical]
+    layout = encode_layout(structure, names, tags, sep)
+    writer.write(path, dict(zip(names, arrays, strict=True)), layout)
+
+
+def _check_names(structure: Structure, sep: str) -> None:
+    if not isinstance(sep, str) or not sep or "\0" in sep:
+        raise ParamTreeError(f"sep is what joins names in the file, such as '.' or '/', not {sep!r}.")
+    check_unique((join(path, sep), path) for path in structure.paths)
+    for path in structure.paths:
+        wrong = [part for part in path if part in (".", "..") or "\0" in part]
+        if wrong or len(path) > DEEPEST:
+            problem = f"has a part {wrong[0]!r}" if wrong else f"is deeper than {DEEPEST} levels"
+            raise ParamTreeError(f"`{join(path, '/')[:200]}` {problem}: no file may have such a name.")
+
+
+def _encoded(
+    path: str, structure: Structure, leaves: Any, native: Container[str]
+) -> tuple[list[Any], list[str]]:
+    """Returns what to write for each leaf, and what its dtype is if the format cannot say it."""
+    problems = []
+    for leaf, where in zip(leaves, structure.canonical, strict=True):
+        problem = check_savable(leaf)
+        if not problem and native is mxnet.NATIVE and (is_key(leaf) or _name(leaf) not in native):
+            problem = f"has dtype {leaf.dtype}, which .params does not have: save as .safetensors"
+        if problem:
+            problems.append(f"`{join(where)}` {problem}")
+    if problems:
+        raise MismatchError(f"{path} was not written: {'; '.join(problems)}.")
+    pairs = [encode(leaf, native) for leaf in leaves]
+    return [array for array, _ in pairs], [tag for _, tag in pairs]
+
+
+def _name(leaf: Any) -> str:
+    return str(np.asarray(leaf).dtype.name if not hasattr(leaf, "dtype") else np.dtype(leaf.dtype).name)

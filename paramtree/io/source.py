@@ -1,0 +1,166 @@
+"""What a file holds, before anything is known of where it goes: names, shapes, dtypes, and how to read.
+
+A format's reader checks everything that a file says of itself before it allocates anything, and
+gives a ``Source``. No array is read until the loader has seen that all of them fit.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from paramtree.errors import LoadError
+from paramtree.io.layout import Layout, decode_layout
+
+__all__ = [
+    "DEEPEST",
+    "Source",
+    "Stored",
+    "check_name",
+    "check_shape",
+    "fail",
+    "read_layout",
+    "read_span",
+    "segments",
+]
+
+DEEPEST = 1000  # levels; a hostile name could otherwise ask for millions
+
+# What a file may expand to when nobody says which shapes to expect: compressed and sparse arrays take
+# more memory than the file, and a few bytes can claim any amount.
+_SLACK = 2**20
+
+
+class Stored(NamedTuple):
+    """One array of a file. ``read`` returns it; ``expands`` if that takes more memory than the file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+    expands: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the array takes in memory."""
+        size = self.dtype.itemsize
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Source:
+    """The arrays of a file by name, and the structure of the tree, where the file tells it.
+
+    ``kinds`` has the kinds that the names tell, ``nameless`` is whether the names are mere numbers,
+    and ``ordered`` whether names may go by their order alone, as Gluon's do.
+    """
+
+    path: str
+    format: str
+    arrays: Mapping[str, Stored]
+    layout: Layout | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    nameless: bool = False
+    ordered: bool = False
+
+    def get(self, name: str) -> Any:
+        """Returns an array, read anew."""
+        return self.arrays[name].read()
+
+    def prepare(self, wanted: Mapping[str, Any]) -> None:
+        """Is told which arrays will be read, and their shardings or None, before any of them is."""
+
+    def check_expansion(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises LoadError if arrays whose shapes nobody expects would take too much memory."""
+        size = sum(
+            stored.nbytes
+            for name, stored in self.arrays.items()
+            if stored.expands and expected.get(name) != stored.shape
+        )
+        most = _SLACK + 2 * os.path.getsize(self.path)
+        if size > most:
+            fail(
+                self.path,
+                "",
+                f"its compressed or sparse arrays would take {size:,} bytes of memory, of a file of "
+                f"{os.path.getsize(self.path):,}. If the file is to be trusted, say which shapes to "
+                "expect with like=, or write its arrays uncompressed and dense.",
+            )
+
+
+def fail(path: str, where: str, what: str) -> NoReturn:
+    """Raises LoadError of a file and a place in it."""
+    raise LoadError(f"{path}: {where + ': ' if where else ''}{what}")
+
+
+def check_name(path: str, name: str) -> None:
+    """Raises LoadError for a name that no tree should have: one that climbs, or has empty parts."""
+    if not name or re.search(r"(^|[/\\])\.{0,2}([/\\]|$)", name) or "\0" in name:
+        fail(path, repr(_short(name)), "is not a name: part of it is empty, '.' or '..'.")
+
+
+def check_shape(path: str, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Returns how many bytes an array takes; LoadError if no array can have the shape."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= max(n, 1)  # numpy counts so, an axis of 0 does not make another one harmless
+    if len(shape) > 32 or any(n < 0 for n in shape) or size >= 2**62:
+        fail(path, where, f"no array has shape {_short(str(shape))}.")
+    return 0 if 0 in shape else size
+
+
+def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, Stored]) -> Layout | None:
+    """Returns the layout that a file holds, if any; LoadError if it is not that of the arrays."""
+    if text is None:
+        return None
+    try:
+        layout = decode_layout(text)
+    except ValueError as error:
+        fail(path, where, f"it does not describe a tree: {error}.")
+    if different := sorted(set(layout.names) ^ set(arrays)):
+        fail(path, where, f"it and the arrays disagree on {_short(', '.join(different))}.")
+    return layout
+
+
+def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
+    """Returns a name's path. A "/" always separates; an empty ``sep`` means that nothing else does.
+
+    Raises:
+      LoadError: a part is empty, or there are more than a thousand.
+    """
+    parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
+    if not all(parts) or len(parts) > DEEPEST:
+        problem = "is too deep" if all(parts) else f"has an empty part between {sep or '/'!r}"
+        fail(path, repr(_short(name)), f"{problem}. With another sep= or rename= it can be a path.")
+    return tuple(parts)
+
+
+def read_span(path: str, offset: int, size: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array from bytes of a file, in memory that jax can use as it is.
+
+    Raises:
+      LoadError: the file has become shorter.
+    """
+    # jax takes over a buffer that begins at a multiple of 64 and copies any other: the arrays of a
+    # file must not be in memory twice.
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    span = raw[begin : begin + size]
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < size:  # one call may read less than it is asked for
+            count = file.readinto(span.data[done:])
+            if not count:
+                fail(path, f"at byte {offset + done}", "the file ends, and more was expected.")
+            done += count
+    # A boolean is 0 or 1 to jax, and a file may hold any byte.
+    return (span != 0 if dtype == np.bool_ else span.view(dtype)).reshape(shape)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "..."
