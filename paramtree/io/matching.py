@@ -96,14 +96,16 @@ def _by_pairs(pairs: Any, names: Sequence[str]) -> Callable[[str], str | None]:
 class Lookup:
     """Finds the path that a name of a file leads to in a structure."""
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, sep: str) -> None:
         self.structure = structure
         self.slot_of = dict(structure.entries())
         self._spelled: dict[str, Path | None] = {}
-        for path in self.slot_of:
-            for spelling in {join(path, sep) for sep in "./_"}:
-                # None where two paths are spelled alike: then it means neither
-                self._spelled[spelling] = None if spelling in self._spelled else path
+        for by in dict.fromkeys((sep, ".", "/", "_")):  # what the file itself joins with goes first
+            here: dict[str, Path | None] = {}
+            for path in self.slot_of:
+                spelling = join(path, by)
+                here[spelling] = None if spelling in here else path  # two alike mean neither
+            self._spelled = {**here, **self._spelled}
 
     def find(self, name: str) -> Path | None:
         """Returns the path of a leaf, or None."""

@@ -118,7 +118,7 @@ class _Checkpoint(Source):
         except Exception as error:  # of tensorstore, protobuf, json or Orbax itself
             fail(self.path, "", f"cannot be read: {_first_line(error)}.")
         flat, _ = jax.tree_util.tree_flatten_with_path(found)
-        self.values.update((_name(key_path), value) for key_path, value in flat)
+        self.values.update((_name(k), value) for k, value in flat if _name(k) in wanted)
 
 
 def read(path: str) -> Source:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from paramtree.errors import ParamTreeError
 from paramtree.io.atomic import replacing
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout, read_span
 from paramtree.io.wire import to_dtype, to_host
@@ -36,6 +37,7 @@ _CODES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 NATIVE = frozenset(_CODES.values())
+_RESERVED = "__metadata__"
 _KEY = "paramtree"  # of the layout in the metadata
 
 
@@ -43,6 +45,10 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
     """Writes arrays of native dtypes, and the layout as metadata."""
     from safetensors import TensorSpec, serialize_file
 
+    if _RESERVED in arrays:
+        raise ParamTreeError(
+            f"`{_RESERVED}` cannot be a name in safetensors: save as .npz, or under another name."
+        )
     host = {name: to_host(array) for name, array in arrays.items()}
     specs = {
         name: TensorSpec(

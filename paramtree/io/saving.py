@@ -28,8 +28,8 @@ _OTHERS = (
 def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
     """Saves a tree, in the format that the path ends in.
 
-    ``.safetensors`` and whatever is not listed here: safetensors. ``.npz``: numpy's. ``.orbax``: a
-    folder that Orbax writes, for trees that are sharded over devices and processes. All three keep order,
+    ``.safetensors``, or an ending that is not listed here: safetensors. ``.npz``: numpy's. ``.orbax``:
+    a folder that Orbax writes, for trees that are sharded over devices and processes. These keep order,
     ties, kinds, holes and every dtype, store a tied leaf once, and are read by their own packages too.
     ``.params``: MXNet's, which has names and arrays only; a tied leaf is in it under all its names.
 

@@ -5,6 +5,7 @@ name of its dtype; so every dtype comes back as it went, in every format that ha
 name.
 """
 
+import functools
 from collections.abc import Container
 from typing import Any
 
@@ -100,6 +101,7 @@ def decode(array: Any, tag: str) -> Any:
     return np.asarray(array).reshape(-1).view(dtype).reshape(shape)
 
 
+@functools.cache
 def to_dtype(name: str) -> np.dtype[Any]:
     """Returns the dtype of a name, numpy's or one of the small floats and integers that jax has.
 
