@@ -4,13 +4,11 @@ import os
 from collections.abc import Container
 from typing import Any
 
-import numpy as np
-
 from paramtree.errors import MismatchError, ParamTreeError
 from paramtree.io import mxnet, npz, orbax, safetensors
 from paramtree.io.layout import encode_layout
 from paramtree.io.source import DEEPEST
-from paramtree.io.wire import check_savable, encode, is_key
+from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.leaf import join
 from paramtree.names import check_unique, named
 from paramtree.structure import Structure
@@ -95,7 +93,7 @@ def _encoded(
     problems = []
     for leaf, where in zip(leaves, structure.canonical, strict=True):
         problem = check_savable(leaf)
-        if not problem and native is mxnet.NATIVE and (is_key(leaf) or _name(leaf) not in native):
+        if not problem and native is mxnet.NATIVE and (is_key(leaf) or dtype_name(leaf) not in native):
             problem = f"has dtype {leaf.dtype}, which .params does not have: save as .safetensors"
         if problem:
             problems.append(f"`{join(where)}` {problem}")
@@ -103,7 +101,3 @@ def _encoded(
         raise MismatchError(f"{path} was not written: {'; '.join(problems)}.")
     pairs = [encode(leaf, native) for leaf in leaves]
     return [array for array, _ in pairs], [tag for _, tag in pairs]
-
-
-def _name(leaf: Any) -> str:
-    return str(np.asarray(leaf).dtype.name if not hasattr(leaf, "dtype") else np.dtype(leaf.dtype).name)

@@ -17,7 +17,16 @@ import numpy as np
 from paramtree.errors import ParamTreeError
 from paramtree.leaf import dtype_of
 
-__all__ = ["check_savable", "decode", "encode", "is_key", "logical", "to_dtype", "to_host"]
+__all__ = [
+    "check_savable",
+    "decode",
+    "dtype_name",
+    "encode",
+    "is_key",
+    "logical",
+    "to_dtype",
+    "to_host",
+]
 
 _KEY = "key:"  # before the name of a PRNG implementation
 
@@ -25,7 +34,9 @@ _KEY = "key:"  # before the name of a PRNG implementation
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of PRNG keys, typed ones, which are no numbers."""
     dtype = dtype_of(leaf)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if dtype is None or isinstance(dtype, np.dtype):
+        return False
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_savable(leaf: Any) -> str:
@@ -60,12 +71,23 @@ def encode(leaf: Any, native: Container[str]) -> tuple[Any, str]:
     """Returns what to write for a leaf, and the name of its dtype if that tells more than the array."""
     if is_key(leaf):
         return jax.random.key_data(leaf), f"{_KEY}{jax.random.key_impl(leaf)}"
-    name = np.dtype(dtype_of(leaf)).name if dtype_of(leaf) is not None else np.asarray(leaf).dtype.name
+    name = dtype_name(leaf)
     if name in native:
         return leaf, ""
     array = to_host(leaf)
     as_bytes = np.frombuffer(array.tobytes(), np.uint8)
     return as_bytes.reshape(*array.shape, array.dtype.itemsize), name
+
+
+def dtype_name(leaf: Any) -> str:
+    """Returns the name of the dtype of an array or a number."""
+    dtype = getattr(leaf, "dtype", None)
+    return _name_of(np.asarray(leaf).dtype if dtype is None else np.dtype(dtype))
+
+
+@functools.cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # which numpy puts together anew each time
 
 
 def logical(shape: tuple[int, ...], dtype: Any, tag: str) -> tuple[tuple[int, ...], Any]:
