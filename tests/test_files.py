@@ -204,6 +204,37 @@ def test_files_of_others_become_trees_of_their_names(tmp_path: Path) -> None:
         pt.load(file, sep="w")
 
 
+def test_a_model_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:
+    parts = {"a-1.safetensors": ["x.w", "y"], "a-2.safetensors": ["z"]}
+    for i, (part, names) in enumerate(parts.items()):
+        safetensors.numpy.save_file({name: np.full(2, i, "f") for name in names}, tmp_path / part)
+    index = tmp_path / "a.safetensors.index.json"
+    listed = {name: part for part, names in parts.items() for name in names}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    tree = pt.load(index)
+    assert (tree.x.w[0], tree.z[0]) == (0, 1)
+    for wrong, message in (
+        (
+            {**listed, "z": "../a-2.safetensors"},
+            r"'../a-2.safetensors': is not the name of a file beside",
+        ),
+        ({**listed, "z": "b"}, "'b': is in the index, and not beside it"),
+        (
+            {**listed, "more": "a-1.safetensors"},
+            "'more': and 0 more are in the index, and not in the files",
+        ),
+        ({"z": 3}, "3: is not the name of a file"),
+        ([], "is no index of safetensors files"),
+        ({"z": []}, "is no index of safetensors files"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(pt.LoadError, match=message):
+            pt.load(index)
+    index.write_text("[" * 100_000)
+    with pytest.raises(pt.LoadError, match="is no index of safetensors files"):
+        pt.load(index)
+
+
 def test_the_content_says_what_a_file_is(tmp_path: Path) -> None:
     for ending in ("safetensors", "npz", "params"):
         pt.save(tmp_path / f"a.{ending}", pt.from_tree({"a": {"w": leaf(0)}}))

@@ -4,6 +4,9 @@ The package checks the header; the bytes are then read straight into memory that
 where the package's own reader would map the file and copy from there.
 """
 
+import json
+import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +16,7 @@ from paramtree.io.atomic import replacing
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout, read_span
 from paramtree.io.wire import to_dtype, to_host
 
-__all__ = ["NATIVE", "read", "write"]
+__all__ = ["INDEX", "NATIVE", "read", "read_index", "write"]
 
 _CODES = {
     "BOOL": "bool",
@@ -37,6 +40,7 @@ _CODES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 NATIVE = frozenset(_CODES.values())
+INDEX = ".index.json"  # how the list of the parts of a large model ends
 _RESERVED = "__metadata__"
 _KEY = "paramtree"  # of the layout in the metadata
 
@@ -95,3 +99,30 @@ def read(path: str) -> Source:
         fail(path, "", f"is no safetensors file, or a damaged one: {error}.")
     layout = read_layout(path, f"the metadata {_KEY!r}", metadata.get(_KEY), arrays)
     return Source(path, "safetensors", arrays, layout)
+
+
+def read_index(path: str) -> Source:
+    """Returns what the files hold that an index lists, as Hugging Face splits large models.
+
+    Raises:
+      LoadError: the index is damaged, names a file elsewhere, or does not agree with a file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            listed = json.load(file)["weight_map"]
+        parts = sorted(set(listed.values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        fail(path, "", f"is no index of safetensors files: {error!r}.")
+    arrays: dict[str, Stored] = {}
+    for part in parts:
+        if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
+            fail(path, repr(part), "is not the name of a file beside the index.")
+        where = os.path.join(os.path.dirname(path), part)
+        if not os.path.isfile(where):
+            fail(path, repr(part), "is in the index, and not beside it.")
+        arrays |= {
+            name: stored for name, stored in read(where).arrays.items() if listed.get(name) == part
+        }
+    if lost := sorted(set(listed) - set(arrays)):
+        fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, and not in the files.")
+    return Source(path, "safetensors", arrays)

@@ -46,7 +46,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
       OSError: the folder is missing or full.
 
     Example:
-      >>> import paramtree as pt, tempfile
+      >>> import numpy as np, paramtree as pt, tempfile
       >>> from safetensors.numpy import load_file
       >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
       >>> pt.save(file, pt.from_tree({"dense0": {"bias": np.zeros(2)}}))
