@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 __all__ = ["casts", "describe", "dtype_of", "join", "shape_of"]
@@ -50,6 +51,8 @@ def casts(found: Any, wanted: Any) -> bool:
       >>> casts("float64", "bfloat16"), casts("int32", "float32"), casts("float32", "int32")
       (True, True, False)
     """
+    if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in (found, wanted)):
+        return False  # PRNG keys are no numbers
     found, wanted = jnp.dtype(found), jnp.dtype(wanted)
     if jnp.issubdtype(found, jnp.complexfloating):
         return bool(jnp.issubdtype(wanted, jnp.complexfloating))

@@ -223,25 +223,23 @@ def build(
         if label is not None:
             if path[-1] in level:
                 raise _clash(path)
-            level[path[-1]] = (label,)
+            level[path[-1]] = (label, tuple(path))
     paths: list[Path] = []
     slots: list[int] = []
     slot_of: dict[Any, int] = {}
-    stack: list[tuple[Path, Iterator[tuple[str, Any]]]] = [
-        ((), iter(top.items()))
-    ]  # an explicit stack: depth is not limited by Python's
+    # An explicit stack: depth is not limited by Python's.
+    stack: list[tuple[str, Iterator[tuple[str, Any]]]] = [("", iter(top.items()))]
     while stack:
-        prefix, children = stack[-1]
+        _, children = stack[-1]
         for name, child in children:
-            path = (*prefix, name)
             if type(child) is not dict:
-                paths.append(path)
+                paths.append(child[1])
                 slots.append(slot_of.setdefault(child[0], len(slot_of)))
             elif child:
-                stack.append((path, iter(child.items())))
+                stack.append((name, iter(child.items())))
                 break
             else:
-                paths.append(path)
+                paths.append((*(above for above, _ in stack[1:]), name))
                 slots.append(EMPTY)
         else:
             stack.pop()

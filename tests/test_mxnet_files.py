@@ -46,18 +46,15 @@ def test_there_are_gold_files() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_arrays_are_those_of_mxnet(name: str) -> None:
-    source = open_source(str(GOLD / name))
     with np.load((GOLD / name).with_suffix(".npz")) as gold:
         gold = dict(gold)
-    assert source.arrays
-    for key, stored in source.arrays.items():
-        array = stored.read()
-        assert (
-            (array.dtype, array.shape)
-            == (stored.dtype, stored.shape)
-            == (gold[key].dtype, gold[key].shape)
-        )
-        np.testing.assert_array_equal(array, gold[key])
+    with open_source(str(GOLD / name)) as source:
+        assert source.arrays
+        for key, stored in source.arrays.items():
+            array, wanted = stored.read(), gold[key]
+            assert (array.dtype, array.shape) == (stored.dtype, stored.shape)
+            assert array.dtype == wanted.dtype
+            np.testing.assert_array_equal(array, wanted, strict=True)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "sparse.params"])
@@ -203,11 +200,9 @@ def sparse(stype: int, dims: Any, data: np.ndarray, *index: np.ndarray) -> bytes
 def test_every_version_and_dtype(tmp_path: Path, version: Any) -> None:
     arrays = [np.array([[0, 1], [1, 0], [1, 1]], dtype) for dtype in CODES]
     (tmp_path / "a").write_bytes(of([version(a) for a in arrays], list(CODES)))
-    source = open_source(str(tmp_path / "a"))
-    for name, array in zip(CODES, arrays, strict=True):
-        found = source.arrays[name].read()
-        assert found.dtype == array.dtype
-        np.testing.assert_array_equal(found, array)
+    with open_source(str(tmp_path / "a")) as source:
+        for name, array in zip(CODES, arrays, strict=True):
+            np.testing.assert_array_equal(source.arrays[name].read(), array, strict=True)
 
 
 def test_bfloat16_and_arrays_without_axes_or_elements(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "sync"]
 
 try:
     import fcntl
@@ -15,10 +16,11 @@ except ImportError:  # only to clean up after processes that were killed
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the path of a new file beside ``path``, and puts it in its place at the end.
+    """Gives the path of a new file, in a folder of its own beside ``path``, and moves it there at the end.
 
     The new file is on the disk before it takes the name, and the name is on the disk before this
-    returns. If anything goes wrong before, the new file is deleted and the old one stays.
+    returns. If anything goes wrong before, the new file is deleted and the old one stays. Whoever
+    writes the new file may do it as it likes, by way of another file in the same folder too.
 
     Raises:
       OSError: the folder is missing, full, or not to be written to.
@@ -34,57 +36,69 @@ def replacing(path: str) -> Iterator[str]:
     """
     path = os.path.realpath(path)  # a link stays a link
     folder, name = os.path.split(path)
-    prefix = f".{name[:150]}.unfinished-"
-    _clean(folder, prefix)
-    new, descriptor = _create(os.path.join(folder, prefix))
+    prefix = os.path.join(folder, f".{name[:150]}.unfinished-")
+    _clean(prefix)
+    own, lock = _create(prefix)
     try:
+        new = os.path.join(own, "new")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT, 0o666))
+        mode = os.stat(new).st_mode  # what the umask leaves
         yield new
         with contextlib.suppress(FileNotFoundError):
-            os.chmod(new, os.stat(path).st_mode & 0o7777)
-        os.fsync(descriptor)
+            mode = os.stat(path).st_mode
+        os.chmod(new, mode & 0o7777)
+        sync(new)
         os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise
+        sync(folder)
     finally:
-        os.close(descriptor)
-    sync_folder(folder)
+        shutil.rmtree(own, ignore_errors=True)
+        os.close(lock)
 
 
 def _create(prefix: str) -> tuple[str, int]:
-    """Returns the path and descriptor of a new file, locked for as long as this process has it open."""
+    """Returns a new folder, and its descriptor: a lock for as long as this process runs."""
     while True:
         path = prefix + secrets.token_hex(8)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not os.fstat(descriptor).st_nlink:  # cleaned away before it was locked
-                os.close(descriptor)
-                continue
-        return path, descriptor
-
-
-def sync_folder(folder: str) -> None:
-    """Waits until the names in a folder are on the disk."""
-    with contextlib.suppress(OSError):  # not every system opens folders
-        descriptor = os.open(folder, os.O_RDONLY)
+        os.mkdir(path)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # cleaned away before it was locked
+        except PermissionError:  # where folders cannot be opened, nobody cleans either
+            return path, os.open(os.devnull, os.O_RDONLY)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(path):
+                os.close(lock)
+                continue
+        return path, lock
 
 
-def _clean(folder: str, prefix: str) -> None:
-    """Deletes unfinished files that nobody writes any more: those whose lock is free."""
+def sync(path: str) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):
+            return  # not every system opens folders
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clean(prefix: str) -> None:
+    """Deletes the folders of processes that were killed: those whose lock is free."""
     if fcntl is None:
         return
+    folder, start = os.path.split(prefix)
     for name in os.listdir(folder):
-        if name.startswith(prefix):
+        if name.startswith(start):
             with contextlib.suppress(OSError):
-                descriptor = os.open(os.path.join(folder, name), os.O_RDWR)
+                lock = os.open(os.path.join(folder, name), os.O_RDONLY)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(os.path.join(folder, name))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
                 finally:
-                    os.close(descriptor)
+                    os.close(lock)

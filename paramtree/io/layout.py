@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from paramtree.errors import ParamTreeError
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
 
-__all__ = ["Layout", "decode_layout", "encode_layout"]
+__all__ = ["LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
 
 _VERSION = 1
+LONGEST_SEP = 16  # a long one, often repeated, would take much more memory than the file
 
 
 class Layout(NamedTuple):
@@ -72,7 +73,7 @@ def decode_layout(text: str) -> Layout:
     names = _list(given, "names")
     tags = given.get("dtypes")
     sep = given.get("sep")
-    if not isinstance(sep, str) or not isinstance(tags, dict):
+    if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or not isinstance(tags, dict):
         raise ValueError("its separator or dtypes are missing")
     if len(paths) != len(slots) or not all(type(s) is int and EMPTY <= s < len(kinds) for s in slots):
         raise ValueError("its slots are not those of its paths")

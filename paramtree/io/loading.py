@@ -1,8 +1,10 @@
 """``pt.load``: a file into a tree, all of it or an error that says all that is wrong."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from typing import Any
 
 from paramtree.errors import NameCollisionError
@@ -10,7 +12,7 @@ from paramtree.io import mxnet, npz, orbax, safetensors
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.placing import Placing
 from paramtree.io.problems import Problems
-from paramtree.io.source import Source, fail, segments
+from paramtree.io.source import Source, fail, printable, segments
 from paramtree.io.transforms import natural, transform_all
 from paramtree.io.wire import decode, logical
 from paramtree.leaf import dtype_of, join, shape_of
@@ -58,7 +60,7 @@ class LoadReport:
         lines += [f"  {name}: cast from {dtype}" for name, dtype in self.cast.items()]
         lines += [f"  {name}: not in the file, kept" for name in self.missing]
         lines += [f"  {name}: in the file, ignored" for name in self.ignored]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def load(
@@ -122,38 +124,45 @@ def load(
       Parameter head_weight (shape=(2, 3), dtype=float32)
       Parameter head_bias (shape=(2,), dtype=float32)
     """
-    source = open_source(os.fspath(path))
-    items = rename_all(_items(source), rename)
-    plan = _Plan(source, items, transform, sep)
-    if like is None:
-        tree, made = plan.into_names(exact=rename is None and transform is None)
-    else:
-        free = allow_missing or not strict, ignore_extra or not strict
-        tree, made = plan.into(like, *free, cast_dtype, ordered=source.ordered and rename is None)
+    with open_source(os.fspath(path)) as source:
+        plan = _Plan(source, rename_all(_items(source), rename), transform, sep)
+        if like is None:
+            tree, made = plan.into_names(exact=rename is None and transform is None)
+        else:
+            free = allow_missing or not strict, ignore_extra or not strict
+            tree, made = plan.into(like, *free, cast_dtype, ordered=source.ordered and rename is None)
     return (tree, made) if report else tree
 
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
-def open_source(path: str) -> Source:  # noqa: RET503  # fail does not return
-    """Returns what a file holds, of whatever format it is.
+def open_source(path: str) -> Source:
+    """Returns what a file holds, of whatever format it is; it is to be used in a ``with`` statement.
 
     Raises:
       LoadError: it is of no format that is read here, or damaged.
     """
     if os.path.isdir(path):
         return orbax.read(path)
-    if path.endswith(safetensors.INDEX):
-        return safetensors.read_index(path)
-    with open(path, "rb") as file:
-        head = file.read(16)
+    with contextlib.ExitStack() as files:
+        if path.endswith(safetensors.INDEX):
+            source = safetensors.read_index(path, files)
+        else:
+            source = _read(path, files.enter_context(open(path, "rb")))
+        source.files.enter_context(files.pop_all())
+        return source
+
+
+def _read(path: str, file: BufferedReader) -> Source:
+    head = file.read(16)
+    file.seek(0)
     if head.startswith(mxnet.MAGIC):
-        return mxnet.read(path)
+        return mxnet.read(path, file)
     if head.startswith((b"PK\3\4", b"PK\5\6")):
-        return npz.read(path)
+        return npz.read(path, file)
     if head[8:9] == b"{":
-        return safetensors.read(path)
+        return safetensors.read(path, file)
     what = "is neither safetensors, .params nor .npz, and no folder of Orbax."
     if not head:
         what = "is empty."
@@ -163,7 +172,7 @@ def open_source(path: str) -> Source:  # noqa: RET503  # fail does not return
         what = "holds one array without a name: write it with numpy.savez."
     elif head.startswith(b"\x89HDF"):
         what = "is an HDF5 file, as Keras writes them: save its arrays as .npz."
-    fail(path, "", what)
+    return fail(path, "", what)
 
 
 def _items(source: Source) -> list[Item]:
@@ -206,6 +215,12 @@ class _Plan:
             return item.read()
         return self.stored(item.origin)
 
+    def unexpected(self, name: str) -> Any:
+        """Returns an array of the file for a transform, of which nobody has said the shape."""
+        if self.source.arrays[name].expands:
+            self.source.check_expansion({})
+        return self.stored(name)
+
     def stored(self, name: str) -> Any:
         """Returns an array of the file as the leaf that it stands for."""
         return decode(self.source.get(name), self.tags.get(name, ""))
@@ -216,7 +231,7 @@ class _Plan:
         """Returns the tree that was saved, or one of the names in the file."""
         source, layout = self.source, self.source.layout
         source.check_expansion({})
-        items = transform_all(self.items, self.transform, self._flat, self.stored)
+        items = transform_all(self.items, self.transform, self._flat, self.unexpected)
         source.prepare({item.origin: None for item in items if item.read is None})
         if layout is not None and exact:
             structure, order = layout.structure, tuple(range(len(items)))
@@ -267,7 +282,7 @@ class _Plan:
             path = lookup.find(name)
             return name.replace("/", "_").replace(self.sep or "/", "_") if path is None else join(path)
 
-        items = transform_all(self.items, self.transform, shown, self.stored)
+        items = transform_all(self.items, self.transform, shown, self.unexpected)
         paths = lookup.assign(items, shapes, ordered, source.nameless)
         givers: list[list[Item]] = [[] for _ in leaves]
         extra = []

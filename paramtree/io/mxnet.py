@@ -8,7 +8,8 @@ import os
 import struct
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def write(path: str, arrays: Mapping[str, Any]) -> None:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
 
 
-def read(path: str) -> Source:
+def read(path: str, file: BufferedReader) -> Source:
     """Returns what a file holds.
 
     ``arg:`` and ``aux:`` before a name, as in an exported model, are taken off, and ``aux:`` makes it
@@ -72,20 +73,19 @@ def read(path: str) -> Source:
     Raises:
       LoadError: the file is damaged.
     """
-    with open(path, "rb") as file:
-        reader = _Reader(path, file)
-        reader.take(16, "the beginning")
-        # The least that an array takes is the 4 bytes that say it is none.
-        found = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 4))]
-        names = []
-        for i in range(reader.count("the names", 8)):
-            where = f"name {i}"
-            try:
-                names.append(reader.take(reader.count(where, 1), where).decode())
-            except UnicodeDecodeError:
-                fail(path, where, "is not utf-8.")
-        if reader.left:
-            fail(path, f"at byte {file.tell()}", f"{reader.left} bytes come after the end.")
+    reader = _Reader(path, file)
+    reader.take(16, "the beginning")
+    # The least that an array takes: version, kind of storage, and that it has no axes.
+    found = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 12))]
+    names = []
+    for i in range(reader.count("the names", 8)):
+        where = f"name {i}"
+        try:
+            names.append(reader.take(reader.count(where, 1), where).decode())
+        except UnicodeDecodeError:
+            fail(path, where, "is not utf-8.")
+    if reader.left:
+        fail(path, f"at byte {file.tell()}", f"{reader.left} bytes come after the end.")
     if names and len(names) != len(found):
         fail(path, "the names", f"are {len(names)}, of {len(found)} arrays.")
     arrays: dict[str, Stored] = {}
@@ -105,7 +105,7 @@ def read(path: str) -> Source:
 class _Reader:
     """A file that is read from front to back, never further than it goes."""
 
-    def __init__(self, path: str, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BufferedReader) -> None:
         self.path = path
         self.file = file
         self.left = os.fstat(file.fileno()).st_size
@@ -173,7 +173,8 @@ def _array(reader: _Reader, where: str) -> Stored:
     if magic in (_V1, _V2, _V3):
         shape = reader.shape(where)
     else:
-        shape = reader.shape(where, "I", magic if magic < 2**31 else -2)
+        # All zeros would be an array without axes, which no version but the third has.
+        shape = reader.shape(where, "I", magic if 0 < magic < 2**31 else -2)
     if shape is None or (not shape and magic != _V3):
         return _NONE
     reader.numbers("ii", where)  # the device that it was on
@@ -181,7 +182,9 @@ def _array(reader: _Reader, where: str) -> Stored:
     size = check_shape(reader.path, where, shape, dtype)
     if not stype:
         begin = reader.skip(size, where)
-        return Stored(shape, dtype, partial(read_span, reader.path, begin, size, dtype, shape))
+        return Stored(
+            shape, dtype, partial(read_span, reader.path, reader.file, begin, size, dtype, shape)
+        )
     index = [(reader.dtype(where), reader.shape(where)) for _ in range(stype)]
     parts: list[_Part] = []
     for kind, dims in [(dtype, storage), *index]:
@@ -190,13 +193,16 @@ def _array(reader: _Reader, where: str) -> Stored:
         begin = reader.skip(check_shape(reader.path, where, dims, kind), where)
         parts.append((begin, kind, dims))
     dense = _dense_rows if stype == _ROWS else _dense_csr
-    return Stored(shape, dtype, partial(_dense, reader.path, where, shape, parts, dense), expands=True)
+    return Stored(shape, dtype, partial(_dense, reader, where, shape, parts, dense), expands=True)
 
 
-def _dense(path: str, where: str, shape: tuple[int, ...], parts: list[_Part], fill: Any) -> np.ndarray:
+def _dense(
+    reader: _Reader, where: str, shape: tuple[int, ...], parts: list[_Part], fill: Any
+) -> np.ndarray:
     """Returns a sparse array as a dense one."""
+    path, file = reader.path, reader.file
     data, *index = (
-        read_span(path, begin, check_shape(path, where, dims, kind), kind, dims)
+        read_span(path, file, begin, check_shape(path, where, dims, kind), kind, dims)
         for begin, kind, dims in parts
     )
     if any(i.ndim != 1 or i.dtype.kind not in "iu" for i in index):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from paramtree.errors import LoadError, ParamTreeError
-from paramtree.io.atomic import sync_folder
+from paramtree.io.atomic import sync
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout
 from paramtree.io.wire import to_dtype
 
@@ -62,7 +62,7 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
     if jax.process_index() == 0:
         _sync(unfinished)
         os.rename(unfinished, new)
-        sync_folder(path)
+        sync(path)
         for number in numbers:
             shutil.rmtree(os.path.join(path, str(number)), ignore_errors=True)
 
@@ -71,8 +71,8 @@ def _sync(folder: str) -> None:
     """Waits until everything in a folder is on the disk."""
     for root, _, files in os.walk(folder):
         for file in files:
-            sync_folder(os.path.join(root, file))  # files are opened alike
-        sync_folder(root)
+            sync(os.path.join(root, file))
+        sync(root)
 
 
 def _numbers(path: str) -> list[int]:

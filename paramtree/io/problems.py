@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from paramtree.errors import LoadError
 from paramtree.io.matching import Item, closest
+from paramtree.io.source import printable
 from paramtree.leaf import casts, dtype_of, join, shape_of
 from paramtree.names import compiled
 from paramtree.structure import Path, Structure
@@ -65,7 +67,7 @@ class Problems:
                 self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
                 if self.deduplicated:
                     self.advice[_DEDUPLICATED] = None
-            elif hasattr(leaf, "sharding") and not hasattr(leaf, "__array__"):
+            elif isinstance(leaf, jax.ShapeDtypeStruct):
                 self.add(f"`{names[0]}` is missing, and `like` has no value for it.", _NO_VALUE)
             else:
                 fine.append(names[0])
@@ -129,7 +131,7 @@ def _allows(allowed: Any, name: str) -> bool:
 
 
 def _printable(name: str) -> str:
-    text = name if name.isprintable() else ascii(name)[1:-1]
+    text = printable(name)
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -148,4 +150,5 @@ def _distance(a: Any, b: Any) -> str:
     x, y = (np.asarray(v).astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (a, b))
     with np.errstate(all="ignore"):
         far = np.abs(x - y)
-    return f" in {np.count_nonzero(x != y)} of {x.size} elements, by at most {np.nanmax(far):.3g}"
+    most = np.max(far, initial=0, where=~np.isnan(far))
+    return f" in {np.count_nonzero(x != y)} of {x.size} elements, by at most {most:.3g}"

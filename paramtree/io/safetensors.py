@@ -8,7 +8,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
+from io import BufferedReader
 from typing import Any
 
 from paramtree.errors import ParamTreeError
@@ -47,7 +49,7 @@ _KEY = "paramtree"  # of the layout in the metadata
 
 def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
     """Writes arrays of native dtypes, and the layout as metadata."""
-    from safetensors import TensorSpec, serialize_file
+    from safetensors import SafetensorError, TensorSpec, serialize_file
 
     if _RESERVED in arrays:
         raise ParamTreeError(
@@ -64,10 +66,13 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
         for name, array in host.items()
     }
     with replacing(path) as new:
-        serialize_file(specs, new, metadata={_KEY: layout})
+        try:
+            serialize_file(specs, new, metadata={_KEY: layout})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{path} was not written: {error}") from error
 
 
-def read(path: str) -> Source:
+def read(path: str, file: BufferedReader) -> Source:
     """Returns what a file holds.
 
     Raises:
@@ -76,10 +81,11 @@ def read(path: str) -> Source:
     from safetensors import SafetensorError, safe_open
 
     arrays: dict[str, Stored] = {}
-    with open(path, "rb") as file:
-        offset = 8 + int.from_bytes(file.read(8), "little")
+    offset = 8 + int.from_bytes(file.read(8), "little")
+    # The very file that is open, also if another one has its name by now.
+    itself = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
     try:
-        with safe_open(path, framework="numpy") as opened:
+        with safe_open(itself, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             # The package has checked that the arrays follow each other without a gap or an overlap,
             # so their sizes tell where they are.
@@ -92,7 +98,7 @@ def read(path: str) -> Source:
                 dtype = to_dtype(_CODES[code])
                 size = check_shape(path, repr(name), shape, dtype)
                 arrays[name] = Stored(
-                    shape, dtype, partial(read_span, path, offset, size, dtype, shape)
+                    shape, dtype, partial(read_span, path, file, offset, size, dtype, shape)
                 )
                 offset += size
     except SafetensorError as error:
@@ -101,7 +107,7 @@ def read(path: str) -> Source:
     return Source(path, "safetensors", arrays, layout)
 
 
-def read_index(path: str) -> Source:
+def read_index(path: str, files: ExitStack) -> Source:
     """Returns what the files hold that an index lists, as Hugging Face splits large models.
 
     Raises:
@@ -120,9 +126,8 @@ def read_index(path: str) -> Source:
         where = os.path.join(os.path.dirname(path), part)
         if not os.path.isfile(where):
             fail(path, repr(part), "is in the index, and not beside it.")
-        arrays |= {
-            name: stored for name, stored in read(where).arrays.items() if listed.get(name) == part
-        }
+        found = read(where, files.enter_context(open(where, "rb"))).arrays  # noqa: SIM115
+        arrays |= {name: stored for name, stored in found.items() if listed.get(name) == part}
     if lost := sorted(set(listed) - set(arrays)):
         fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, and not in the files.")
     return Source(path, "safetensors", arrays)

@@ -6,7 +6,7 @@ from typing import Any
 
 from paramtree.errors import MismatchError, ParamTreeError
 from paramtree.io import mxnet, npz, orbax, safetensors
-from paramtree.io.layout import encode_layout
+from paramtree.io.layout import LONGEST_SEP, encode_layout
 from paramtree.io.source import DEEPEST
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.leaf import join
@@ -76,7 +76,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
 
 
 def _check_names(structure: Structure, sep: str) -> None:
-    if not isinstance(sep, str) or not sep or "\0" in sep:
+    if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or "\0" in sep:
         raise ParamTreeError(f"sep is what joins names in the file, such as '.' or '/', not {sep!r}.")
     check_unique((join(path, sep), path) for path in structure.paths)
     for path in structure.paths:

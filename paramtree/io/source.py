@@ -4,11 +4,13 @@ A format's reader checks everything that a file says of itself before it allocat
 gives a ``Source``. No array is read until the loader has seen that all of them fit.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from io import BufferedReader
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -16,16 +18,9 @@ from paramtree.errors import LoadError
 from paramtree.io.layout import Layout, decode_layout
 
 __all__ = [
-    "DEEPEST",
-    "Source",
-    "Stored",
-    "check_name",
-    "check_shape",
-    "fail",
-    "read_layout",
-    "read_span",
-    "segments",
-]
+    "DEEPEST", "Source", "Stored", "check_name", "check_shape", "fail", "printable", "read_into",
+    "read_layout", "read_span", "segments",
+]  # fmt: skip
 
 DEEPEST = 1000  # levels; a hostile name could otherwise ask for millions
 
@@ -56,7 +51,8 @@ class Source:
     """The arrays of a file by name, and the structure of the tree, where the file tells it.
 
     ``kinds`` has the kinds that the names tell, ``nameless`` is whether the names are mere numbers,
-    and ``ordered`` whether names may go by their order alone, as Gluon's do.
+    and ``ordered`` whether names may go by their order alone, as Gluon's do. The files stay open until
+    the source is left, so that all of it comes from one file even if that is replaced meanwhile.
     """
 
     path: str
@@ -66,6 +62,13 @@ class Source:
     kinds: Mapping[str, str] = field(default_factory=dict)
     nameless: bool = False
     ordered: bool = False
+    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.files.close()
 
     def get(self, name: str) -> Any:
         """Returns an array, read anew."""
@@ -94,7 +97,12 @@ class Source:
 
 def fail(path: str, where: str, what: str) -> NoReturn:
     """Raises LoadError of a file and a place in it."""
-    raise LoadError(f"{path}: {where + ': ' if where else ''}{what}")
+    raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(what)}")
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters spelled out: names in files are untrusted."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check_name(path: str, name: str) -> None:
@@ -139,27 +147,41 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def read_span(path: str, offset: int, size: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def read_span(
+    path: str, file: BufferedReader, offset: int, size: int, dtype: Any, shape: tuple[int, ...]
+) -> np.ndarray:
     """Returns an array from bytes of a file, in memory that jax can use as it is.
 
     Raises:
       LoadError: the file has become shorter.
     """
+    file.seek(offset)
+    return read_into(path, file.readinto, size, dtype, shape)
+
+
+def read_into(
+    path: str,
+    readinto: Callable[[memoryview], int],
+    size: int,
+    dtype: Any,
+    shape: tuple[int, ...],
+    order: Literal["C", "F"] = "C",
+) -> np.ndarray:
+    """Returns an array from what a function reads, which may be less at a call than it is asked for."""
     # jax takes over a buffer that begins at a multiple of 64 and copies any other: the arrays of a
     # file must not be in memory twice.
     raw = np.empty(size + 64, np.uint8)
     begin = -raw.ctypes.data % 64
     span = raw[begin : begin + size]
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < size:  # one call may read less than it is asked for
-            count = file.readinto(span.data[done:])
-            if not count:
-                fail(path, f"at byte {offset + done}", "the file ends, and more was expected.")
-            done += count
+    done = 0
+    while done < size:
+        count = readinto(span.data[done:])
+        if not count:
+            fail(path, "", f"{size - done} bytes of an array are missing: the file has become shorter.")
+        done += count
     # A boolean is 0 or 1 to jax, and a file may hold any byte.
-    return (span != 0 if dtype == np.bool_ else span.view(dtype)).reshape(shape)
+    array = span != 0 if dtype == np.bool_ else span.view(dtype)
+    return array.reshape(shape, order=order)
 
 
 def _short(name: str) -> str:

@@ -61,7 +61,8 @@ def transform_all(
 
 def natural(name: str) -> list[Any]:
     """Returns a key that sorts ``layer2`` before ``layer10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,18})", name)]
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
 def _results(result: Any, found: re.Match[str], item: Item) -> list[Item]:
