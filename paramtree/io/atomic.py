@@ -16,7 +16,7 @@ except ImportError:  # only to clean up after processes that were killed
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the path of a new file, in a folder of its own beside ``path``, and moves it there at the end.
+    """Gives the path of a new file, in a folder of its own beside ``path``, and moves it to ``path``.
 
     The new file is on the disk before it takes the name, and the name is on the disk before this
     returns. If anything goes wrong before, the new file is deleted and the old one stays. Whoever
@@ -57,21 +57,21 @@ def replacing(path: str) -> Iterator[str]:
 
 def _create(prefix: str) -> tuple[str, int]:
     """Returns a new folder, and its descriptor: a lock for as long as this process runs."""
-    while True:
+    for _ in range(20):
         path = prefix + secrets.token_hex(8)
         os.mkdir(path)
         try:
             lock = os.open(path, os.O_RDONLY)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            os.stat(path)
         except FileNotFoundError:
             continue  # cleaned away before it was locked
-        except PermissionError:  # where folders cannot be opened, nobody cleans either
-            return path, os.open(os.devnull, os.O_RDONLY)
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not os.path.exists(path):
-                os.close(lock)
-                continue
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return path, lock
+    raise FileNotFoundError(f"somebody else deletes the new files in {os.path.dirname(prefix)}")
 
 
 def sync(path: str) -> None:

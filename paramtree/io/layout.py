@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from paramtree.errors import ParamTreeError
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
 
-__all__ = ["LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
+__all__ = ["DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
 
 _VERSION = 1
+DEEPEST = 500  # levels; a hostile name could otherwise ask for millions
 LONGEST_SEP = 16  # a long one, often repeated, would take much more memory than the file
 
 
@@ -109,7 +110,7 @@ def _list(given: dict[str, Any], key: str) -> list[Any]:
 
 def _path(item: Any) -> Path:
     parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
-    if not parts or any(part in (".", "..") or "\0" in part for part in item) or len(item) > 1000:
+    if not parts or any(part in (".", "..") or "\0" in part for part in item) or len(item) > DEEPEST:
         raise ValueError("a path is not a list of names")
     return tuple(item)
 

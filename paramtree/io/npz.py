@@ -29,6 +29,7 @@ PICKLE = (
 )
 _LAYOUT = "paramtree.json"
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_CHUNK = 2**16  # zipfile reads into memory of its own first
 _HEADER = 10_000  # bytes, numpy's own limit
 
 
@@ -128,7 +129,7 @@ def _array(
     try:
         with file.open(member) as opened:
             opened.read(start)
-            array = read_into(path, opened.readinto, size, dtype, shape, order)
+            array = read_into(path, lambda to: opened.readinto(to[:_CHUNK]), size, dtype, shape, order)
             if opened.read(1):  # the end, where the checksum is compared
                 raise EOFError("there is more than its shape needs")
     except LoadError:

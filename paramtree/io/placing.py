@@ -1,5 +1,6 @@
 """Where the arrays of a file end up: as jax arrays on devices, or as numpy arrays."""
 
+import functools
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class Placing:
         """
         dtype = getattr(like, "dtype", None)
         if not is_key(value) and dtype is not None and value.dtype != dtype:
-            value, copy = value.astype(dtype), False
+            value, copy = _cast(value, dtype), False
         if copy:
             value = value.copy()
         if isinstance(like, bool | int | float | complex):
@@ -59,7 +60,19 @@ class Placing:
 
 
 def _holds(dtype: Any) -> bool:
+    return _tried(dtype, jax.dtypes.canonicalize_dtype(np.int64) == np.int64)
+
+
+@functools.cache
+def _tried(dtype: Any, x64: bool) -> bool:
     try:
-        return bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
-    except TypeError:  # a dtype that jax does not know
+        return bool(jax.device_put(np.zeros((), dtype)).dtype == dtype)
+    except Exception:  # jax raises several types for what it does not know
         return False
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    try:
+        return value.astype(dtype)
+    except TypeError:  # two small floats may not know each other, and both are exact in float32
+        return value.astype(np.float32).astype(dtype)

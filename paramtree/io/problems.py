@@ -27,7 +27,7 @@ class Problems:
         self.advice: dict[str, None] = {}
 
     def add(self, line: str, advice: str) -> None:
-        self.lines.append(line)
+        self.lines.append(printable(line))
         self.advice[advice] = None
 
     def check(self) -> None:
@@ -63,7 +63,7 @@ class Problems:
                     else ""
                 )
                 hints -= bool(hints)
-                hint = f"; the closest unexpected name is `{near}`" if near else ""
+                hint = f"; the closest unexpected name is `{_printable(near)}`" if near else ""
                 self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
                 if self.deduplicated:
                     self.advice[_DEDUPLICATED] = None

@@ -6,8 +6,7 @@ from typing import Any
 
 from paramtree.errors import MismatchError, ParamTreeError
 from paramtree.io import mxnet, npz, orbax, safetensors
-from paramtree.io.layout import LONGEST_SEP, encode_layout
-from paramtree.io.source import DEEPEST
+from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.leaf import join
 from paramtree.names import check_unique, named

@@ -15,18 +15,16 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from paramtree.errors import LoadError
-from paramtree.io.layout import Layout, decode_layout
+from paramtree.io.layout import DEEPEST, Layout, decode_layout
 
 __all__ = [
-    "DEEPEST", "Source", "Stored", "check_name", "check_shape", "fail", "printable", "read_into",
+    "Source", "Stored", "check_name", "check_shape", "fail", "printable", "read_into",
     "read_layout", "read_span", "segments",
 ]  # fmt: skip
 
-DEEPEST = 1000  # levels; a hostile name could otherwise ask for millions
-
 # What a file may expand to when nobody says which shapes to expect: compressed and sparse arrays take
 # more memory than the file, and a few bytes can claim any amount.
-_SLACK = 2**20
+_SLACK = 2**18
 
 
 class Stored(NamedTuple):
@@ -138,7 +136,7 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
     """Returns a name's path. A "/" always separates; an empty ``sep`` means that nothing else does.
 
     Raises:
-      LoadError: a part is empty, or there are more than a thousand.
+      LoadError: a part is empty, or there are more than ``DEEPEST``.
     """
     parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
     if not all(parts) or len(parts) > DEEPEST:

@@ -125,7 +125,8 @@ def decode(array: Any, tag: str) -> Any:
     if tag.startswith(_KEY):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=tag[len(_KEY) :])
     shape, dtype = logical(array.shape, array.dtype, tag)
-    return np.asarray(array).reshape(-1).view(dtype).reshape(shape)
+    flat = np.asarray(array).reshape(-1)
+    return (flat != 0 if dtype == np.bool_ else flat.view(dtype)).reshape(shape)
 
 
 @functools.cache
