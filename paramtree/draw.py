@@ -7,6 +7,7 @@ hundred thousand leaves would more likely than not draw the same numbers.
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,8 @@ def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[
       MismatchError: an initializer gave another shape or dtype than it was asked for; it and any
         other error of an initializer names the leaf.
     """
+    if any(spec.copies for spec in specs):
+        return _stacked(paths, specs, key)
     specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
     leaves: list[Any] = [None] * len(specs)
     traced = isinstance(key, jax.core.Tracer)
@@ -91,6 +94,28 @@ def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[
                 values = [jnp.array(_compute(*call, _path_key(key, two))) for two in words]
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
+    return tuple(leaves)
+
+
+def _stacked(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[Any, ...]:
+    """Computes every copy as the leaf that it would be if it were not in a stack."""
+    single: list[tuple[Path, Spec]] = []
+    for path, spec in zip(paths, specs, strict=True):
+        axes = len(spec.copies)
+        one = spec._replace(shape=spec.shape[axes:], copies=())
+        for numbers in np.ndindex(*spec.shape[:axes]):
+            name = list(path)
+            for number, (_, place) in reversed(list(zip(numbers, spec.copies, strict=True))):
+                name.insert(place, str(number))
+            single.append((tuple(name), one))
+    values = iter(draw([name for name, _ in single], [one for _, one in single], key))
+    leaves = []
+    for spec in specs:
+        if not spec.copies:
+            leaves.append(next(values))
+            continue
+        count = math.prod(spec.shape[: len(spec.copies)])
+        leaves.append(jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape))
     return tuple(leaves)
 
 

@@ -29,12 +29,17 @@ _OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape"
 
 
 class Spec(NamedTuple):
-    """What a model asked for: a leaf that is still to be computed."""
+    """What a model asked for: a leaf that is still to be computed.
+
+    ``copies`` says along which first axes it is a stack of alike leaves: for each axis its size and
+    the place in the path where the number of a copy would stand, were they not stacked.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     kind: str
     initializer: Initializer
+    copies: tuple[tuple[int, int], ...] = ()
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype."""
@@ -52,13 +57,25 @@ class _Run:
 class Recorder:
     """The scope of a model that is being initialised: notes what it asks for, answers with zeros."""
 
-    __slots__ = ("__weakref__", "_children", "_declared", "_order", "_parent", "_path", "_run")
+    __slots__ = (
+        "__weakref__",
+        "_children",
+        "_copies",
+        "_declared",
+        "_order",
+        "_parent",
+        "_path",
+        "_run",
+        "_views",
+    )
 
     def __init__(self, path: Path, run: "_Run", parent: "Recorder | None" = None) -> None:
         self._path = path
         self._run = run
         self._parent = parent
+        self._copies: tuple[tuple[int, int], ...] = () if parent is None else parent._copies
         self._children: dict[str, Recorder | Spec] = {}
+        self._views: dict[int, Recorder] = {}
         self._order: dict[str, int] = {}
         self._declared = False
 
@@ -90,7 +107,7 @@ class Recorder:
         if isinstance(found, Spec):
             if rest:
                 raise MismatchError(f"`{self._full(here)}` is a leaf: it has no `{rest}`.")
-            return jnp.zeros(found.shape, found.dtype)
+            return self._zeros(found)
         return found[rest] if rest else found
 
     def __contains__(self, name: str) -> bool:
@@ -139,7 +156,9 @@ class Recorder:
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
         initializer = get(initializer)
-        spec = Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, initializer)
+        sizes = (*(count for count, _ in self._copies), *sizes)
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        spec = Spec(sizes, dtype, kind, initializer, self._copies)
         if name not in self._children:
             self._children[name] = spec
             self._declare(name)
@@ -152,7 +171,21 @@ class Recorder:
                 f"`{full}` was declared as {old} and now as {new}. Two calls on one scope share its "
                 "parameters: give the second call a scope of its own, or inputs of the same size."
             )
-        return jnp.zeros(found.shape, found.dtype)
+        return self._zeros(found)
+
+    def repeated(self, count: int) -> "Recorder":
+        """Returns this level as a scope whose every leaf is a stack of ``count`` copies.
+
+        The model goes on as if there were one.
+        """
+        if count not in self._views:
+            view = self._views[count] = Recorder(self._path, self._run, self._parent)
+            view._children, view._order = self._children, self._order
+            view._copies = (*self._copies, (count, len(self._path)))
+        return self._views[count]
+
+    def _zeros(self, spec: Spec) -> jax.Array:
+        return jnp.zeros(spec.shape[len(self._copies) :], spec.dtype)
 
     def _declare(self, name: str) -> None:
         """Gives a child its place in the order: where something is first declared at or below it.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from paramtree.draw import check_key, path_key, path_words
 from paramtree.errors import MismatchError, ScopeError
 from paramtree.leaf import dtype_of, join, shape_of
-from paramtree.structure import Node, Path
+from paramtree.structure import STATE, Node, Path
 from paramtree.tree import ParamTree, _flatten, _rebuild, register, whole
 
 __all__ = ["training"]
@@ -102,6 +102,22 @@ class TrainingScope(ParamTree):
                 "the transform and return the new tree from it, or write outside of it."
             )
         session.leaves[slot] = value
+
+    def write(self, tree: ParamTree) -> None:
+        """Writes all state at and below this level, from a tree of the same form."""
+        tree = whole(tree)
+        for path, slot in tree._structure.entries():
+            if tree._structure.kinds[slot] == STATE:
+                *levels, name = path
+                scope: Any = self
+                for level in levels:
+                    scope = scope[level]
+                scope.update(name, tree._leaves[slot])
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether the call was given a key."""
+        return self._key is not None
 
     def key(self) -> jax.Array:
         """Draws a PRNG key, a new one each time, from the call's key and the layer's path.

@@ -5,16 +5,19 @@ that hold nothing, holes, and dtypes that the format does not have.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from paramtree.errors import ParamTreeError
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
 
-__all__ = ["DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
+__all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
 
 _VERSION = 1
-DEEPEST = 500  # levels; a hostile name could otherwise ask for millions
+DEEPEST = 128  # levels; a hostile name could otherwise ask for millions
+# A part between separators of folders that is empty, "." or "..".
+CLIMBS = re.compile(r"(^|[/\\])\.{0,2}([/\\]|$)|\0")
 LONGEST_SEP = 16  # a long one, often repeated, would take much more memory than the file
 
 
@@ -110,7 +113,7 @@ def _list(given: dict[str, Any], key: str) -> list[Any]:
 
 def _path(item: Any) -> Path:
     parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
-    if not parts or any(part in (".", "..") or "\0" in part for part in item) or len(item) > DEEPEST:
+    if not parts or any(CLIMBS.search(part) for part in item) or len(item) > DEEPEST:
         raise ValueError("a path is not a list of names")
     return tuple(item)
 

@@ -12,6 +12,7 @@ from paramtree.io import mxnet, npz, orbax, safetensors
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.placing import Placing
 from paramtree.io.problems import Problems
+from paramtree.io.restack import restack
 from paramtree.io.source import Source, fail, printable, segments
 from paramtree.io.transforms import natural, transform_all
 from paramtree.io.wire import decode, logical
@@ -283,6 +284,7 @@ class _Plan:
             return name.replace("/", "_").replace(self.sep or "/", "_") if path is None else join(path)
 
         items = transform_all(self.items, self.transform, shown, self.unexpected)
+        items = restack(items, lookup, shapes, self.value)
         paths = lookup.assign(items, shapes, ordered, source.nameless)
         givers: list[list[Item]] = [[] for _ in leaves]
         extra = []

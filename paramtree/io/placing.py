@@ -72,7 +72,8 @@ def _tried(dtype: Any, x64: bool) -> bool:
 
 
 def _cast(value: Any, dtype: Any) -> Any:
-    try:
-        return value.astype(dtype)
-    except TypeError:  # two small floats may not know each other, and both are exact in float32
-        return value.astype(np.float32).astype(dtype)
+    with np.errstate(all="ignore"):  # what is too large for the dtype becomes infinite
+        try:
+            return value.astype(dtype)
+        except TypeError:  # two small floats may not know each other, and both are exact in float32
+            return value.astype(np.float32).astype(dtype)

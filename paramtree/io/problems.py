@@ -147,8 +147,9 @@ def _distance(a: Any, b: Any) -> str:
         return f" in shape: {a.shape} and {b.shape}"
     if a.dtype != b.dtype:
         return f" in dtype: {a.dtype} and {b.dtype}"
-    x, y = (np.asarray(v).astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (a, b))
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
+        x, y = (np.asarray(v).astype(wide) for v in (a, b))
         far = np.abs(x - y)
     most = np.max(far, initial=0, where=~np.isnan(far))
     return f" in {np.count_nonzero(x != y)} of {x.size} elements, by at most {most:.3g}"

@@ -6,7 +6,6 @@ gives a ``Source``. No array is read until the loader has seen that all of them 
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from paramtree.errors import LoadError
-from paramtree.io.layout import DEEPEST, Layout, decode_layout
+from paramtree.io.layout import CLIMBS, DEEPEST, Layout, decode_layout
 
 __all__ = [
     "Source", "Stored", "check_name", "check_shape", "fail", "printable", "read_into",
@@ -105,7 +104,7 @@ def printable(text: str) -> str:
 
 def check_name(path: str, name: str) -> None:
     """Raises LoadError for a name that no tree should have: one that climbs, or has empty parts."""
-    if not name or re.search(r"(^|[/\\])\.{0,2}([/\\]|$)", name) or "\0" in name:
+    if CLIMBS.search(name):
         fail(path, repr(_short(name)), "is not a name: part of it is empty, '.' or '..'.")
 
 
