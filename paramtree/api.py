@@ -32,6 +32,8 @@ from paramtree.parts import select as select
 from paramtree.selection import collect as collect
 from paramtree.selection import map_named as map_named
 from paramtree.selection import replace as replace
+from paramtree.stacking import stack as stack
+from paramtree.stacking import unstack as unstack
 from paramtree.train import training as training
 from paramtree.tree import ParamTree as ParamTree
 from paramtree.tying import tie as tie

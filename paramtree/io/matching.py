@@ -140,8 +140,8 @@ class Lookup:
         """
         ways = [lambda name: name, *(_GLUON if ordered else ())]
         if not nameless:
-            prefix = _common_prefix([name for item in items for name in item.names])
-            if ordered and prefix:
+            prefix = _common_prefix([name for item in items for name in item.names]) if ordered else ""
+            if prefix:
                 ways.append(lambda name: name.removeprefix(prefix))
             tried = [self._by(way, items) for way in ways]
             for paths in tried:

@@ -138,7 +138,9 @@ class MultiHeadAttention(Layer):
         elif self.rotary:
             query = rotate(query, jnp.arange(x.shape[1]))
             key = rotate(key, jnp.arange(other.shape[1]))
-        y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+        # It promotes within itself, which strict promotion would forbid.
+        with jax.numpy_dtype_promotion("standard"):
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
         return self._dense(units)(child(p, "out"), y.reshape(*x.shape[:2], units))
 
     def _dense(self, units: int) -> Dense:

@@ -1,0 +1,161 @@
+"""Pooling over all of space: the greatest entry or the mean of each channel."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from paramtree.nn.pool import _check_floating, _Pooling
+from paramtree.nn.spatial import check_layout, sizes_of, spatial_axes
+
+__all__ = [
+    "GlobalAvgPool1D",
+    "GlobalAvgPool2D",
+    "GlobalAvgPool3D",
+    "GlobalMaxPool1D",
+    "GlobalMaxPool2D",
+    "GlobalMaxPool3D",
+]
+
+
+@dataclass(frozen=True, repr=False)
+class _GlobalPool(_Pooling):
+    layout: str = ""
+
+    def __post_init__(self) -> None:
+        check_layout(self)
+
+    def _axes(self, x: Any) -> tuple[int, ...]:
+        sizes_of(self, x)
+        return spatial_axes(self.layout)
+
+    def __repr__(self) -> str:
+        rank = len(self.layout) - 2
+        one = (1,) * rank
+        return self._shown(one, one, str((0,) * rank), True, True)
+
+
+@dataclass(frozen=True, repr=False)
+class _GlobalMaxPool(_GlobalPool):
+    def __call__(self, p: Any, x: Any) -> Any:
+        return jnp.max(x, self._axes(x), keepdims=True)
+
+
+@dataclass(frozen=True, repr=False)
+class _GlobalAvgPool(_GlobalPool):
+    def __call__(self, p: Any, x: Any) -> Any:
+        _check_floating(self, x)
+        return jnp.mean(x, self._axes(x), keepdims=True)
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalMaxPool1D(_GlobalMaxPool):
+    """The greatest entry of each channel: (batch, width, channels) to (batch, 1, channels).
+
+    Args:
+      layout: "NWC" or "NCW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+
+    Example:
+      >>> GlobalMaxPool1D()({}, jnp.ones((2, 5, 3))).shape
+      (2, 1, 3)
+    """
+
+    layout: str = "NWC"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalMaxPool2D(_GlobalMaxPool):
+    """The greatest entry of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
+
+    Where several entries are the greatest, they share the gradient.
+
+    Args:
+      layout: "NHWC" or "NCHW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+
+    Example:
+      >>> GlobalMaxPool2D()({}, jnp.ones((2, 5, 5, 3))).shape
+      (2, 1, 1, 3)
+    """
+
+    layout: str = "NHWC"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalMaxPool3D(_GlobalMaxPool):
+    """The greatest entry of each channel, over depth, height and width, which stay with size 1.
+
+    Args:
+      layout: "NDHWC" or "NCDHW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+
+    Example:
+      >>> GlobalMaxPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape
+      (2, 1, 1, 1, 3)
+    """
+
+    layout: str = "NDHWC"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalAvgPool1D(_GlobalAvgPool):
+    """The mean of each channel: (batch, width, channels) to (batch, 1, channels).
+
+    Args:
+      layout: "NWC" or "NCW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+      TypeError: on calling: an input of whole numbers.
+
+    Example:
+      >>> GlobalAvgPool1D()({}, jnp.ones((2, 5, 3))).shape
+      (2, 1, 3)
+    """
+
+    layout: str = "NWC"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalAvgPool2D(_GlobalAvgPool):
+    """The mean of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
+
+    Args:
+      layout: "NHWC" or "NCHW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+      TypeError: on calling: an input of whole numbers.
+
+    Example:
+      >>> GlobalAvgPool2D()({}, jnp.ones((2, 5, 5, 3))).shape
+      (2, 1, 1, 3)
+    """
+
+    layout: str = "NHWC"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalAvgPool3D(_GlobalAvgPool):
+    """The mean of each channel, over depth, height and width, which stay with size 1.
+
+    Args:
+      layout: "NDHWC" or "NCDHW".
+
+    Raises:
+      ValueError: another layout; on calling: an input without these axes.
+      TypeError: on calling: an input of whole numbers.
+
+    Example:
+      >>> GlobalAvgPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape
+      (2, 1, 1, 1, 3)
+    """
+
+    layout: str = "NDHWC"
