@@ -57,11 +57,6 @@ def layer_norm(p: Any, x: Any) -> Any:
     return x * jnp.broadcast_to(gamma, x.shape) + jnp.broadcast_to(beta, x.shape)
 
 
-def gelu(x: Any) -> Any:
-    """Returns the exact GELU, of which JAX's default is an approximation."""
-    return jax.nn.gelu(x, approximate=False)
-
-
 def embeddings(p: Any, input_ids: Any) -> Any:
     """Returns the sum of the embeddings of words, of their positions and of the only type in use."""
     length = input_ids.shape[1]
@@ -91,7 +86,7 @@ def attention(p: Any, x: Any, attention_mask: Any) -> Any:
 def layer(p: Any, x: Any, attention_mask: Any) -> Any:
     """Runs one layer: attention, and then a perceptron for each token by itself."""
     x = attention(p.attention, x, attention_mask)
-    y = nn.Dense(INNER, activation=gelu, flatten=False)(p.intermediate, x)
+    y = nn.Dense(INNER, activation="gelu", flatten=False)(p.intermediate, x)
     y = nn.Dense(WIDTH, flatten=False)(p.output, y)
     return layer_norm(p.norm, x + y)
 

@@ -145,7 +145,7 @@ class GELU(Layer):
 
     Args:
       approximation: "erf" for the function itself, "tanh" for the paper's approximation, which is
-        what ``jax.nn.gelu`` and ``Activation("gelu")`` compute.
+        what ``jax.nn.gelu`` and ``Activation("gelu_tanh")`` compute.
 
     Raises:
       ValueError: another approximation.

@@ -1,5 +1,6 @@
 """Dense layers, embeddings, and the layers without parameters that go with them."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
 _ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "softrelu": jax.nn.softplus,
     "elu": jax.nn.elu,
-    "gelu": jax.nn.gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # as in MXNet and PyTorch
+    "gelu_tanh": jax.nn.gelu,
     "hard_sigmoid": jax.nn.hard_sigmoid,
     "hard_swish": jax.nn.hard_swish,
     "hard_tanh": jax.nn.hard_tanh,
