@@ -223,6 +223,31 @@ def mixed_precision(net: Model, keep: str, dtype: Any = jnp.bfloat16) -> Model:
     return in_dtype
 
 
+def ensemble(net: Model, key: jax.Array, n: int, *inputs: Any) -> Any:
+    """Returns n sets of parameters in one tree: every leaf has a first axis of size n.
+
+    Use it for uncertainty, or to try seeds at the price of one. Member i is what ``pt.init`` gives
+    for key i of ``jax.random.split(key, n)``; ``pt.unstack`` takes the members apart.
+    """
+    return jax.vmap(lambda key: pt.init(net, key, *inputs))(jax.random.split(key, n))
+
+
+def ensemble_step(loss: Loss, tx: Any) -> Callable[..., Any]:
+    """Returns a step ``(params, states, *batch) -> (params, states, values)`` that trains each member.
+
+    Use it on what ``ensemble`` gives; the states start from ``jax.vmap(tx.init)(params)``.
+    """
+
+    def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return lambda params, states, *batch: jax.vmap(step, (0, 0, *(None for _ in batch)))(
+        params, states, *batch
+    )
+
+
 def new_head(params: Any, key: jax.Array, pattern: str, initializer: Any = None) -> Any:
     """Returns the parameters with the weights that match drawn anew and the biases that match zero.
 

@@ -494,7 +494,7 @@ def test_a_recipe_is_short_typed_and_says_when_to_use_it(node: ast.FunctionDef) 
 def test_the_counting_of_lines_counts() -> None:
     assert {node.name: code_lines(node) for node in functions()}["loss"] == 2
     assert {node.name: code_lines(node) for node in functions()}["main"] > 10
-    assert len(RECIPES) == 20 and {node.name for node in functions()} >= DEMONSTRATION
+    assert len(RECIPES) == 22 and {node.name for node in functions()} >= DEMONSTRATION
 
 
 def test_the_demonstration_runs(
@@ -513,3 +513,19 @@ def test_the_demonstration_runs(
     out = capsys.readouterr().out
     assert "moves here" in out and "gradients here" in out and "bfloat16" in out
     assert float(out.split("loss ")[1].split()[0]) < 0.6
+
+
+def test_an_ensemble_trains_each_member_as_if_alone() -> None:
+    key, tx = jax.random.key(5), optax.sgd(LR)
+    many = recipes.ensemble(net, key, 3, XS[0])
+    step = jax.jit(recipes.ensemble_step(mean_loss, tx))
+    after, _, values = step(many, jax.vmap(tx.init)(many), XS, YS)
+    assert values.shape == (3,)
+    members = pt.unstack(after, "")
+    for i, one in enumerate(jax.random.split(key, 3)):
+        alone = pt.init(net, one, XS[0])
+        value, grads = jax.value_and_grad(mean_loss)(alone, XS, YS)
+        np.testing.assert_allclose(values[i], value, rtol=1e-5)
+        for name, leaf in pt.collect(alone).items():
+            trained = leaf - LR * pt.collect(grads)[name]
+            np.testing.assert_allclose(pt.collect(members[i])[name], trained, rtol=1e-4, atol=1e-6)
