@@ -176,7 +176,7 @@ def test_bilinear_agrees_with_torch(scale, layout):
         (nn.Swish(2.0), lambda x: x * torch.sigmoid(2 * x)),
         (nn.SiLU(), F.silu),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, nn.Layer) else "torch",
 )
 def test_activations_agree_with_torch(layer, reference):
     x = np.linspace(-6, 6, 40, dtype="float32").reshape(5, 8)

@@ -102,7 +102,8 @@ def test_values_and_gradients_are_those_of_pytorch(kind, data):
     sizes = data.draw(st.lists(st.integers(2, 3), min_size=rank, max_size=rank))
     shape = (data.draw(st.integers(2, 4)), channels, *sizes)
     axis = data.draw(st.sampled_from([1, -1]))
-    epsilon = data.draw(st.sampled_from([1e-5, 1e-2]))
+    # Not tiny: where two values are all, they can be so close that float32 has too few digits.
+    epsilon = data.draw(st.sampled_from([1e-3, 1e-1]))
     last = kind in ("layer", "rms")  # PyTorch normalises the last axis, and ours any one
     x = 2 * normal(*shape) + 1
     torch_x = torch.tensor(np.moveaxis(x, 1, -1) if last else x, dtype=torch.float64)

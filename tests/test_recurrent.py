@@ -106,7 +106,7 @@ def cases(draw):
 
 
 @kinds
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(case=cases())
 def test_values_and_gradients_are_those_of_pytorch(kind, case):
     torch = pytest.importorskip("torch")
@@ -162,7 +162,8 @@ def test_values_and_gradients_are_those_of_pytorch(kind, case):
     near(outputs[0], y.detach())
     all_near(outputs[1], [part.detach().numpy() for part in new])
     near(grads[1], torch_x.grad)
-    all_near(grads[2], [part.grad.numpy() for part in torch_state])
+    if case["state"]:
+        all_near(grads[2], [part.grad.numpy() for part in torch_state])
     names = {our_name(name): p.grad for name, p in net.named_parameters()}
     assert set(names) == set(params)
     for name, grad in names.items():
