@@ -139,6 +139,18 @@ def test_other_pytrees_come_back_as_what_they_are(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_tree_in_another_container_keeps_its_ties(tmp_path: Path) -> None:
+    both = {"params": tied(), "steps": [3, 0.5]}
+    pt.save(tmp_path / "a.safetensors", both)
+    found = pt.load(tmp_path / "a.safetensors")
+    assert found.params.decoder.weight is found.params.embed.weight
+    back = pt.load(tmp_path / "a.safetensors", like=both)
+    assert same(back["params"], tied()) and back["steps"] == [3, 0.5]
+    half = {"params": pt.select(tied(), "embed_.*"), "f": jnp.tanh}  # holes, and what is no array
+    pt.save(tmp_path / "a.safetensors", half)
+    assert list(pt.collect(pt.load(tmp_path / "a.safetensors"))) == ["params_embed_weight"]
+
+
 # Other programs read it, and it reads theirs
 
 

@@ -1,5 +1,6 @@
 """``pt.save``: a tree into a file, in the format that its name asks for."""
 
+import contextlib
 import os
 from collections.abc import Container
 from typing import Any
@@ -9,8 +10,9 @@ from paramtree.io import mxnet, npz, orbax, safetensors
 from paramtree.io.layout import CLIMBS, DEEPEST, LONGEST_SEP, encode_layout
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.leaf import join
-from paramtree.names import check_unique, named
+from paramtree.names import check_unique, from_tree, named
 from paramtree.structure import Structure
+from paramtree.tree import ParamTree
 
 __all__ = ["save"]
 
@@ -59,7 +61,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
             f"{path}: files that end in {extension} are another library's. Choose .safetensors, .npz, "
             ".orbax or .params."
         )
-    source = named(tree, numbers=True).tree
+    source = _as_tree(tree)
     structure, leaves = source._structure, source._leaves
     _check_names(structure, sep)
     if extension == ".params":
@@ -72,6 +74,17 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
     names = [join(path, sep) for path in structure.canonical]
     layout = encode_layout(structure, names, tags, sep)
     writer.write(path, dict(zip(names, arrays, strict=True)), layout)
+
+
+def _as_tree(tree: Any) -> ParamTree:
+    """Returns any pytree as a tree of its arrays; parameter trees in it keep their ties and kinds."""
+    found = named(tree, numbers=True)
+    if found.foreign:
+        with contextlib.suppress(ParamTreeError, TypeError):  # holes in a tree within, or one leaf
+            made = from_tree(tree)
+            if len(made._leaves) == len(found.tree._leaves):  # else some are no arrays
+                return made
+    return found.tree
 
 
 def _check_names(structure: Structure, sep: str) -> None:

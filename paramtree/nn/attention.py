@@ -53,6 +53,8 @@ class MultiHeadAttention(Layer):
     state, so that a sequence can be given in pieces: one token at a time when sampling. The state
     is ``cache_key`` and ``cache_value``, (batch, cache, kv_heads, head size), and ``cache_index``, how
     many positions it holds. Called for inference it attends within ``x``, and leaves the cache alone.
+    Layers hold settings, never arrays, so a net to sample from may be another one than that which was
+    trained: with a cache, and without dropout, which ``pt.training`` would turn on.
 
     Args:
       num_heads: how many heads.
