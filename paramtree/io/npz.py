@@ -14,14 +14,11 @@ from numpy.lib import format as npy
 from paramtree.errors import LoadError
 from paramtree.io.atomic import replacing
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_into, read_layout
-from paramtree.io.wire import to_host
+from paramtree.io.wire import NUMBERS, to_host
 
 __all__ = ["NATIVE", "PICKLE", "read", "write"]
 
-NATIVE = frozenset(
-    ["bool", "complex64", "complex128", "float16", "float32", "float64"]
-    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-)
+NATIVE = NUMBERS
 PICKLE = (
     "is a pickle, as PyTorch and others write them. A pickle runs whatever code is in it, so it is "
     "never read here. Convert it where it comes from, in PyTorch with "

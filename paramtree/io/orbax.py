@@ -16,15 +16,18 @@ import numpy as np
 from paramtree.errors import LoadError, ParamTreeError
 from paramtree.io.atomic import sync
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout
-from paramtree.io.wire import to_dtype
+from paramtree.io.wire import NUMBERS, to_dtype
 
 __all__ = ["NATIVE", "read", "write"]
 
-NATIVE = frozenset(
-    ["bool", "bfloat16", "complex64", "complex128", "float16", "float32", "float64"]
-    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-    + ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"]
-)
+NATIVE = NUMBERS | {
+    "bfloat16",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+}
 _LAYOUT, _EMPTY = "paramtree", "paramtree_empty"
 _MARK = "_CHECKPOINT_METADATA"
 

@@ -18,6 +18,7 @@ from paramtree.errors import ParamTreeError
 from paramtree.leaf import dtype_of
 
 __all__ = [
+    "NUMBERS",
     "check_savable",
     "decode",
     "dtype_name",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 # Those of numpy, whose own look-up of names takes much else.
-_NUMBERS = frozenset(
+NUMBERS = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
     + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 )
@@ -137,6 +138,6 @@ def to_dtype(name: str) -> np.dtype[Any]:
       ValueError: there is none of that name, or it is not one of numbers.
     """
     found = getattr(ml_dtypes, name, None)
-    if name in _NUMBERS or (isinstance(found, type) and issubclass(found, np.generic)):
-        return np.dtype(name if name in _NUMBERS else found)
+    if name in NUMBERS or (isinstance(found, type) and issubclass(found, np.generic)):
+        return np.dtype(name if name in NUMBERS else found)
     raise ValueError(f"there is no dtype of numbers {name!r}")
