@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from paramtree.errors import ParamTreeError
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
 
-__all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout"]
+__all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout", "odd_parts"]
 
 _VERSION = 1
 DEEPEST = 128  # levels; a hostile name could otherwise ask for millions
@@ -104,6 +104,14 @@ def decode_layout(text: str) -> Layout:
     return Layout(structure.keep(kept), tuple(names), filled, sep)
 
 
+def odd_parts(path: Sequence[str]) -> list[str]:
+    """Returns the parts of a path that no file may have.
+
+    Only a tree of one level, such as ``pt.collect(tree, sep="/")`` gives, may have "/" in its names.
+    """
+    return [part for part in path if CLIMBS.search(part) or ("/" in part and len(path) > 1)]
+
+
 def _list(given: dict[str, Any], key: str) -> list[Any]:
     found = given.get(key)
     if not isinstance(found, list):
@@ -113,7 +121,7 @@ def _list(given: dict[str, Any], key: str) -> list[Any]:
 
 def _path(item: Any) -> Path:
     parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
-    if not parts or any(CLIMBS.search(part) for part in item) or len(item) > DEEPEST:
+    if not parts or odd_parts(item) or len(item) > DEEPEST:
         raise ValueError("a path is not a list of names")
     return tuple(item)
 

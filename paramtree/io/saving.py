@@ -7,7 +7,7 @@ from typing import Any
 
 from paramtree.errors import MismatchError, ParamTreeError
 from paramtree.io import mxnet, npz, orbax, safetensors
-from paramtree.io.layout import CLIMBS, DEEPEST, LONGEST_SEP, encode_layout
+from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout, odd_parts
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.leaf import join
 from paramtree.names import check_unique, from_tree, named
@@ -92,7 +92,7 @@ def _check_names(structure: Structure, sep: str) -> None:
         raise ParamTreeError(f"sep is what joins names in the file, such as '.' or '/', not {sep!r}.")
     check_unique((join(path, sep), path) for path in structure.paths)
     for path in structure.paths:
-        wrong = [part for part in path if CLIMBS.search(part)]
+        wrong = odd_parts(path)
         if wrong or len(path) > DEEPEST:
             problem = f"has a part {wrong[0]!r}" if wrong else f"is deeper than {DEEPEST} levels"
             raise ParamTreeError(f"`{join(path, '/')[:200]}` {problem}: no file may have such a name.")
