@@ -43,7 +43,7 @@ from paramtree.structure import build
 from paramtree.tree import _rebuild
 
 FORMATS = ("safetensors", "params", "npz")
-SLOW, TOO_SLOW = 1.0, 2.0  # seconds
+SLOW, TOO_SLOW = 5.0, 20.0  # seconds, on a machine that may be busy: a hang is meant
 MIB = 2**20
 
 # fmt: off

@@ -27,7 +27,7 @@ PICKLE = (
 _LAYOUT = "paramtree.json"
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CHUNK = 2**16  # zipfile reads into memory of its own first
-_HEADER = 2_000  # bytes; 32 axes need 700, and numpy's parser takes much memory for a long one
+_HEADER = 1_000  # bytes; 32 axes need 700, and the parser of numpy takes much memory for a long one
 
 
 def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
