@@ -71,6 +71,8 @@ def decode_layout(text: str) -> Layout:
             "use the paramtree that wrote it"
         )
     paths = [_path(item) for item in _list(given, "paths")]
+    if odd := odd_parts(paths):
+        raise ValueError(f"a path is not a list of names: {odd[0]!r} cannot be part of one")
     slots = _list(given, "slots")
     kinds = _list(given, "kinds")
     kept = _list(given, "kept")
@@ -104,12 +106,14 @@ def decode_layout(text: str) -> Layout:
     return Layout(structure.keep(kept), tuple(names), filled, sep)
 
 
-def odd_parts(path: Sequence[str]) -> list[str]:
-    """Returns the parts of a path that no file may have.
+def odd_parts(paths: Sequence[Path]) -> list[str]:
+    """Returns the parts of paths that no file may have.
 
-    Only a tree of one level, such as ``pt.collect(tree, sep="/")`` gives, may have "/" in its names.
+    Only a tree of one level, such as ``pt.collect(tree, sep="/")`` gives, may have "/" in its names:
+    elsewhere the path "a/b" would lead to one leaf by its name, and to another through its levels.
     """
-    return [part for part in path if CLIMBS.search(part) or ("/" in part and len(path) > 1)]
+    nested = any(len(path) > 1 for path in paths)
+    return [part for path in paths for part in path if CLIMBS.search(part) or ("/" in part and nested)]
 
 
 def _list(given: dict[str, Any], key: str) -> list[Any]:
@@ -121,7 +125,7 @@ def _list(given: dict[str, Any], key: str) -> list[Any]:
 
 def _path(item: Any) -> Path:
     parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
-    if not parts or odd_parts(item) or len(item) > DEEPEST:
+    if not parts or len(item) > DEEPEST:
         raise ValueError("a path is not a list of names")
     return tuple(item)
 

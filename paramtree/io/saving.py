@@ -91,11 +91,16 @@ def _check_names(structure: Structure, sep: str) -> None:
     if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or "\0" in sep:
         raise ParamTreeError(f"sep is what joins names in the file, such as '.' or '/', not {sep!r}.")
     check_unique((join(path, sep), path) for path in structure.paths)
+    if odd := odd_parts(structure.paths):
+        paths = [path for path in structure.paths if odd[0] in path]
+        raise ParamTreeError(
+            f"`{join(paths[0], '/')[:200]}` has a part {odd[0]!r}: no file may have such."
+        )
     for path in structure.paths:
-        wrong = odd_parts(path)
-        if wrong or len(path) > DEEPEST:
-            problem = f"has a part {wrong[0]!r}" if wrong else f"is deeper than {DEEPEST} levels"
-            raise ParamTreeError(f"`{join(path, '/')[:200]}` {problem}: no file may have such a name.")
+        if len(path) > DEEPEST:
+            raise ParamTreeError(
+                f"`{join(path, '/')[:200]}` is deeper than {DEEPEST} levels: no file may be."
+            )
 
 
 def _encoded(
