@@ -16,8 +16,8 @@ __all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encod
 
 _VERSION = 1
 DEEPEST = 128  # levels; a hostile name could otherwise ask for millions
-# A part between separators of folders that is empty, "." or "..".
-CLIMBS = re.compile(r"(^|[/\\])\.{0,2}([/\\]|$)|\0")
+# A part between separators of folders that is empty, "." or ".."; or what utf-8 or a zip file has not.
+CLIMBS = re.compile(r"(^|[/\\])\.{0,2}([/\\]|$)|\0|[\ud800-\udfff]")
 LONGEST_SEP = 16  # a long one, often repeated, would take much more memory than the file
 
 
