@@ -94,6 +94,8 @@ class Source:
 
 def fail(path: str, where: str, what: str) -> NoReturn:
     """Raises LoadError of a file and a place in it."""
+    # A parser's own message may hold a name as long as the file, which would help nobody.
+    what = what if len(what) <= 1000 else what[:997] + "..."
     raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(what)}")
 
 
