@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["casts", "describe", "dtype_of", "join", "shape_of"]
+__all__ = ["casts", "clip", "describe", "dtype_of", "join", "printable", "shape_of"]
 
 
 def join(path: Sequence[str], sep: str = "_") -> str:
@@ -42,6 +42,28 @@ def describe(leaf: Any) -> str:
     except Exception:  # a leaf may be any object, and printing a tree must not fail on one
         text = type(leaf).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def printable(text: str) -> str:
+    r"""Returns a text with control characters spelled out: names in files are untrusted.
+
+    Example:
+      >>> printable("red\x1b[31m")
+      'red\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def clip(text: str, most: int) -> str:
+    """Returns a text, or the beginning of a long one and how long it is.
+
+    Example:
+      >>> clip("weight", 20), clip("w" * 1000, 20)
+      ('weight', 'wwwwwwww... (1000 characters)')
+    """
+    return text if len(text) <= most else f"{text[: most - 12]}... ({len(text)} characters)"
 
 
 def casts(found: Any, wanted: Any) -> bool:

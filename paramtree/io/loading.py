@@ -13,10 +13,10 @@ from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.placing import Placing
 from paramtree.io.problems import Problems
 from paramtree.io.restack import restack
-from paramtree.io.source import Source, fail, printable, segments
+from paramtree.io.source import Source, fail, segments
 from paramtree.io.transforms import natural, transform_all
 from paramtree.io.wire import decode, logical
-from paramtree.leaf import dtype_of, join, shape_of
+from paramtree.leaf import dtype_of, join, printable, shape_of
 from paramtree.names import Pattern, Rules, named
 from paramtree.structure import PARAM, Structure, build
 from paramtree.tree import ParamTree, _rebuild

@@ -9,8 +9,7 @@ import numpy as np
 
 from paramtree.errors import LoadError
 from paramtree.io.matching import Item, closest
-from paramtree.io.source import printable
-from paramtree.leaf import casts, dtype_of, join, shape_of
+from paramtree.leaf import casts, dtype_of, join, printable, shape_of
 from paramtree.names import compiled
 from paramtree.structure import Path, Structure
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from paramtree.errors import LoadError
 from paramtree.io.layout import CLIMBS, DEEPEST, Layout, decode_layout
+from paramtree.leaf import printable
 
 __all__ = [
-    "Source", "Stored", "check_name", "check_shape", "fail", "printable", "read_into",
-    "read_layout", "read_span", "segments",
+    "Source", "Stored", "check_name", "check_shape", "fail", "read_into", "read_layout", "read_span",
+    "segments",
 ]  # fmt: skip
 
 # What a file may expand to when nobody says which shapes to expect: compressed and sparse arrays take
@@ -97,11 +98,6 @@ def fail(path: str, where: str, what: str) -> NoReturn:
     # A parser's own message may hold a name as long as the file, which would help nobody.
     what = what if len(what) <= 1000 else what[:997] + "..."
     raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(what)}")
-
-
-def printable(text: str) -> str:
-    """Returns a text with control characters spelled out: names in files are untrusted."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check_name(path: str, name: str) -> None:

@@ -1,0 +1,189 @@
+"""What every report shares: it is a table, which rich prints and a notebook shows, and plain data.
+
+A report says what it found as a ``Table`` of text; this file turns the table into whatever the
+reader looks at. Names may come from a file that nobody has checked, so no text is trusted: control
+characters are spelled out and HTML is escaped here, once, for all reports.
+"""
+
+import html
+import io
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramtree.leaf import clip, printable
+
+__all__ = ["Column", "Report", "Table", "bytes_text", "count_text", "float_text", "rendered"]
+
+MOST_ROWS = 1000  # rich takes half a millisecond a row, and nobody reads more
+CELL = 100  # characters
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; numbers stand on the right."""
+
+    title: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+      title: a line above it.
+      columns: what is in each column.
+      rows: as many cells each as there are columns.
+      totals: rows below a line.
+      notes: sentences below it all.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: list[tuple[str, ...]]
+    totals: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rich(self) -> Any:
+        """Returns it as a renderable of rich."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        lines: list[Any] = [Text(_line(self.title))] if self.title else []
+        if self.rows or self.totals:
+            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=False)
+            for column in self.columns:
+                right: Any = "right" if column.number else "left"
+                table.add_column(Text(column.title), justify=right, no_wrap=True)
+            for row in self.rows[:MOST_ROWS]:
+                table.add_row(*(Text(_line(cell)) for cell in row))
+            if self.totals:
+                table.add_section()
+                for row in self.totals:
+                    table.add_row(*(Text(_line(cell)) for cell in row))
+            lines.append(table)
+        return Group(*lines, *(Text(_line(note)) for note in (*self._more(), *self.notes)))
+
+    def text(self) -> str:
+        """Returns it as text, as wide as it is."""
+        from rich.console import Console
+
+        out = io.StringIO()
+        console = Console(file=out, width=10_000, color_system=None, legacy_windows=False)
+        console.print(self.rich())
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+
+    def html(self) -> str:
+        """Returns it as HTML that needs nothing around it: no script, no style sheet, no network."""
+
+        def row(tag: str, cells: tuple[str, ...], style: str = "") -> str:
+            made = []
+            for cell, column in zip(cells, self.columns, strict=True):
+                align = "right" if column.number else "left"
+                made.append(
+                    f'<{tag} style="text-align:{align};padding:.15em .7em;white-space:pre;'
+                    f'font-variant-numeric:tabular-nums;{style}"><bdi>{rendered(cell)}</bdi></{tag}>'
+                )
+            return f"<tr>{''.join(made)}</tr>"
+
+        head = row("th", tuple(column.title for column in self.columns), f"font-weight:600;{_RULE}")
+        body = "".join(row("td", cells) for cells in self.rows[:MOST_ROWS])
+        foot = "".join(
+            row("td", cells, "font-weight:600;" + (_RULE_ABOVE if i == 0 else ""))
+            for i, cells in enumerate(self.totals)
+        )
+        table = (
+            f'<table style="border-collapse:collapse;border:0;margin:.4em 0">'
+            f"<thead>{head}</thead><tbody>{body}{foot}</tbody></table>"
+            if self.rows or self.totals
+            else ""
+        )
+        title = f'<div style="font-weight:600">{rendered(self.title)}</div>' if self.title else ""
+        notes = "".join(f"<div>{rendered(note)}</div>" for note in (*self._more(), *self.notes))
+        return (
+            f'<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
+            f"{title}{table}{notes}</div>"
+        )
+
+    def _more(self) -> list[str]:
+        more = len(self.rows) - MOST_ROWS
+        return [f"... and {more:,} rows more; .to_dict() has them all."] if more > 0 else []
+
+
+_RULE = "border-bottom:1px solid rgba(128,128,128,.6);"
+_RULE_ABOVE = "border-top:1px solid rgba(128,128,128,.6);"
+
+
+class Report(ABC):
+    """The base of what ``summary``, ``stats``, ``diff`` and ``find_nonfinite`` return."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """Returns what is to be shown."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain values, for programs."""
+
+    def __repr__(self) -> str:
+        return self.table().text()
+
+    def __rich__(self) -> Any:
+        return self.table().rich()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+
+def rendered(text: str) -> str:
+    """Returns a text as HTML: short, nothing in it active, nothing that turns the line round.
+
+    Example:
+      >>> rendered("<b>&")
+      '&lt;b&gt;&amp;'
+    """
+    return html.escape(_line(text))
+
+
+def _line(text: str) -> str:
+    return printable(clip(text, CELL))
+
+
+def count_text(count: int) -> str:
+    """Returns a number of things, with commas.
+
+    Example:
+      >>> count_text(5376)
+      '5,376'
+    """
+    return f"{count:,}"
+
+
+def bytes_text(size: float) -> str:
+    """Returns a number of bytes in the unit that suits it.
+
+    Example:
+      >>> bytes_text(320), bytes_text(21504), bytes_text(4 * 2**20)
+      ('320 B', '21.0 KiB', '4.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def float_text(value: Any) -> str:
+    """Returns a number with four digits that count.
+
+    Example:
+      >>> float_text(0.01234567), float_text(1234567.0), float_text(float("nan")), float_text(0.0)
+      ('0.01235', '1.235e+06', 'nan', '0')
+    """
+    return f"{value:.4g}"
