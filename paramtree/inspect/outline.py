@@ -1,0 +1,246 @@
+"""A tree as a reader sees it: levels with their totals, leaves, ties, holes; and all that as text.
+
+The outline is made once and drawn as text here and as HTML in ``paramtree.inspect.page``. A leaf
+counts where its canonical name is, so the children of a level add up to its totals and what is tied
+counts once. No value of an array is read.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from paramtree.inspect.report import bytes_text, count_text
+from paramtree.leaf import clip, describe, dtype_of, join, printable, shape_of
+from paramtree.names import from_tree
+from paramtree.structure import HOLE, STATE, Node
+from paramtree.tree import ParamTree, whole
+
+__all__ = ["Leaf", "Level", "as_tree", "opened", "outline", "text", "title"]
+
+DEEPEST = 100  # levels that are drawn; a browser gives up at a few hundred
+NAME = 100  # characters
+
+
+@dataclass(slots=True)
+class Leaf:
+    """One leaf, alias or hole, as it is drawn.
+
+    ``name`` is that on its level and ``full`` the one in rules. An alias has the full name of the
+    leaf it leads to in ``tied``, and no size of its own. ``note`` is whatever else there is to say.
+    """
+
+    name: str
+    full: str
+    slot: int
+    shape: str = ""
+    dtype: str = ""
+    count: int | None = None
+    nbytes: int | None = None
+    state: bool = False
+    tied: str = ""
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Level:
+    """One level: its children, and what the leaves at and below it amount to."""
+
+    name: str
+    full: str
+    depth: int
+    children: list["Level | Leaf"] = field(default_factory=list)
+    leaves: int = 0
+    count: int = 0
+    nbytes: int = 0
+    state: int = 0  # how much of count is state
+    holes: int = 0
+
+
+def as_tree(tree: Any) -> ParamTree:
+    """Returns whatever is to be looked at as a tree: all of a pytree's leaves, one leaf by itself too."""
+    if isinstance(tree, ParamTree):
+        return whole(tree)
+    return from_tree({"value": tree} if jax.tree_util.all_leaves([tree]) else tree)
+
+
+def outline(tree: ParamTree) -> Level:
+    """Returns the outline of a whole tree; text in it is safe to print, but not escaped for HTML."""
+    structure, place = tree._structure, tree._place
+    canonical = structure.canonical
+    known: dict[Any, str] = {}  # texts of shapes, dtypes and shardings: a large tree has few of each
+    top = Level("", _shown(join(place)), 0)
+    # Levels below the deepest are not drawn: their leaves are drawn there by their path from there.
+    stack: list[tuple[Node, Level]] = [(structure.root, top)]
+    order: list[tuple[Level, Level]] = []
+    while stack:
+        node, level = stack.pop()
+        shallow = level.depth < DEEPEST
+        below = node.children.items() if shallow else _all_below(node)
+        for name, found in below:
+            full = join((*place, *node.path, name))
+            if isinstance(found, Node):
+                inner = Level(_shown(name), _shown(full), level.depth + 1)
+                level.children.append(inner)
+                order.append((level, inner))
+                stack.append((found, inner))
+                continue
+            made = Leaf(_shown(name), _shown(full), found)
+            level.children.append(made)
+            if found == HOLE:
+                level.holes += 1
+                continue
+            path = canonical[found]
+            made.state = structure.kinds[found] == STATE
+            if path != (*node.path, *(name.split("/") if not shallow else (name,))):
+                made.tied = _shown(join((*place, *path)))
+                continue
+            _fill(made, tree._leaves[found], known)
+            level.leaves += 1
+            level.count += made.count or 0
+            level.nbytes += made.nbytes or 0
+            level.state += (made.count or 0) if made.state else 0
+    for parent, inner in reversed(order):  # every level after all those below it
+        parent.leaves += inner.leaves
+        parent.count += inner.count
+        parent.nbytes += inner.nbytes
+        parent.state += inner.state
+        parent.holes += inner.holes
+    return top
+
+
+def _all_below(node: Node) -> Iterator[tuple[str, int]]:
+    """Yields the leaves at and below a level, by their paths from there."""
+    stack: list[tuple[str, Node]] = [("", node)]
+    while stack:
+        prefix, level = stack.pop()
+        for name, found in level.children.items():
+            if isinstance(found, Node):
+                stack.append((f"{prefix}{name}/", found))
+            else:
+                yield prefix + name, found
+
+
+def _fill(made: Leaf, leaf: Any, known: dict[Any, str]) -> None:
+    shape, dtype = shape_of(leaf), dtype_of(leaf)
+    if shape is None or dtype is None:
+        made.note = printable(describe(leaf))
+        return
+    made.shape = known.get(shape) or known.setdefault(shape, str(shape))
+    made.dtype = known.get(dtype) or known.setdefault(dtype, str(dtype))
+    made.count = math.prod(shape)
+    made.nbytes = made.count * dtype.itemsize
+    if isinstance(leaf, jax.core.Tracer):
+        made.note = "traced"
+        return
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is not None:
+        if sharding not in known:
+            known[sharding] = _sharding_text(sharding)
+        made.note = known[sharding]
+
+
+def _sharding_text(sharding: Any) -> str:
+    """Returns how an array lies on several devices; nothing if it is on one."""
+    devices = len(sharding.device_set)
+    if devices == 1:
+        return ""
+    if isinstance(sharding, NamedSharding):
+        axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a) for a in sharding.spec)
+        return printable(f"P({axes}) on {devices} devices")
+    return f"{type(sharding).__name__} on {devices} devices"
+
+
+def _shown(name: str) -> str:
+    return printable(clip(name, NAME))
+
+
+def title(level: Level, what: str = "ParamTree") -> str:
+    """Returns one line about a whole tree."""
+    parts = [f"{_plural(level.leaves, 'leaf', 'leaves')}", f"{count_text(level.count)} numbers"]
+    if level.state:
+        parts[-1] += f" ({count_text(level.state)} of them state)"
+    parts.append(bytes_text(level.nbytes))
+    if level.holes:
+        parts.append(_plural(level.holes, "hole", "holes"))
+    at = f" {level.full}" if level.full else ""
+    return f"{what}{at}: {', '.join(parts)}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count_text(count)} {one if count == 1 else many}"
+
+
+def opened(top: Level, most: int | None) -> set[int]:
+    """Returns which levels to open, by ``id``: from the top down, as long as ``most`` rows suffice."""
+    open_ids: set[int] = set()
+    rows = 0
+    queue = deque([top])
+    while queue:
+        level = queue.popleft()
+        if most is not None and rows + len(level.children) > most and level is not top:
+            continue
+        rows += len(level.children)
+        open_ids.add(id(level))
+        queue.extend(below for below in level.children if isinstance(below, Level))
+    return open_ids
+
+
+def text(top: Level, most: int | None = None) -> str:
+    """Returns the outline as lines of text, all of it or about ``most`` lines."""
+    open_ids = opened(top, most)
+    rows: list[tuple[str, ...]] = []
+    # Each item: what to draw, and the guides to its left.
+    stack: list[tuple[Level | Leaf | str, str, str]] = []
+    _push(stack, top, "", most)
+    while stack:
+        item, here, below = stack.pop()
+        if isinstance(item, str):
+            rows.append((here + item, "", "", "", "", ""))
+        elif isinstance(item, Leaf):
+            rows.append((here + item.name, *_cells(item)))
+        else:
+            note = f"{_plural(item.leaves, 'leaf', 'leaves')}" if id(item) not in open_ids else ""
+            if not item.children:
+                note = "empty"
+            if item.holes and id(item) not in open_ids:
+                note += f", {_plural(item.holes, 'hole', 'holes')}"
+            sizes = (count_text(item.count), bytes_text(item.nbytes)) if item.leaves else ("", "")
+            rows.append((here + item.name, "", "", *sizes, note))
+            if id(item) in open_ids:
+                _push(stack, item, below, most)
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
+    lines = [title(top)]
+    for name, shape, dtype, count, size, note in rows:
+        line = (
+            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  "
+            f"{count:>{widths[3]}}  {size:>{widths[4]}}  {note}"
+        )
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None:
+    """Puts a level's children on the stack, the first on top; of very many only the first."""
+    shown: list[Level | Leaf | str] = list(level.children)
+    if most is not None and len(shown) > most:
+        shown = [*shown[:most], f"... {count_text(len(shown) - most)} more"]
+    for i in range(len(shown) - 1, -1, -1):
+        last = i == len(shown) - 1
+        here, below = ("└─ ", "   ") if last else ("├─ ", "│  ")
+        stack.append((shown[i], guides + here, guides + below))
+
+
+def _cells(leaf: Leaf) -> tuple[str, str, str, str, str]:
+    note = ", ".join(part for part in ("state" if leaf.state else "", leaf.note) if part)
+    if leaf.slot == HOLE:
+        return "", "", "", "", "hole"
+    if leaf.tied:
+        return "", "", "", "", f"= {leaf.tied}"
+    count = "" if leaf.count is None else count_text(leaf.count)
+    size = "" if leaf.nbytes is None else bytes_text(leaf.nbytes)
+    return leaf.shape, leaf.dtype, count, size, note
