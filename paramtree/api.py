@@ -17,6 +17,7 @@ from paramtree.inspect import nbytes as nbytes
 from paramtree.io import LoadReport as LoadReport
 from paramtree.io import load as load
 from paramtree.io import load_model as load_model
+from paramtree.io import peek as peek
 from paramtree.io import save as save
 from paramtree.io import save_model as save_model
 from paramtree.model import abstract as abstract

@@ -1,27 +1,23 @@
 """``pt.load``: a file into a tree, all of it or an error that says all that is wrong."""
 
-import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from io import BufferedReader
 from typing import Any
 
-from paramtree.errors import NameCollisionError
-from paramtree.io import mxnet, npz, orbax, safetensors
+from paramtree.io.heading import arranged, items_of, open_source
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.placing import Placing
 from paramtree.io.problems import Problems
 from paramtree.io.restack import restack
-from paramtree.io.source import Source, fail, segments
-from paramtree.io.transforms import natural, transform_all
-from paramtree.io.wire import decode, logical
+from paramtree.io.source import Source, segments
+from paramtree.io.transforms import transform_all
+from paramtree.io.wire import decode
 from paramtree.leaf import dtype_of, join, printable, shape_of
 from paramtree.names import Pattern, Rules, named
-from paramtree.structure import PARAM, Structure, build
 from paramtree.tree import ParamTree, _rebuild
 
-__all__ = ["LoadReport", "load"]
+__all__ = ["LoadReport", "load", "load_part"]
 
 
 @dataclass(frozen=True)
@@ -126,75 +122,27 @@ def load(
       Parameter head_bias (shape=(2,), dtype=float32)
     """
     with open_source(os.fspath(path)) as source:
-        plan = _Plan(source, rename_all(_items(source), rename), transform, sep)
+        plan = _Plan(source, rename_all(items_of(source), rename), transform, sep)
         if like is None:
-            tree, made = plan.into_names(exact=rename is None and transform is None)
+            tree, made = plan.into_names(rename is None and transform is None, lambda found: found)
         else:
             free = allow_missing or not strict, ignore_extra or not strict
             tree, made = plan.into(like, *free, cast_dtype, ordered=source.ordered and rename is None)
     return (tree, made) if report else tree
 
 
-_PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamTree]) -> ParamTree:
+    """Returns a part of the tree that a file holds; of the rest nothing is read.
 
-
-def open_source(path: str) -> Source:
-    """Returns what a file holds, of whatever format it is; it is to be used in a ``with`` statement.
+    Args:
+      path: the file.
+      choose: returns a part of a tree, with holes for the rest. The leaves of the tree are no arrays.
 
     Raises:
-      LoadError: it is of no format that is read here, or damaged.
+      LoadError: the file is damaged.
     """
-    if os.path.isdir(path):
-        return orbax.read(path)
-    with contextlib.ExitStack() as files:
-        if path.endswith(safetensors.INDEX):
-            source = safetensors.read_index(path, files)
-        else:
-            source = _read(path, files.enter_context(open(path, "rb")))
-        source.files.enter_context(files.pop_all())
-        return source
-
-
-def _read(path: str, file: BufferedReader) -> Source:
-    head = file.read(16)
-    file.seek(0)
-    if head.startswith(mxnet.MAGIC):
-        return mxnet.read(path, file)
-    if head.startswith((b"PK\3\4", b"PK\5\6")):
-        return npz.read(path, file)
-    if head[8:9] == b"{":
-        return safetensors.read(path, file)
-    what = "is neither safetensors, .params nor .npz, and no folder of Orbax."
-    if not head:
-        what = "is empty."
-    elif head[:1] == b"\x80" or path.lower().endswith(_PICKLED):
-        what = npz.PICKLE
-    elif head.startswith(b"\x93NUMPY"):
-        what = "holds one array without a name: write it with numpy.savez."
-    elif head.startswith(b"\x89HDF"):
-        what = "is an HDF5 file, as Keras writes them: save its arrays as .npz."
-    return fail(path, "", what)
-
-
-def _items(source: Source) -> list[Item]:
-    """Returns the arrays of a source with all their names, as the leaves that they stand for."""
-    layout = source.layout
-    if layout is None:
-        names = list(source.arrays)
-        if source.format == "safetensors":  # the package writes them in the order of the alphabet
-            names.sort(key=natural)
-        return [
-            Item(name, (name,), source.arrays[name].shape, source.arrays[name].dtype) for name in names
-        ]
-    items = []
-    for (name, names), tag in zip(layout.aliases().items(), layout.tags, strict=True):
-        stored = source.arrays[name]
-        try:
-            shape, dtype = logical(stored.shape, stored.dtype, tag)
-        except ValueError as error:
-            fail(source.path, repr(name), f"{error}.")
-        items.append(Item(name, tuple(names), shape, dtype))
-    return items
+    with open_source(os.fspath(path)) as source:
+        return _Plan(source, items_of(source), None, ".").into_names(True, choose)[0]
 
 
 class _Plan:
@@ -228,37 +176,23 @@ class _Plan:
 
     # Without a tree to fit
 
-    def into_names(self, exact: bool) -> tuple[ParamTree, LoadReport]:
-        """Returns the tree that was saved, or one of the names in the file."""
-        source, layout = self.source, self.source.layout
+    def into_names(
+        self, exact: bool, choose: Callable[[ParamTree], ParamTree]
+    ) -> tuple[ParamTree, LoadReport]:
+        """Returns what is chosen of the tree that was saved, or of one of the names in the file."""
+        source = self.source
         source.check_expansion({})
         items = transform_all(self.items, self.transform, self._flat, self.unexpected)
-        source.prepare({item.origin: None for item in items if item.read is None})
-        if layout is not None and exact:
-            structure, order = layout.structure, tuple(range(len(items)))
-        else:
-            structure, order = self._structure(items)
+        found = choose(arranged(source, items, self.sep, exact))
+        chosen: Sequence[Item] = found._leaves
+        source.prepare({item.origin: None for item in chosen if item.read is None})
         placing = Placing()
-        for label in order:
-            placing.add(self.value(items[label]))
-        first = structure.canonical
-        loaded = {join(first[slot]): [items[label].origin] for slot, label in enumerate(order)}
-        tree = _rebuild(structure, placing.done())
-        return tree, LoadReport(source.path, source.format, loaded, [], self._dropped(items), {})
-
-    def _structure(self, items: Sequence[Item]) -> tuple[Structure, tuple[int, ...]]:
-        kinds = dict(self.source.kinds)
-        if layout := self.source.layout:
-            kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
-        entries = [
-            (segments(self.source.path, name, self.sep), label)
-            for label, item in enumerate(items)
-            for name in item.names
-        ]
-        try:
-            return build(entries, [kinds.get(item.origin, PARAM) for item in items])
-        except NameCollisionError as error:
-            fail(self.source.path, "the names", f"make no tree: {error}")
+        for item in chosen:
+            placing.add(self.value(item))
+        first = found._structure.canonical
+        loaded = {join(path): [item.origin] for path, item in zip(first, chosen, strict=True)}
+        tree = _rebuild(found._structure, placing.done())
+        return tree, LoadReport(source.path, source.format, loaded, [], self._dropped(chosen), {})
 
     def _flat(self, name: str) -> str:
         return join(segments(self.source.path, name, self.sep))

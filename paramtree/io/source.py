@@ -89,7 +89,8 @@ class Source:
                 "",
                 f"its compressed or sparse arrays would take {size:,} bytes of memory, of a file of "
                 f"{os.path.getsize(self.path):,}. If the file is to be trusted, say which shapes to "
-                "expect with like=, or write its arrays uncompressed and dense.",
+                "expect with like=, such as those that it claims, like=pt.peek(path); or write its "
+                "arrays uncompressed and dense.",
             )
 
 
