@@ -6,6 +6,7 @@ of memory is how much a new process grew while loading, over the size of the arr
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import paramtree as pt
 
 
 def seconds(call: Callable[[], Any]) -> float:
+    os.sync()  # an fsync also waits for what others have written just before
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
