@@ -2,6 +2,7 @@
 
 from paramtree import initializers as initializers
 from paramtree import nn as nn
+from paramtree.compare import check_match as check_match
 from paramtree.errors import ImmutableError as ImmutableError
 from paramtree.errors import LoadError as LoadError
 from paramtree.errors import MismatchError as MismatchError

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from paramtree.compare import bare, differences, lines
 from paramtree.errors import MismatchError, RuleError
 from paramtree.leaf import dtype_of, join
 from paramtree.names import UNSET, Named, Pattern, Rules, match, named, names, no_match, resolve
@@ -104,13 +105,7 @@ def merge(*trees: T) -> T:
     parts: list[ParamTree] = [whole(tree) for tree in trees]  # type: ignore[arg-type]  # checked above
     structure = parts[0]._structure.whole
     if any(part._structure.whole is not structure for part in parts):
-        paths = [{"/".join(path) for path in part._structure.paths} for part in parts]
-        odd = sorted(set().union(*paths) - paths[0].intersection(*paths))
-        found = f"not all of them have {', '.join(odd)}" if odd else "the order, ties or kinds"
-        raise MismatchError(
-            f"merge: the parts differ in structure: {found}. Merge what partition or select made "
-            "of one tree."
-        )
+        raise _unlike(parts)
     key = ("merge", tuple(part._structure.kept for part in parts))
     if key not in structure.cache:
         kept = [slot for part in parts for slot in part._structure.kept]
@@ -311,6 +306,19 @@ def part(source: Named, choice: Choice, rest: bool = False) -> Any:
     return _rebuild(structure, take(tree._leaves), tree._place)
 
 
+def _unlike(parts: Sequence[Any]) -> MismatchError:
+    """Returns the error for parts that are not of one tree; it lists all in which they differ."""
+    first, *others = map(bare, parts)
+    shown = []
+    for i, other in enumerate(others, 2):
+        if found := differences(first, other):
+            shown += [f"part {i} is not like the first:", *lines(found)]
+    return MismatchError(
+        "\n".join(["merge: the parts differ in structure.", *shown])
+        + "\nMerge what partition or select made of one tree."
+    )
+
+
 def _merge_others(trees: Sequence[Any]) -> Any:
     """Merges parts of another pytree: the same container, None where a leaf is left out."""
     flat = [
@@ -318,9 +326,7 @@ def _merge_others(trees: Sequence[Any]) -> Any:
     ]
     treedef: Any = flat[0][1]
     if any(other != treedef for _, other in flat):
-        raise MismatchError(
-            "merge: the parts differ in structure. Merge what partition or select made of one tree."
-        )
+        raise _unlike(trees)
     leaves, doubled = [], []
     for entries in zip(*(entries for entries, _ in flat), strict=True):
         there = [leaf for _, leaf in entries if leaf is not None]

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.compare import differences, lines
 from paramtree.errors import MismatchError, MissingError, ParamTreeError, suggest
-from paramtree.leaf import dtype_of, join, shape_of
+from paramtree.leaf import join, shape_of
 from paramtree.structure import EMPTY, HOLE, Path, Structure, build
 from paramtree.tree import ParamTree, _rebuild, whole
 
@@ -109,16 +110,14 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
         raise MismatchError(
             f"stack: the children of `{path}` are {', '.join(copies)}; expected copies 0, 1, 2, ..."
         )
-    forms = [_form(tree, structure, copy) for copy in copies.values()]
-    for i, form in enumerate(forms):
-        if form != forms[0]:
-            different = [
-                f"`{join((*at, str(j), *a[0]))}` is {_shown(a)}"
-                for a, b in zip(form, forms[0], strict=False)
-                if a != b
-                for j, a in ((i, a), (0, b))
-            ] or [f"they have {len(form)} and {len(forms[0])} leaves"]
-            raise MismatchError(f"stack: `{path}/{i}` is unlike `{path}/0`: {', '.join(different)}.")
+    level = tree[path] if path else tree
+    unlike = [
+        f"`{path}/{i}` is not like `{path}/0`:\n" + "\n".join(lines(found))
+        for i in copies
+        if (found := differences(level["0"], level[i]))
+    ]
+    if unlike:
+        raise MismatchError("\n".join(["stack: only copies of one layer can be stacked.", *unlike]))
     first = copies["0"]
     slots = [[slot for _, slot in copy] for copy in copies.values()]
     items: list[tuple[Path, Hashable]] = []
@@ -169,23 +168,6 @@ def _inside(structure: Structure, at: Path, path: str) -> set[int]:
 
 def _labelled(items: Sequence[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
     return [item for item in items if item[1] is not None]
-
-
-def _form(tree: ParamTree, structure: Structure, copy: Sequence[tuple[Path, int]]) -> list[Any]:
-    """Returns what copies must have in common: paths, ties, kinds, shapes, dtypes."""
-    first: dict[int, int] = {}
-    form = []
-    for below, slot in copy:
-        leaf = None if slot == EMPTY else tree._leaves[slot]
-        kind = None if slot == EMPTY else structure.kinds[slot]
-        tied = first.setdefault(slot, len(first)) if slot != EMPTY else EMPTY
-        form.append((below, shape_of(leaf), dtype_of(leaf), kind, tied))
-    return form
-
-
-def _shown(form: Any) -> str:
-    _, shape, dtype, kind, _ = form
-    return f"{kind} {dtype}{shape}"
 
 
 def _part(leaf: Any, i: int) -> Any:

@@ -208,10 +208,10 @@ def test_mistakes_are_named(params, key):
     ):
         pt.stack(params, "blocks")
     with pytest.raises(
-        pt.MismatchError, match=r"`a/1` is unlike `a/0`: `a_1_w` is param float32\(3,\), `a_0_w` is"
+        pt.MismatchError, match=r"`a/1` is not like `a/0`:\n  `w`: expected shape \(2,\), found \(3,\)."
     ):
         pt.stack(pt.from_tree({"a": {"0": {"w": leaf(0)}, "1": {"w": leaf(0, (3,))}}}), "a")
-    with pytest.raises(pt.MismatchError, match="`a/1` is unlike `a/0`: they have 2 and 1 leaves"):
+    with pytest.raises(pt.MismatchError, match="`a/1` is not like `a/0`:\n  `b` is extra"):
         pt.stack(pt.from_tree({"a": {"0": {"w": leaf(0)}, "1": {"w": leaf(0), "b": leaf(0)}}}), "a")
     with pytest.raises(pt.MismatchError, match="`a/0` is a leaf, not a copy of a layer"):
         pt.stack(pt.from_tree({"a": [leaf(0), leaf(1)]}), "a")
