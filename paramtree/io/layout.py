@@ -6,6 +6,7 @@ that hold nothing, holes, and dtypes that the format does not have.
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def _path(item: Any) -> Path:
     parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
     if not parts or len(item) > DEEPEST:
         raise ValueError("a path is not a list of names")
-    return tuple(item)
+    return tuple(map(sys.intern, item))  # a large tree has few different ones
 
 
 def _in(key: str, count: int) -> bool:

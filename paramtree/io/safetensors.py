@@ -120,14 +120,16 @@ def read_index(path: str, files: ExitStack) -> Source:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fail(path, "", f"is no index of safetensors files: {error!r}.")
     arrays: dict[str, Stored] = {}
+    opened = []
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
             fail(path, repr(part), "is not the name of a file beside the index.")
         where = os.path.join(os.path.dirname(path), part)
         if not os.path.isfile(where):
             fail(path, repr(part), "is in the index, and not beside it.")
+        opened.append(where)
         found = read(where, files.enter_context(open(where, "rb"))).arrays  # noqa: SIM115
         arrays |= {name: stored for name, stored in found.items() if listed.get(name) == part}
     if lost := sorted(set(listed) - set(arrays)):
         fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, and not in the files.")
-    return Source(path, "safetensors", arrays)
+    return Source(path, "safetensors", arrays, parts=opened)

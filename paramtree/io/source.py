@@ -6,7 +6,8 @@ gives a ``Source``. No array is read until the loader has seen that all of them 
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -49,8 +50,9 @@ class Source:
     """The arrays of a file by name, and the structure of the tree, where the file tells it.
 
     ``kinds`` has the kinds that the names tell, ``nameless`` is whether the names are mere numbers,
-    and ``ordered`` whether names may go by their order alone, as Gluon's do. The files stay open until
-    the source is left, so that all of it comes from one file even if that is replaced meanwhile.
+    and ``ordered`` whether names may go by their order alone, as Gluon's do. ``parts`` are the files
+    that an index lists. The files stay open until the source is left, so that all of it comes from one
+    file even if that is replaced meanwhile.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Source:
     kinds: Mapping[str, str] = field(default_factory=dict)
     nameless: bool = False
     ordered: bool = False
+    parts: Sequence[str] = ()
     files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> "Source":
@@ -140,7 +143,7 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
     if not all(parts) or len(parts) > DEEPEST:
         problem = "is too deep" if all(parts) else f"has an empty part between {sep or '/'!r}"
         fail(path, repr(_short(name)), f"{problem}. With another sep= or rename= it can be a path.")
-    return tuple(parts)
+    return tuple(map(sys.intern, parts))  # a large tree has few different ones
 
 
 def read_span(
