@@ -20,7 +20,7 @@ from paramtree.names import from_tree
 from paramtree.structure import HOLE, STATE, Node
 from paramtree.tree import ParamTree, whole
 
-__all__ = ["Leaf", "Level", "as_tree", "opened", "outline", "text", "title"]
+__all__ = ["Leaf", "Level", "as_tree", "lines", "opened", "outline", "plural", "text", "title"]
 
 DEEPEST = 100  # levels that are drawn; a browser gives up at a few hundred
 NAME = 100  # characters
@@ -62,7 +62,7 @@ class Level:
 
 
 def as_tree(tree: Any) -> ParamTree:
-    """Returns whatever is to be looked at as a tree: all of a pytree's leaves, one leaf by itself too."""
+    """Returns whatever is to be looked at as a tree of all its leaves, a leaf by itself too."""
     if isinstance(tree, ParamTree):
         return whole(tree)
     return from_tree({"value": tree} if jax.tree_util.all_leaves([tree]) else tree)
@@ -161,17 +161,24 @@ def _shown(name: str) -> str:
 
 def title(level: Level, what: str = "ParamTree") -> str:
     """Returns one line about a whole tree."""
-    parts = [f"{_plural(level.leaves, 'leaf', 'leaves')}", f"{count_text(level.count)} numbers"]
+    parts = [plural(level.leaves, "leaf", "leaves")]
+    parts.append(plural(level.count - level.state, "parameter", "parameters"))
     if level.state:
-        parts[-1] += f" ({count_text(level.state)} of them state)"
+        parts.append(f"{count_text(level.state)} of state")
     parts.append(bytes_text(level.nbytes))
     if level.holes:
-        parts.append(_plural(level.holes, "hole", "holes"))
+        parts.append(plural(level.holes, "hole", "holes"))
     at = f" {level.full}" if level.full else ""
     return f"{what}{at}: {', '.join(parts)}"
 
 
-def _plural(count: int, one: str, many: str) -> str:
+def plural(count: int, one: str, many: str) -> str:
+    """Returns a number of things.
+
+    Example:
+      >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
+      ('1 leaf', '2,000 leaves')
+    """
     return f"{count_text(count)} {one if count == 1 else many}"
 
 
@@ -192,6 +199,11 @@ def opened(top: Level, most: int | None) -> set[int]:
 
 def text(top: Level, most: int | None = None) -> str:
     """Returns the outline as lines of text, all of it or about ``most`` lines."""
+    return "\n".join(lines(top, most))
+
+
+def lines(top: Level, most: int | None = None) -> Iterator[str]:
+    """Yields the lines of ``text``, which in one piece may be large."""
     open_ids = opened(top, most)
     rows: list[tuple[str, ...]] = []
     # Each item: what to draw, and the guides to its left.
@@ -204,24 +216,23 @@ def text(top: Level, most: int | None = None) -> str:
         elif isinstance(item, Leaf):
             rows.append((here + item.name, *_cells(item)))
         else:
-            note = f"{_plural(item.leaves, 'leaf', 'leaves')}" if id(item) not in open_ids else ""
+            note = plural(item.leaves, "leaf", "leaves") if id(item) not in open_ids else ""
             if not item.children:
                 note = "empty"
             if item.holes and id(item) not in open_ids:
-                note += f", {_plural(item.holes, 'hole', 'holes')}"
+                note += f", {plural(item.holes, 'hole', 'holes')}"
             sizes = (count_text(item.count), bytes_text(item.nbytes)) if item.leaves else ("", "")
             rows.append((here + item.name, "", "", *sizes, note))
             if id(item) in open_ids:
                 _push(stack, item, below, most)
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
-    lines = [title(top)]
+    yield title(top)
     for name, shape, dtype, count, size, note in rows:
         line = (
             f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  "
             f"{count:>{widths[3]}}  {size:>{widths[4]}}  {note}"
         )
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        yield line.rstrip()
 
 
 def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None:
@@ -236,11 +247,12 @@ def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None
 
 
 def _cells(leaf: Leaf) -> tuple[str, str, str, str, str]:
-    note = ", ".join(part for part in ("state" if leaf.state else "", leaf.note) if part)
-    if leaf.slot == HOLE:
-        return "", "", "", "", "hole"
-    if leaf.tied:
-        return "", "", "", "", f"= {leaf.tied}"
+    note = "hole" if leaf.slot == HOLE else f"= {leaf.tied}" if leaf.tied else _remark(leaf)
     count = "" if leaf.count is None else count_text(leaf.count)
     size = "" if leaf.nbytes is None else bytes_text(leaf.nbytes)
     return leaf.shape, leaf.dtype, count, size, note
+
+
+def _remark(leaf: Leaf) -> str:
+    """Returns what is to be said of a leaf beside its size: state, sharding, or what it is."""
+    return ", ".join(part for part in ("state" if leaf.state else "", leaf.note) if part)
