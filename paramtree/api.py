@@ -14,7 +14,12 @@ from paramtree.errors import ScopeError as ScopeError
 from paramtree.gradients import grad as grad
 from paramtree.gradients import value_and_grad as value_and_grad
 from paramtree.inspect import count as count
+from paramtree.inspect import find_nonfinite as find_nonfinite
 from paramtree.inspect import nbytes as nbytes
+from paramtree.inspect import plots as plots
+from paramtree.inspect import show as show
+from paramtree.inspect import stats as stats
+from paramtree.inspect import update_ratios as update_ratios
 from paramtree.io import LoadReport as LoadReport
 from paramtree.io import load as load
 from paramtree.io import load_model as load_model

@@ -17,7 +17,7 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from paramtree.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
-from paramtree.leaf import describe, join, shape_of
+from paramtree.leaf import clip, describe, join, printable, shape_of
 from paramtree.structure import HOLE, STATE, Node, Path, Structure
 
 __all__ = ["ParamTree", "check_scope", "child", "register", "whole"]
@@ -119,6 +119,11 @@ class ParamTree(_Fields):
         view._place = self._place
         view.__class__ = ParamTree
         return view
+
+    def _with(self, leaves: Sequence[Any]) -> "ParamTree":
+        """Returns this level by itself with other leaves."""
+        structure = self._structure if self._node is None else self._structure.below(self._node)[0]
+        return _rebuild(structure, leaves, self._path())
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str | int):
@@ -294,12 +299,34 @@ class ParamTree(_Fields):
         lines = []
         for path, slot in structure.entries(node):
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
-            tied = "" if first[slot] == path else f", tied to {join(self._place + first[slot])}"
-            lines.append(f"{word} {join(self._place + path)} ({describe(self._leaves[slot])}{tied})")
+            tied = (
+                ""
+                if first[slot] == path
+                else f", tied to {printable(clip(join(self._place + first[slot]), 200))}"
+            )
+            name = printable(clip(join(self._place + path), 200))
+            lines.append(f"{word} {name} ({describe(self._leaves[slot])}{tied})")
         span = slice(None) if node is None else slice(node.start, node.stop)
         if holes := structure.slots[span].count(HOLE):
             lines.append(f"({holes} hole{'s' if holes > 1 else ''})")
         return "\n".join(lines) or "(no parameters)"
+
+    # What draws a tree stands above the tree, and is loaded when somebody looks.
+
+    def _repr_html_(self) -> str:
+        from paramtree.inspect.page import show
+
+        return show(self)._repr_html_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from paramtree.inspect.page import show
+
+        printer.text(repr(show(self)))
+
+    def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
+        from paramtree.inspect.treescoped import rendered
+
+        return rendered(self, path, subtree_renderer)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self]
@@ -343,8 +370,7 @@ def whole(tree: ParamTree) -> ParamTree:
     """Returns the tree itself, or a sub-tree cut out of the tree that it views."""
     if tree._node is None:
         return tree
-    leaves, structure = _flatten(tree)
-    return _rebuild(structure, leaves, tree._path())
+    return tree._with(_flatten(tree)[0])
 
 
 def check_scope(scope: Any) -> None:

@@ -7,7 +7,7 @@ counts once. No value of an array is read.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,15 @@ from paramtree.names import from_tree
 from paramtree.structure import HOLE, STATE, Node
 from paramtree.tree import ParamTree, whole
 
-__all__ = ["Leaf", "Level", "as_tree", "lines", "opened", "outline", "plural", "text", "title"]
+__all__ = [
+    "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "plural", "text",
+    "title",
+]  # fmt: skip
 
 DEEPEST = 100  # levels that are drawn; a browser gives up at a few hundred
 NAME = 100  # characters
+
+Measures = Mapping[int, tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -59,6 +64,23 @@ class Level:
     nbytes: int = 0
     state: int = 0  # how much of count is state
     holes: int = 0
+    tied: int = 0  # names of leaves that count elsewhere
+
+    def add(self, other: "Level | Leaf") -> None:
+        """Adds a child to what there is at and below this level."""
+        if isinstance(other, Level):
+            self.leaves += other.leaves
+            self.state += other.state
+            self.holes += other.holes
+            self.tied += other.tied
+        else:
+            is_hole, is_tied = other.slot == HOLE, bool(other.tied)
+            self.holes += is_hole
+            self.tied += is_tied
+            self.leaves += not (is_hole or is_tied)
+            self.state += (other.count or 0) if other.state else 0
+        self.count += other.count or 0
+        self.nbytes += other.nbytes or 0
 
 
 def as_tree(tree: Any) -> ParamTree:
@@ -91,25 +113,16 @@ def outline(tree: ParamTree) -> Level:
                 continue
             made = Leaf(_shown(name), _shown(full), found)
             level.children.append(made)
-            if found == HOLE:
-                level.holes += 1
-                continue
-            path = canonical[found]
-            made.state = structure.kinds[found] == STATE
-            if path != (*node.path, *(name.split("/") if not shallow else (name,))):
-                made.tied = _shown(join((*place, *path)))
-                continue
-            _fill(made, tree._leaves[found], known)
-            level.leaves += 1
-            level.count += made.count or 0
-            level.nbytes += made.nbytes or 0
-            level.state += (made.count or 0) if made.state else 0
+            if found != HOLE:
+                path = canonical[found]
+                if path == (*node.path, *((name,) if shallow else name.split("/"))):
+                    made.state = structure.kinds[found] == STATE
+                    _fill(made, tree._leaves[found], known)
+                else:
+                    made.tied = _shown(join((*place, *path)))
+            level.add(made)
     for parent, inner in reversed(order):  # every level after all those below it
-        parent.leaves += inner.leaves
-        parent.count += inner.count
-        parent.nbytes += inner.nbytes
-        parent.state += inner.state
-        parent.holes += inner.holes
+        parent.add(inner)
     return top
 
 
@@ -197,42 +210,59 @@ def opened(top: Level, most: int | None) -> set[int]:
     return open_ids
 
 
-def text(top: Level, most: int | None = None) -> str:
+def text(top: Level, most: int | None = None, measures: Measures | None = None) -> str:
     """Returns the outline as lines of text, all of it or about ``most`` lines."""
-    return "\n".join(lines(top, most))
+    return "\n".join(lines(top, most, measures))
 
 
-def lines(top: Level, most: int | None = None) -> Iterator[str]:
-    """Yields the lines of ``text``, which in one piece may be large."""
+def lines(top: Level, most: int | None = None, measures: Measures | None = None) -> Iterator[str]:
+    """Yields the lines of ``text``, which in one piece may be large.
+
+    Args:
+      top: the outline.
+      most: about how many lines; None for all.
+      measures: more cells for some slots, all of them as many; those of the slot -1 are a heading.
+    """
     open_ids = opened(top, most)
-    rows: list[tuple[str, ...]] = []
+    heading = (measures or {}).get(-1, ())
+    blank = ("",) * len(heading)
+    rows: list[tuple[str, ...]] = [("", "", "", "", "", *heading, "")] if heading else []
     # Each item: what to draw, and the guides to its left.
     stack: list[tuple[Level | Leaf | str, str, str]] = []
     _push(stack, top, "", most)
     while stack:
         item, here, below = stack.pop()
         if isinstance(item, str):
-            rows.append((here + item, "", "", "", "", ""))
+            rows.append((here + item, "", "", "", "", *blank, ""))
         elif isinstance(item, Leaf):
-            rows.append((here + item.name, *_cells(item)))
+            more = blank if item.tied else (measures or {}).get(item.slot, blank)
+            count = "" if item.count is None else count_text(item.count)
+            size = "" if item.nbytes is None else bytes_text(item.nbytes)
+            cells = (item.shape, item.dtype, count, size, *more, _remark(item))
+            rows.append((here + item.name, *cells))
         else:
-            note = plural(item.leaves, "leaf", "leaves") if id(item) not in open_ids else ""
-            if not item.children:
-                note = "empty"
-            if item.holes and id(item) not in open_ids:
-                note += f", {plural(item.holes, 'hole', 'holes')}"
-            sizes = (count_text(item.count), bytes_text(item.nbytes)) if item.leaves else ("", "")
-            rows.append((here + item.name, "", "", *sizes, note))
-            if id(item) in open_ids:
+            is_open = id(item) in open_ids
+            sizes = (count_text(item.count), bytes_text(item.nbytes)) if item.count else ("", "")
+            note = "" if is_open and item.children else contents(item)
+            rows.append((here + item.name, "", "", *sizes, *blank, note))
+            if is_open:
                 _push(stack, item, below, most)
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(6 + len(heading))]
     yield title(top)
-    for name, shape, dtype, count, size, note in rows:
-        line = (
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  "
-            f"{count:>{widths[3]}}  {size:>{widths[4]}}  {note}"
-        )
-        yield line.rstrip()
+    for row in rows:
+        left = (f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=False))
+        right = (f"{cell:>{width}}" for cell, width in zip(row[3:-1], widths[3:], strict=False))
+        yield "  ".join((*left, *right, row[-1])).rstrip()
+
+
+def contents(level: Level) -> str:
+    """Returns how much is at and below a level."""
+    parts = [
+        plural(level.leaves, "leaf", "leaves") if level.leaves else "",
+        f"{count_text(level.tied)} tied" if level.tied else "",
+        plural(level.holes, "hole", "holes") if level.holes else "",
+    ]
+    return ", ".join(part for part in parts if part) or "empty"
 
 
 def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None:
@@ -246,13 +276,10 @@ def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None
         stack.append((shown[i], guides + here, guides + below))
 
 
-def _cells(leaf: Leaf) -> tuple[str, str, str, str, str]:
-    note = "hole" if leaf.slot == HOLE else f"= {leaf.tied}" if leaf.tied else _remark(leaf)
-    count = "" if leaf.count is None else count_text(leaf.count)
-    size = "" if leaf.nbytes is None else bytes_text(leaf.nbytes)
-    return leaf.shape, leaf.dtype, count, size, note
-
-
 def _remark(leaf: Leaf) -> str:
-    """Returns what is to be said of a leaf beside its size: state, sharding, or what it is."""
+    """Returns what is to be said of a leaf beside its size."""
+    if leaf.slot == HOLE:
+        return "hole"
+    if leaf.tied:
+        return f"= {leaf.tied}"
     return ", ".join(part for part in ("state" if leaf.state else "", leaf.note) if part)
