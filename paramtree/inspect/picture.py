@@ -1,0 +1,281 @@
+"""How pictures are drawn, with matplotlib; ``paramtree.inspect.plots`` imports this when it draws.
+
+pyplot has no part in it. Names come from whoever made the tree, so no ``$`` in one begins mathematics,
+and no LaTeX sees it.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from paramtree.inspect.tiling import arranged, extremes, tiled
+
+__all__ = [
+    "BLUE",
+    "VERMILION",
+    "Picture",
+    "grid",
+    "heat",
+    "histogram",
+    "proportion",
+    "ratios",
+    "wrapped",
+]
+
+SMALL, NORMAL = 6, 7  # points
+# Okabe and Ito's colours, which readers tell apart whether or not they see red and green. The yellow
+# is for what must not be overlooked on a heat map; as a line it is too faint.
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+ORANGE, SKY, YELLOW, GREY = "#e69f00", "#56b4e9", "#f0e442", "0.5"
+COLORS, STYLES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":")
+HUGE = 1e300  # counts as infinite: matplotlib subtracts limits
+MOST_LINES = 40  # between tiles
+
+
+class Picture(Figure):
+    """A figure that pyplot does not know, and a notebook shows all the same.
+
+    So it is shown once, and none stays open. A notebook would show such a figure as text as long as
+    nothing has imported pyplot; it asks this method.
+    """
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png")
+        return out.getvalue()
+
+
+def _picture(width: float, height: float) -> Picture:
+    return Picture((width, height), dpi=150, layout="constrained")
+
+
+def grid(columns: int, width: float, heights: Sequence[float]) -> tuple[Picture, list[Axes]]:
+    """Returns a figure, and axes in rows, each of a width and a height in inches.
+
+    A row is as high as the highest of its axes.
+    """
+    count = len(heights)
+    columns = min(columns, count)
+    high = [max(heights[i : i + columns]) for i in range(0, count, columns)]
+    picture = _picture(columns * width, sum(high))
+    grid = picture.subplots(len(high), columns, squeeze=False, height_ratios=high)
+    axes = grid.ravel().tolist()
+    for unused in axes[count:]:
+        unused.remove()
+    for one in axes[:count]:
+        _plain(one, SMALL)
+    return picture, axes[:count]
+
+
+def _plain(axes: Axes, size: float) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_linewidth(0.5)
+    axes.tick_params(which="both", labelsize=size, width=0.5, length=2, pad=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set_fontsize(size)
+
+
+def _literal(text: Text, content: str) -> None:
+    """Sets a text that is drawn as it is."""
+    text.set_parse_math(False)
+    text.set_usetex(False)
+    text.set_text(content)
+
+
+def wrapped(text: str, most: int) -> str:
+    """Returns a name in lines of so many characters, broken after what joins its parts if possible.
+
+    Example:
+      >>> wrapped("blocks_attention_query_weight", 20).split(chr(10))
+      ['blocks_attention_', 'query_weight']
+    """
+    lines = [""]
+    for part in re.findall(r"[^_/]*[_/]*", text):
+        if len(lines[-1]) + len(part) > most and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line[i : i + most] for line in lines for i in range(0, len(line), most))
+
+
+def _head(axes: Axes, title: str, note: str, problem: str = "") -> None:
+    """Writes a name above the axes, and below it what there is to note; a problem has a colour."""
+    _literal(axes.set_title("", loc="left", fontsize=NORMAL, pad=11, linespacing=1.1), title)
+    text, color = ", ".join(filter(None, (note, problem))), VERMILION if problem else GREY
+    axes.annotate(text, (0, 1), (0, 2.5), "axes fraction", "offset points", fontsize=SMALL, color=color)
+
+
+def _blank(axes: Axes, text: str) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=SMALL, color=GREY)
+
+
+def _not_finite(values: Any) -> tuple[Any, str]:
+    """Returns which values cannot be drawn, and how many they are in words."""
+    top = HUGE if values.dtype == np.float64 else np.inf
+    bad = ~(np.abs(values) < top)  # a nan is not less than anything
+    nans = int(np.isnan(values).sum()) if bad.any() else 0
+    counts = {"nan": nans, "inf": int(bad.sum()) - nans}
+    return bad, ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
+
+
+def histogram(
+    axes: Axes, values: Any, title: str, note: str, color: str, bins: int | None, log: bool
+) -> None:
+    """Draws a histogram of real values, in any number of axes."""
+    bad, problem = _not_finite(values)
+    _head(axes, title, note, problem)
+    good = values[~bad] if problem else values.ravel()
+    if not good.size:
+        _blank(axes, "nothing finite" if problem else "no values")
+        return
+    low, high = np.float64(good.min()), np.float64(good.max())
+    if high - low <= max(1e-12 * max(-low, high), 1 / HUGE):  # too near each other for bins between
+        half = abs(low) / 2 if abs(low) > 1 / HUGE else 0.5
+        counts, edges = np.array([good.size]), np.array([low - half, low + half])
+    else:
+        bins = bins or min(60, max(5, math.ceil(2 * math.sqrt(good.size))))
+        counts, edges = np.histogram(good, bins, range=(low, high))
+    axes.stairs(counts, edges, fill=True, color=color, linewidth=0)
+    if log:
+        axes.set_yscale("log")
+        axes.set_ylim(0.5, 2 * counts.max())
+        axes.yaxis.set_major_locator(LogLocator(numticks=4))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    if low < 0 < high:
+        axes.axvline(0, color=GREY, linewidth=0.5)
+
+
+def proportion(shape: Sequence[int]) -> float:
+    """Returns the height of a heat map whose width is 1; cells are squares, unless it is long."""
+    rows, columns, _ = arranged(shape)
+    return 0.12 if rows <= 1 else min(max(rows / columns, 0.25), 1.3)
+
+
+def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) -> None:
+    """Draws a heat map of real values, in any number of axes."""
+    bad, problem = _not_finite(values)
+    axes.set_anchor("NW")
+    axes.set_box_aspect(proportion(values.shape))
+    if not values.size:
+        _head(axes, title, note)
+        _blank(axes, "no values")
+        return
+    tiles = tiled(np.where(bad, 0, values) if problem else values)
+    cells, block = extremes(tiles.cells)
+    cells = cells.astype(np.float64)
+    if block != (1, 1):
+        note += ", extremes of {} x {}".format(*block)
+    _head(axes, title, note, problem)
+    rows, columns = tiles.cells.shape
+    look: Any = {"extent": (-0.5, columns - 0.5, rows - 0.5, -0.5), "aspect": "auto"}
+    look["interpolation"] = "none"  # a file of vectors has the cells themselves
+    if tiles.there is not None:
+        cells = np.ma.masked_array(cells, ~extremes(tiles.there)[0])
+    largest = float(np.abs(cells).max())
+    top = limit or (largest if largest > 1 / HUGE else 1.0)
+    image = axes.imshow(cells, cmap=matplotlib.colormaps["RdBu_r"], vmin=-top, vmax=top, **look)
+    if problem:
+        where = extremes(tiled(bad).cells)[0]
+        axes.imshow(np.ma.masked_array(where, ~where), cmap=ListedColormap([YELLOW]), **look)
+    axes.spines[:].set_visible(True)
+    if tiles.tile:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for line, size, step in zip(
+            (axes.axhline, axes.axvline), (rows, columns), tiles.tile, strict=True
+        ):
+            if size // step <= MOST_LINES:
+                for at in range(step, size, step):
+                    line(at - 0.5, color=GREY, linewidth=0.3)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for size, ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
+            if size == 1:
+                ticks([])
+    beside = axes.inset_axes((1.03, 0, 0.04, 1))  # as high as the map, whatever its aspect
+    bar = axes.figure.colorbar(image, cax=beside, extend="both" if largest > top else "neither")
+    marks = (-top, top) if rows == 1 else (-top, 0, top)
+    bar.set_ticks(marks, labels=[f"{value:.2g}" for value in marks])
+    beside.tick_params(labelsize=SMALL, width=0.5, length=2, pad=2)
+    beside.spines[:].set_linewidth(0.5)
+
+
+def ratios(steps: Any, names: Sequence[str], table: Any) -> Picture:
+    """Draws a line for each row of a table on a logarithmic axis; what is not above zero is a gap."""
+    table = np.where((table > 0) & (table < HUGE), table, np.nan)
+    picture = _picture(7.0, 2.8)
+    axes = picture.subplots()
+    _plain(axes, NORMAL)
+    axes.set_yscale("log")
+    axes.set_ylim(np.nanmin(table, initial=5e-4) / 2, np.nanmax(table, initial=2e-3) * 2)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.axhline(1e-3, color=GREY, linestyle=(0, (6, 3)), linewidth=0.8)
+    axes.set_xlabel("step", fontsize=NORMAL)
+    axes.set_ylabel("update / weight", fontsize=NORMAL)
+    axes.margins(x=0.01)
+    if steps.dtype.kind in "iu":
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    few = len(names) <= len(COLORS) * len(STYLES)
+    lines, labels = [], []
+    for i, (name, row) in enumerate(zip(names, table, strict=True)):
+        lines += axes.plot(
+            steps,
+            row,
+            color=COLORS[i % len(COLORS)] if few else _shade(i / (len(names) - 1)),
+            linestyle=STYLES[i // len(COLORS)] if few else "-",
+            linewidth=1.0 if few else 0.6,
+            marker="." if len(steps) == 1 else "",
+        )
+        labels.append(f"{name} (none above 0)" if np.isnan(row).all() else name)
+    if not few:
+        _order_bar(picture, axes, labels)
+        return picture
+    # matplotlib leaves out labels that begin with an underscore, so they are set afterwards.
+    legend = picture.legend(
+        lines, ["name"] * len(lines), loc="outside right upper", fontsize=SMALL, frameon=False
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        _literal(text, label)
+    return picture
+
+
+def _shade(share: float) -> tuple[float, float, float, float]:
+    """Returns a colour between two ends: viridis without the pale one."""
+    return matplotlib.colormaps["viridis"](0.9 * share)
+
+
+def _order_bar(picture: Picture, axes: Axes, labels: Sequence[str]) -> None:
+    """Adds a scale from the first line to the last, with the names of some."""
+    last = len(labels) - 1
+    shades = ListedColormap([_shade(i / last) for i in range(last + 1)])
+    order = ScalarMappable(Normalize(-0.5, last + 0.5), shades)
+    bar = picture.colorbar(order, ax=axes, fraction=0.04, aspect=30, pad=0.02)
+    ticks = np.unique(np.linspace(0, last, 12).round().astype(int)).tolist()
+    bar.set_ticks(ticks, labels=[""] * len(ticks))
+    for i in ticks:
+        at: Any = ("axes fraction", "data")
+        text = bar.ax.annotate("", (1, i), (4, 0), at, "offset points", fontsize=SMALL, va="center")
+        _literal(text, labels[i])
+    bar.ax.tick_params(width=0.5, length=2)
+    bar.ax.spines[:].set_linewidth(0.5)
+    bar.ax.invert_yaxis()  # the first at the top, as in a legend
