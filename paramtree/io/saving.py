@@ -20,6 +20,7 @@ _WRITERS = {".safetensors": safetensors, ".npz": npz, ".orbax": orbax}
 # fmt: off
 _OTHERS = (
     ".pt", ".pth", ".bin", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".gguf", ".onnx", ".npy",
+    ".json",
 )
 # fmt: on
 

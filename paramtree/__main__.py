@@ -1,0 +1,13 @@
+"""``python -m paramtree FILE``; see ``paramtree.command``."""
+
+import os
+import sys
+
+import jax
+
+from paramtree.command import main
+
+if __name__ == "__main__":
+    if not os.environ.get("JAX_PLATFORMS"):  # who looks at a file need not take the accelerator
+        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]  # jax
+    sys.exit(main())
