@@ -252,7 +252,7 @@ def _lines(shown: Any) -> Iterable[str]:
 
     if isinstance(shown, ParamTree):
         return outline.lines(outline.outline(shown))
-    return [repr(shown)]
+    return [shown.table().text(most=None)]
 
 
 def _page(arguments: argparse.Namespace, shown: Any) -> str:

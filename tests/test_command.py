@@ -359,6 +359,15 @@ def test_a_pattern_may_match_in_one_of_two_files(tmp_path: Path, run: Any) -> No
     assert (ran.code, ran.out) == (1, "") and "matches no name" in ran.err
 
 
+def test_reports_are_printed_whole(tmp_path: Path, run: Any) -> None:
+    path = saved(tmp_path / "a.npz", pt.from_tree({f"w{i}": leaf(0) for i in range(1001)}))
+    other = saved(tmp_path / "b.npz", pt.from_tree({f"v{i}": leaf(0) for i in range(1001)}))
+    assert re.findall(r"^w\d+", run(path, "--stats").out, re.MULTILINE) == [
+        f"w{i}" for i in range(1001)
+    ]
+    assert len(re.findall(r"^[wv]\d+", run(path, "--diff", other).out, re.MULTILINE)) == 2002
+
+
 def test_a_missing_other_exits_with_2(tmp_path: Path, run: Any) -> None:
     ran = run(saved(tmp_path / "a.npz", values()), "--diff", tmp_path / "b.npz")
     assert ran.code == 2 and "b.npz: No such file" in ran.err

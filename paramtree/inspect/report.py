@@ -45,8 +45,8 @@ class Table:
     totals: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def rich(self) -> Any:
-        """Returns it as a renderable of rich."""
+    def rich(self, most: int | None = MOST_ROWS) -> Any:
+        """Returns it as a renderable of rich, with all rows or the first of them."""
         from rich import box
         from rich.console import Group
         from rich.table import Table as RichTable
@@ -58,22 +58,22 @@ class Table:
             for column in self.columns:
                 right: Any = "right" if column.number else "left"
                 table.add_column(Text(column.title), justify=right, no_wrap=True)
-            for row in self.rows[:MOST_ROWS]:
+            for row in self.rows[:most]:
                 table.add_row(*(Text(_line(cell)) for cell in row))
             if self.totals:
                 table.add_section()
                 for row in self.totals:
                     table.add_row(*(Text(_line(cell)) for cell in row))
             lines.append(table)
-        return Group(*lines, *(Text(_line(note)) for note in (*self._more(), *self.notes)))
+        return Group(*lines, *(Text(_line(note)) for note in (*self._more(most), *self.notes)))
 
-    def text(self) -> str:
-        """Returns it as text, as wide as it is."""
+    def text(self, most: int | None = MOST_ROWS) -> str:
+        """Returns it as text, as wide as it is, with all rows or the first of them."""
         from rich.console import Console
 
         out = io.StringIO()
         console = Console(file=out, width=10_000, color_system=None, legacy_windows=False)
-        console.print(self.rich())
+        console.print(self.rich(most))
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
 
     def html(self) -> str:
@@ -102,14 +102,16 @@ class Table:
             else ""
         )
         title = f'<div style="font-weight:600">{rendered(self.title)}</div>' if self.title else ""
-        notes = "".join(f"<div>{rendered(note)}</div>" for note in (*self._more(), *self.notes))
+        notes = "".join(
+            f"<div>{rendered(note)}</div>" for note in (*self._more(MOST_ROWS), *self.notes)
+        )
         return (
             f'<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
             f"{title}{table}{notes}</div>"
         )
 
-    def _more(self) -> list[str]:
-        more = len(self.rows) - MOST_ROWS
+    def _more(self, most: int | None) -> list[str]:
+        more = 0 if most is None else len(self.rows) - most
         return [f"... and {more:,} rows more; .to_dict() has them all."] if more > 0 else []
 
 
