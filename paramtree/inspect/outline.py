@@ -6,7 +6,6 @@ counts once. No value of an array is read.
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,17 +195,15 @@ def plural(count: int, one: str, many: str) -> str:
 
 
 def opened(top: Level, most: int | None) -> set[int]:
-    """Returns which levels to open, by ``id``: from the top down, as long as ``most`` rows suffice."""
+    """Returns which levels to open, by ``id``: all of a depth, as long as ``most`` rows suffice."""
     open_ids: set[int] = set()
-    rows = 0
-    queue = deque([top])
-    while queue:
-        level = queue.popleft()
-        if most is not None and rows + len(level.children) > most and level is not top:
-            continue
-        rows += len(level.children)
-        open_ids.add(id(level))
-        queue.extend(below for below in level.children if isinstance(below, Level))
+    depth, rows = [top], 0
+    while depth:
+        rows += sum(len(level.children) for level in depth)
+        if most is not None and rows > most and depth != [top]:
+            break
+        open_ids.update(map(id, depth))
+        depth = [below for level in depth for below in level.children if isinstance(below, Level)]
     return open_ids
 
 

@@ -35,13 +35,14 @@ _STYLE = """<style>
 color:inherit;overflow-x:auto;padding:2px 0 6px}
 .paramtree>div,.paramtree>details{min-width:62em;max-width:80em}
 .paramtree.pt-wide>div,.paramtree.pt-wide>details{min-width:98em;max-width:120em}
-.paramtree summary,.paramtree .pt-row{display:grid;column-gap:1em;
+.paramtree summary,.paramtree .pt-row{display:grid;box-sizing:border-box;column-gap:1em;
 grid-template-columns:minmax(9em,1fr) 10em 6em 8em 6.5em 16em;
 border-bottom:1px solid rgba(128,128,128,.18);padding:1px 0;white-space:nowrap}
 .paramtree.pt-wide summary,.paramtree.pt-wide .pt-row{
 grid-template-columns:minmax(9em,1fr) 10em 6em 8em 6.5em 6.2em 6.2em 6.2em 6.2em 4.2em 64px 16em}
-.paramtree details details,.paramtree .pt-row{margin-left:1.2em}
-.paramtree details>.pt-row{margin-left:2.2em}
+.paramtree details details{margin-left:1.2em}
+.paramtree .pt-row{padding-left:1em}
+.paramtree details>.pt-row{margin-left:1.2em}
 .paramtree summary{cursor:pointer;list-style:none}
 .paramtree summary::-webkit-details-marker{display:none}
 .paramtree summary:hover,.paramtree .pt-row:hover{background:rgba(128,128,128,.12)}
@@ -49,12 +50,12 @@ grid-template-columns:minmax(9em,1fr) 10em 6em 8em 6.5em 6.2em 6.2em 6.2em 6.2em
 .paramtree details[open]>summary>:first-child::before{content:"\\25be"}
 .paramtree .pt-name{overflow:hidden;text-overflow:ellipsis}
 .paramtree summary .pt-name{font-weight:600}
-.paramtree .pt-head{opacity:.6;margin-left:0}
+.paramtree .pt-head{opacity:.7}
 .paramtree .pt-title{padding:1px 0 4px}
 .paramtree .pt-num{text-align:right;font-variant-numeric:tabular-nums}
 .paramtree .pt-dim{opacity:.7}
 .paramtree .pt-note{overflow:hidden;text-overflow:ellipsis}
-.paramtree .pt-bad{font-weight:700;color:#d9483b}
+.paramtree .pt-bad{font-weight:700;background:rgba(225,60,40,.3);border-radius:3px;padding:0 .35em}
 .paramtree .pt-tag{border:1px solid rgba(128,128,128,.6);border-radius:3px;padding:0 .35em;
 font-size:11px}
 .paramtree a{color:inherit;text-decoration:underline dotted}
