@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         return _NO_READER
-    except RuleError as error:  # the one rule is the pattern, and pt.select says what is wrong with it
-        return _complain(f"--match: {str(error).removeprefix('select: ')}", _DIFFERENT)
+    except _NoMatchError as error:
+        return _complain(f"--match: {error}", _DIFFERENT)
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _complain(f"{os.fspath(error.filename)}: {error.strerror}" if known else str(error))
@@ -74,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{arguments.file}: there is not enough memory. {error}")
     except ParamTreeError as error:
         return _complain(str(error))
+    except Exception:  # Python's own exit code for it, 1, would say that something differs
+        traceback.print_exc()
+        return _WRONG
+
+
+class _NoMatchError(Exception):
+    """No name matches the pattern."""
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,9 +127,9 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for out in (arguments.convert, arguments.html):
-        if out not in (None, "-"):
-            _check_apart(out, [path for path in (arguments.file, arguments.diff) if path is not None])
+    out = arguments.html if arguments.convert is None else arguments.convert
+    if out is not None:
+        _check_apart(out, [path for path in (arguments.file, arguments.diff) if path is not None])
     if arguments.convert is not None:
         _convert(arguments)
         return _FINE
@@ -161,7 +169,15 @@ def _values(path: str, pattern: re.Pattern[str] | None) -> ParamTree:
 def _selecting(pattern: re.Pattern[str] | None) -> Callable[[ParamTree], ParamTree]:
     from paramtree.parts import select
 
-    return lambda tree: tree if pattern is None else select(tree, pattern)
+    def choose(tree: ParamTree) -> ParamTree:
+        if pattern is None:
+            return tree
+        try:
+            return select(tree, pattern)
+        except RuleError as error:
+            raise _NoMatchError(str(error).removeprefix("select: ")) from None
+
+    return choose
 
 
 def _matched(tree: ParamTree, pattern: re.Pattern[str] | None) -> ParamTree:
@@ -179,7 +195,7 @@ def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
     for path in (arguments.file, arguments.diff):
         try:
             trees.append(_values(path, arguments.match))
-        except RuleError as error:
+        except _NoMatchError as error:
             trees.append(from_tree({}))
             unmatched.append(error)
     if len(unmatched) == 2:
@@ -196,18 +212,15 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
 
     if not os.path.exists(out):
         return
-    target = os.path.realpath(out)
+    target = pathlib.Path(out).resolve()
     for path in inputs:
         with open_source(path) as source:
             parts = source.parts
         for part in (path, *parts):
             # A checkpoint of Orbax is a folder, in which a new one takes the place of those before.
-            within = os.path.realpath(part).startswith(target + os.sep)
-            if (
-                within
-                or os.path.samefile(out, part)
-                or target.startswith(os.path.realpath(part) + os.sep)
-            ):
+            read = pathlib.Path(part).resolve()
+            nested = read.is_relative_to(target) or target.is_relative_to(read)
+            if nested or os.path.samefile(out, part):
                 raise ParamTreeError(
                     f"{out} was not written: it is, or holds, {part}, which is read. Name another file."
                 )
@@ -298,7 +311,7 @@ def _print(lines: Iterable[str], spelling: str = "backslashreplace") -> None:
 
 
 def _complain(message: str, code: int = _WRONG) -> int:
-    line = printable(clip(" ".join(message.split()), _LONGEST))
+    line = printable(clip(" ".join(message.splitlines()), _LONGEST))
     with contextlib.suppress(OSError):  # the exit code still tells
         print(f"python -m paramtree: {line}", file=sys.stderr)
     return code

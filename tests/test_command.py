@@ -503,6 +503,33 @@ def test_formats_of_others_are_not_written(tmp_path: Path, run: Any) -> None:
     assert os.listdir(tmp_path) == ["a.npz"]
 
 
+def mixed() -> pt.ParamTree:
+    return pt.from_tree(
+        {
+            "d": np.array([np.pi, np.nan]),
+            "l": np.array([2**62]),
+            "i": jnp.arange(3),
+            "b": jnp.array(True),
+            "h": jnp.ones((2, 2), jnp.bfloat16),
+            "f8": jnp.ones(3, jnp.float8_e4m3fn),
+            "i4": jnp.ones(3, jnp.int4),
+            "c": jnp.array([1 + 2j]),
+            "e": jnp.ones((0, 3)),
+            "k": jax.random.key(0),
+        }
+    )
+
+
+@pytest.mark.parametrize("make", [mixed, lambda: pt.from_tree({}), lambda: with_holes(tied(), [])])
+def test_every_job_takes_every_kind_of_leaf(tmp_path: Path, run: Any, make: Any) -> None:
+    path = saved(tmp_path / "a.safetensors", make())
+    assert run(path, "--convert", tmp_path / "b.orbax").code == 0
+    for job in ([], ["--stats"], ["--diff", tmp_path / "b.orbax"]):
+        for html_too in ([], ["--html", tmp_path / "a.html"]):
+            ran = run(path, *job, *html_too)
+            assert (ran.code, ran.err) == (0, "")
+
+
 # As a process
 
 
@@ -551,6 +578,19 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         ran.stderr
         == b"python -m paramtree: the output could not be written: No space left on device.\n"
     )
+
+
+def test_what_goes_wrong_unexpectedly_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("of a kind that nobody thought of")
+
+    monkeypatch.setattr("paramtree.inspect.diff", fail)
+    path = saved(tmp_path / "a.npz", values())
+    ran = run(path, "--diff", path)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Traceback" in ran.err and "nobody thought of" in ran.err
 
 
 def test_an_interrupt_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
