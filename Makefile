@@ -36,9 +36,10 @@ bench-core: $(VENV)/.test
 	$(BIN)/python benchmarks/fashion_step.py
 	$(BIN)/python benchmarks/names.py
 
-# Saving and loading 400 MB beside the bare safetensors package: time and memory.
+# Saving and loading 400 MB beside the bare safetensors package: time and memory. Listing 1 GB.
 bench-files: $(VENV)/.test
 	$(BIN)/python benchmarks/files.py
+	$(BIN)/python benchmarks/command.py
 
 # The oldest jax that is supported, and the newest that each installed Python can take.
 test-matrix:
