@@ -2,6 +2,7 @@
 
 from paramtree import initializers as initializers
 from paramtree import nn as nn
+from paramtree import testing as testing
 from paramtree.compare import check_match as check_match
 from paramtree.errors import ImmutableError as ImmutableError
 from paramtree.errors import LoadError as LoadError
@@ -14,6 +15,7 @@ from paramtree.errors import ScopeError as ScopeError
 from paramtree.gradients import grad as grad
 from paramtree.gradients import value_and_grad as value_and_grad
 from paramtree.inspect import count as count
+from paramtree.inspect import diff as diff
 from paramtree.inspect import find_nonfinite as find_nonfinite
 from paramtree.inspect import nbytes as nbytes
 from paramtree.inspect import plots as plots

@@ -1,5 +1,6 @@
 """Looking at trees."""
 
+from paramtree.inspect.changes import diff as diff
 from paramtree.inspect.page import show as show
 from paramtree.inspect.ratios import update_ratios as update_ratios
 from paramtree.inspect.size import count as count
