@@ -45,8 +45,8 @@ def test_the_first_lines_of_the_readme_are_the_two_commands() -> None:
 
 def public() -> dict[str, Any]:
     found = {}
-    for module in (pt, pt.nn, pt.initializers):
-        for name in dir(module):
+    for module in (pt, pt.nn, pt.initializers, pt.testing):
+        for name in pt.testing.__all__ if module is pt.testing else dir(module):
             value = getattr(module, name)
             if (
                 not name.startswith("_")
@@ -123,7 +123,7 @@ def test_the_core_benchmark_runs() -> None:
 
 def test_no_public_name_is_also_a_module() -> None:
     rooms = {path.stem for path in (ROOT / "paramtree").iterdir()}
-    assert rooms & set(dir(pt)) == {"nn", "initializers"}  # else importing the module would hide it
+    assert rooms & set(dir(pt)) == {"nn", "initializers", "testing"}  # else importing the module would hide it
 
 
 def test_a_misspelt_public_name_is_suggested() -> None:
