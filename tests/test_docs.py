@@ -45,8 +45,8 @@ def test_the_first_lines_of_the_readme_are_the_two_commands() -> None:
 
 def public() -> dict[str, Any]:
     found = {}
-    for module in (pt, pt.nn, pt.initializers, pt.testing):
-        for name in pt.testing.__all__ if module is pt.testing else dir(module):
+    for module in (pt, pt.nn, pt.initializers, pt.testing, pt.plots):
+        for name in module.__all__ if module in (pt.testing, pt.plots) else dir(module):
             value = getattr(module, name)
             if (
                 not name.startswith("_")

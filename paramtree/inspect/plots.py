@@ -6,6 +6,7 @@ text has 6 or 7 points. This file chooses and checks what ``paramtree.inspect.pi
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -134,6 +135,9 @@ def _series(history: Any, pattern: Pattern | None) -> dict[str, Any]:
             "update_ratios: the history is a list of what pt.update_ratios returned at each step, but "
             f"found {describe(history)}."
         )
+    if isinstance(history, Mapping):  # its lists are of steps, and no levels of a tree
+        as_array = partial(np.asarray, dtype=object)
+        history = {k: as_array(v) if isinstance(v, list | tuple) else v for k, v in history.items()}
     records = [history] if stacked else list(history)
     strange = [record for record in records if not isinstance(record, Mapping | ParamTree)]
     if strange:

@@ -101,7 +101,7 @@ def _floating(leaf: Any) -> bool:
 
 def _ratio(update: Any, weight: Any) -> jax.Array:
     above, below = _length(update), _length(weight)
-    dtype = jnp.promote_types(above.dtype, below.dtype)
+    dtype = max(above.dtype, below.dtype, key=lambda dtype: dtype.itemsize)
     above, below = above.astype(dtype), below.astype(dtype)
     still = above == 0
     return jnp.where(still, 0, above / jnp.where(still, 1, below))  # no 0 / 0, also where unused
@@ -109,8 +109,9 @@ def _ratio(update: Any, weight: Any) -> jax.Array:
 
 def _length(array: Any) -> jax.Array:
     """Returns the Euclidean length; the square of a vanishing gradient must not be zero."""
-    array = jnp.abs(array)
-    array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    largest = jnp.max(array, initial=0)
+    array = jnp.asarray(array)
+    array = jnp.abs(array) if jnp.iscomplexobj(array) else array
+    array = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+    largest = jnp.max(jnp.abs(array), initial=0)
     scale = jnp.where(largest == 0, 1, largest)
     return scale * jnp.sqrt(jnp.sum((array / scale) ** 2))
