@@ -21,6 +21,7 @@ from paramtree.inspect import nbytes as nbytes
 from paramtree.inspect import plots as plots
 from paramtree.inspect import show as show
 from paramtree.inspect import stats as stats
+from paramtree.inspect import summary as summary
 from paramtree.inspect import update_ratios as update_ratios
 from paramtree.io import LoadReport as LoadReport
 from paramtree.io import load as load

@@ -234,8 +234,7 @@ def named(tree: Any, *, numbers: bool = False) -> Named:
     """
     if isinstance(tree, ParamTree):
         tree = whole(tree)
-        structure = tree._structure
-        return Named(tree, lambda leaves, others=None: _rebuild(structure, leaves, tree._place), False)
+        return Named(tree, lambda leaves, others=None: tree._with(leaves), False)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     least = shape_of if numbers else dtype_of
     where = [i for i, (_, leaf) in enumerate(flat) if least(leaf) is not None]
@@ -270,7 +269,7 @@ def _segments(key_path: Iterable[Any]) -> Path:
 def from_tree(tree: Any) -> ParamTree:
     """Returns any pytree as a parameter tree: dicts in their own order, "/" in a key as a level.
 
-    Trees inside keep their order, ties and kinds. Every leaf is kept, whatever it is.
+    Trees inside keep their order, ties, kinds and holes. Every leaf is kept, whatever it is.
 
     Args:
       tree: nested mappings, or any pytree: Flax, Haiku or Equinox parameters, lists, dataclasses.
@@ -296,19 +295,15 @@ def from_tree(tree: Any) -> ParamTree:
         path, value = stack.pop()
         if isinstance(value, ParamTree):
             inner = whole(value)
-            structure = inner._structure.whole
-            if structure is not inner._structure:
-                raise ParamTreeError(
-                    f"the tree at `{'/'.join(path)}` has holes, and only a whole tree can become part "
-                    "of another: fill them with pt.merge."
-                )
+            structure = inner._structure
             first = len(items)  # a number that is this tree's alone: a tree twice is no tie
             items.append((path, None))
-            for below, slot in zip(structure.paths, structure.slots, strict=True):
-                label = (first, slot)
-                items.append(((*path, *below), None if slot == EMPTY else label))
-                if slot != EMPTY:
-                    leaves[label], kinds[label] = inner._leaves[slot], structure.kinds[slot]
+            for below, slot in zip(structure.whole.paths, structure.whole.slots, strict=True):
+                items.append(((*path, *below), None if slot == EMPTY else (first, slot)))
+            kinds.update(((first, slot), kind) for slot, kind in enumerate(structure.whole.kinds))
+            leaves.update(
+                ((first, s), leaf) for s, leaf in zip(structure.kept, inner._leaves, strict=True)
+            )
             continue
         children = _children(value)
         if children is None:
@@ -324,7 +319,8 @@ def from_tree(tree: Any) -> ParamTree:
             items.append((path, None))
             stack.extend(((*path, *segments), below) for segments, below in reversed(children))
     structure, order = build(items, kinds)
-    return _rebuild(structure, tuple(leaves[label] for label in order))
+    kept = [slot for slot, label in enumerate(order) if label in leaves]  # all but the holes
+    return _rebuild(structure.keep(kept), tuple(leaves[order[slot]] for slot in kept))
 
 
 def _children(value: Any) -> list[tuple[Path, Any]] | None:

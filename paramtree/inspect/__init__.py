@@ -7,3 +7,4 @@ from paramtree.inspect.size import count as count
 from paramtree.inspect.size import nbytes as nbytes
 from paramtree.inspect.statistics import find_nonfinite as find_nonfinite
 from paramtree.inspect.statistics import stats as stats
+from paramtree.inspect.summaries import summary as summary

@@ -13,7 +13,7 @@ from paramtree.nn.layer import Layer, Sequential, _as_layer
 from paramtree.record import Recorder, tie_in_recorder
 from paramtree.structure import STATE
 from paramtree.train import TrainingScope, training
-from paramtree.tree import ParamTree, _flatten, _rebuild, check_scope, child
+from paramtree.tree import ParamTree, _flatten, check_scope, child
 
 __all__ = ["Parallel", "Repeat", "Residual"]
 
@@ -147,8 +147,7 @@ class Repeat(Layer):
             for i in copies:
                 x = self.block(p[i], x, *args)
             return x
-        leaves, structure = _flatten(p)
-        tree = _rebuild(structure, leaves, p._path())
+        tree = p._with(_flatten(p)[0])
         self._check_stacks(tree)
         return (
             self._train(p, tree, x, args)
@@ -158,7 +157,7 @@ class Repeat(Layer):
 
     def _infer(self, tree: ParamTree, x: Any, args: Any) -> Any:
         def body(x: Any, leaves: Any) -> tuple[Any, None]:
-            y = self.block(_rebuild(tree._structure, leaves, tree._place), x, *args)
+            y = self.block(tree._with(leaves), x, *args)
             self._check_output(x, y)
             return y, None
 
@@ -169,7 +168,7 @@ class Repeat(Layer):
 
         def body(x: Any, each: Any) -> tuple[Any, Any]:
             leaves, key = each
-            one = _rebuild(tree._structure, leaves, tree._place)
+            one = tree._with(leaves)
             y, after = training(self.block)(one, x, *args, key=key)
             self._check_output(x, y)
             kinds = tree._structure.kinds
@@ -183,7 +182,7 @@ class Repeat(Layer):
             for leaf, kind in zip(tree._leaves, kinds, strict=True)
         ]
         if state:
-            p.write(_rebuild(tree._structure, leaves, tree._place))
+            p.write(tree._with(leaves))
         return y
 
     def _remat(self, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import jax
 from paramtree.errors import suggest
 from paramtree.model import init
 from paramtree.names import Rules
+from paramtree.observe import announced
 from paramtree.record import tie_in_recorder
 from paramtree.tree import ParamTree, child
 
@@ -37,6 +38,13 @@ class Layer:
       Array([2., 2., 2.], dtype=float32)
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        call: Any = announced(cls.__call__)
+        if call is not cls.__call__:  # else it is inherited, and another base may override it
+            cls.__call__ = call  # type: ignore[method-assign]
+
+    @announced
     def __call__(self, p: Any, x: Any) -> Any:
         """Computes the layer: ``p`` is its scope, ``x`` its input."""
         raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x).")

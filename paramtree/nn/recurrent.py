@@ -125,7 +125,7 @@ class _Recurrent(Layer):
             x = jnp.where(valid, x, jnp.zeros_like(x))  # else a NaN there would reach the gradient
         ends: list[State] = []
         for i, directions in enumerate(weights):
-            if i:
+            if i and self.dropout:
                 x = Dropout(self.dropout)(p, x)
             outputs = []
             for side, arrays in zip(sides, directions, strict=True):
