@@ -640,7 +640,7 @@ def test_a_gigabyte_is_listed_in_little_memory(tmp_path: Path) -> None:
         assert ran.stdout.count("weight") == tensors
         peaks[tensors] = int(ran.stderr) / 1024
     assert peaks[1000] - peaks[0] < 10  # mebibytes
-    assert peaks[20_000] - peaks[0] < 50
+    assert peaks[20_000] - peaks[0] < 60  # 44 to 49: about 2.4 KiB a name, whatever the arrays take
 
 
 def test_the_benchmark_of_the_command_runs() -> None:
