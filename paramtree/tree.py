@@ -17,7 +17,7 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from paramtree.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
-from paramtree.leaf import clip, describe, join, printable, shape_of
+from paramtree.leaf import describe, join, printable, shape_of
 from paramtree.structure import HOLE, STATE, Node, Path, Structure
 
 __all__ = ["ParamTree", "check_scope", "child", "register", "whole"]
@@ -300,11 +300,9 @@ class ParamTree(_Fields):
         for path, slot in structure.entries(node):
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
             tied = (
-                ""
-                if first[slot] == path
-                else f", tied to {printable(clip(join(self._place + first[slot]), 200))}"
+                "" if first[slot] == path else f", tied to {printable(join(self._place + first[slot]))}"
             )
-            name = printable(clip(join(self._place + path), 200))
+            name = printable(join(self._place + path))
             lines.append(f"{word} {name} ({describe(self._leaves[slot])}{tied})")
         span = slice(None) if node is None else slice(node.start, node.stop)
         if holes := structure.slots[span].count(HOLE):

@@ -73,7 +73,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def page(
-    request: pytest.FixtureRequest, notebook: Any, browser: Any, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    notebook: Any,
+    browser: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     from nbconvert import HTMLExporter
 
@@ -178,8 +181,11 @@ def test_hostile_names_do_nothing(page: Any) -> None:
 
 
 def test_text_can_be_read_on_the_background_of_the_theme(page: Any) -> None:
-    ratios = trees(page).nth(1).evaluate(
-        """tree => {
+    ratios = (
+        trees(page)
+        .nth(1)
+        .evaluate(
+            """tree => {
             const numbers = color => color.match(/[\\d.]+/g).map(Number);
             const light = rgb => rgb.slice(0, 3).map(v => v / 255).map(
                 v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4
@@ -201,6 +207,7 @@ def test_text_can_be_read_on_the_background_of_the_theme(page: Any) -> None:
                 return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
             });
         }"""
+        )
     )
     assert len(ratios) > 100
     assert min(ratios) > 4.5  # what WCAG asks of small text
@@ -220,7 +227,11 @@ def test_ten_thousand_leaves_come_in_groups_that_open(page: Any) -> None:
     tree = trees(page).nth(4)
     assert tree.locator(":scope > details").count() == 100
     group = tree.locator(":scope > details").nth(42)
-    assert group.locator(":scope > summary").inner_text().split()[:3] == ["layer4200", "...", "layer4299"]
+    assert group.locator(":scope > summary").inner_text().split()[:3] == [
+        "layer4200",
+        "...",
+        "layer4299",
+    ]
     group.locator(":scope > summary").click()
     level = row(tree, "layer4242")
     level.click()

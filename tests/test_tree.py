@@ -204,6 +204,16 @@ def test_from_tree_keeps_the_ties_and_kinds_of_trees_inside() -> None:
     assert len(jax.tree.leaves(both)) == 2 * len(jax.tree.leaves(inner)) + 1  # a tree twice is no tie
 
 
+def test_from_tree_keeps_the_holes_of_trees_inside() -> None:
+    holed = with_holes(siblings(), [1, 3])
+    both = pt.from_tree({"whole": siblings(), "part": holed, "empty": with_holes(siblings(), [])})
+    assert jax.tree.structure(both.part) == jax.tree.structure(holed)
+    assert len(jax.tree.leaves(both)) == 24 + 2
+    assert both.part.dense0.bias is holed.dense0.bias
+    with pytest.raises(pt.MissingError, match="`part_dense0_weight` is a hole"):
+        _ = both.part.dense0.weight
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "text"),
     [
@@ -217,7 +227,6 @@ def test_from_tree_keeps_the_ties_and_kinds_of_trees_inside() -> None:
         ({"": 1}, pt.RuleError, "'' cannot be part of a path"),
         ({"a//b": 1}, pt.RuleError, "'a//b' cannot be part of a path"),
         (np.ones(2), TypeError, "single ndarray: give it a name"),
-        ({"x": with_holes(tied(), [0])}, pt.ParamTreeError, "`x` has holes"),
     ],
 )
 def test_from_tree_refuses(value: Any, kind: type, text: str) -> None:

@@ -86,7 +86,8 @@ def as_tree(tree: Any) -> ParamTree:
     """Returns whatever is to be looked at as a tree of all its leaves, a leaf by itself too."""
     if isinstance(tree, ParamTree):
         return whole(tree)
-    return from_tree({"value": tree} if jax.tree_util.all_leaves([tree]) else tree)
+    alone = tree is None or jax.tree_util.all_leaves([tree])
+    return from_tree({"value": tree} if alone else tree)
 
 
 def outline(tree: ParamTree) -> Level:
@@ -158,10 +159,11 @@ def _fill(made: Leaf, leaf: Any, known: dict[Any, str]) -> None:
 
 def _sharding_text(sharding: Any) -> str:
     """Returns how an array lies on several devices; nothing if it is on one."""
-    devices = len(sharding.device_set)
+    named = isinstance(sharding, NamedSharding)
+    devices = sharding.mesh.size if named else sharding.num_devices
     if devices == 1:
         return ""
-    if isinstance(sharding, NamedSharding):
+    if named:
         axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a) for a in sharding.spec)
         return printable(f"P({axes}) on {devices} devices")
     return f"{type(sharding).__name__} on {devices} devices"
