@@ -109,9 +109,11 @@ def _parts(xp: Any, x: Any, y: Any, rtol: Any, atol: Any) -> tuple[Any, Any, Any
         equal, off = a == b, far.astype(wide)
     else:
         a, b = x.astype(wide), y.astype(wide)
-        equal = (a == b) | (xp.isnan(a) & xp.isnan(b))
+        nan, other_nan = xp.isnan(a), xp.isnan(b)
+        equal = (a == b) | (nan & other_nan)
         size, reference = xp.abs(a), xp.abs(b)
-        far = off = xp.where(equal, 0, xp.abs(a - b))
+        # Of a complex number with a part that is NaN the absolute value may be infinite.
+        far = off = xp.where(equal, 0, xp.where(nan | other_nan, xp.nan, xp.abs(a - b)))
     # Nothing is near to infinity, though a tolerance in terms of it is infinite.
     near = xp.isfinite(off) & (off <= atol + rtol * reference)
     return far, off, ~(equal | near), xp.where(xp.isfinite(size), size, 0)
