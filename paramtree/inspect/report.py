@@ -72,7 +72,10 @@ class Table:
         from rich.console import Console
 
         out = io.StringIO()
-        console = Console(file=out, width=10_000, color_system=None, legacy_windows=False)
+        # In a notebook's kernel rich would not write to the file, but show the text in the notebook.
+        console = Console(
+            file=out, width=10_000, color_system=None, legacy_windows=False, force_jupyter=False
+        )
         console.print(self.rich(most))
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
 
