@@ -135,12 +135,12 @@ def _run(arguments: argparse.Namespace) -> int:
         return _FINE
     status = _FINE
     if arguments.diff is not None:
-        from paramtree.inspect import diff
+        from paramtree.inspect.changes import diff
 
         shown: Any = diff(*_both(arguments))
         status = _DIFFERENT if shown else _FINE
     elif arguments.stats:
-        from paramtree.inspect import stats
+        from paramtree.inspect.statistics import stats
 
         shown = stats(_values(arguments.file, arguments.match))
     else:
@@ -270,7 +270,7 @@ def _lines(shown: Any) -> Iterable[str]:
 
 def _page(arguments: argparse.Namespace, shown: Any) -> str:
     """Returns a page of HTML around what a notebook would show. Nothing in it runs or is fetched."""
-    from paramtree.inspect import show
+    from paramtree.inspect.page import show
 
     files = [arguments.file, *([] if arguments.diff is None else [arguments.diff])]
     title = html.escape(printable(" and ".join(files)))

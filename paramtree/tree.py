@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
+import paramtree
 from paramtree.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
 from paramtree.leaf import describe, join, printable, shape_of
 from paramtree.structure import HOLE, STATE, Node, Path, Structure
@@ -309,22 +310,16 @@ class ParamTree(_Fields):
             lines.append(f"({holes} hole{'s' if holes > 1 else ''})")
         return "\n".join(lines) or "(no parameters)"
 
-    # What draws a tree stands above the tree, and is loaded when somebody looks.
+    # What draws a tree stands above it, and is loaded when somebody looks.
 
     def _repr_html_(self) -> str:
-        from paramtree.inspect.page import show
-
-        return show(self)._repr_html_()
+        return paramtree.show(self)._repr_html_()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        from paramtree.inspect.page import show
+        paramtree.show(self)._repr_pretty_(printer, cycle)
 
-        printer.text(repr(show(self)))
-
-    def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
-        from paramtree.inspect.treescoped import rendered
-
-        return rendered(self, path, subtree_renderer)
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        return paramtree.show(self).__treescope_repr__(path, subtree_renderer)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self]

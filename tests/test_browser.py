@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_columns_are_aligned_over_all_levels_and_nothing_overlaps(page: Any, whi
     assert len(cells) > 100
     for line in cells:
         assert len(line) == len(cells[0])
-        assert all(one[1] <= other[0] + 0.5 for one, other in zip(line, line[1:], strict=False))
+        assert all(one[1] <= other[0] + 0.5 for one, other in pairwise(line))
         assert all(height < 30 for _, _, height in line)
     for column in range(1, len(cells[0])):
         assert len({round(line[column][1]) for line in cells}) == 1

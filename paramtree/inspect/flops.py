@@ -63,7 +63,7 @@ def divide(jaxpr: Any) -> tuple[list[bool], list[Work]]:
 
 class _Divider:
     def __init__(self) -> None:
-        self._found: dict[int, bool] = {}  # by the id of a jaxpr; the outermost keeps them all
+        self._found: dict[int, tuple[Any, bool]] = {}  # by the id of a jaxpr, which lives here
 
     def divide(self, jaxpr: Any, wanted: Sequence[bool], call: int) -> tuple[list[bool], list[Work]]:
         """Divides a jaxpr of which some outputs are wanted; ``call`` has what does not say its own."""
@@ -96,35 +96,27 @@ class _Divider:
 
     def _has_parts(self, jaxpr: Any) -> bool:
         if id(jaxpr) not in self._found:
-            self._found[id(jaxpr)] = any(
+            found = any(
                 call_of(equation) is not None or self._opens(equation) for equation in jaxpr.eqns
             )
-        return self._found[id(jaxpr)]
+            self._found[id(jaxpr)] = jaxpr, found
+        return self._found[id(jaxpr)][1]
 
     def _within(self, equation: Any, outputs: list[bool], call: int) -> tuple[list[bool], list[Work]]:
         name, params = equation.primitive.name, equation.params
-        if name == "scan":
-            return self._scan(params, outputs, call)
+        if name == "scan":  # a step may need what the step before made, so all of it is needed
+            body = _open(params["jaxpr"])
+            uses, work = self.divide(body, [True] * len(body.outvars), call)
+            return uses, [one._replace(times=one.times * params["length"]) for one in work]
         if name == "cond":
-            each = [self.divide(branch.jaxpr, outputs, call) for branch in params["branches"]]
+            each = [self.divide(_open(branch), outputs, call) for branch in params["branches"]]
             uses = [any(some) for some in zip(*(uses for uses, _ in each), strict=True)]
             return [True, *uses], [Work(call, branches=tuple(work for _, work in each))]
         if name == "while":  # nobody knows how often it runs: once, as XLA has it
-            parts = [params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr]
+            parts = [_open(params["cond_jaxpr"]), _open(params["body_jaxpr"])]
             halves = [self.divide(part, [True] * len(part.outvars), call)[1] for part in parts]
             return [True] * len(equation.invars), [*halves[0], *halves[1]]
-        inner = params[_WRAPPERS[name]]
-        return self.divide(getattr(inner, "jaxpr", inner), outputs, call)
-
-    def _scan(self, params: Any, outputs: list[bool], call: int) -> tuple[list[bool], list[Work]]:
-        first, size = params["num_consts"], params["num_carry"]
-        carry, stacked = outputs[:size], outputs[size:]
-        while True:  # what a step needs of the carry, the step before has to give
-            uses, work = self.divide(params["jaxpr"].jaxpr, [*carry, *stacked], call)
-            more = [a or b for a, b in zip(carry, uses[first : first + size], strict=True)]
-            if more == carry:
-                return uses, [one._replace(times=one.times * params["length"]) for one in work]
-            carry = more
+        return self.divide(_open(params[_WRAPPERS[name]]), outputs, call)
 
 
 def count_flops(work: Sequence[Work], known: dict[Hashable, float]) -> dict[int, float]:
@@ -191,7 +183,7 @@ def _form(equation: Any) -> Hashable:
 
 def _form_of(value: Any) -> Any:
     if hasattr(value, "eqns"):
-        return tuple(map(_form, getattr(value, "jaxpr", value).eqns))
+        return tuple(map(_form, value.eqns))
     if isinstance(value, tuple | list):
         return tuple(map(_form_of, value))
     if callable(value):
@@ -200,13 +192,18 @@ def _form_of(value: Any) -> Any:
 
 
 def _inside(equation: Any) -> list[Any]:
-    """Returns the jaxprs, without their constants, that an equation has as parameters."""
+    """Returns the jaxprs that an equation has as parameters."""
     values = [
         value
         for parameter in equation.params.values()
         for value in (parameter if isinstance(parameter, tuple | list) else (parameter,))
     ]
-    return [getattr(value, "jaxpr", value) for value in values if hasattr(value, "eqns")]
+    return [_open(value) for value in values if hasattr(value, "eqns")]
+
+
+def _open(jaxpr: Any) -> Any:
+    """Returns a jaxpr without its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _varies(atom: Any) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from paramtree.inspect.outline import Leaf, Level, as_tree, contents, opened, outline, text, title
 from paramtree.inspect.report import bytes_text, count_text
 from paramtree.inspect.statistics import FIELDS, MEASURES, measurable, measured, measures, sparkline
+from paramtree.inspect.treescoped import treescoped
 from paramtree.structure import HOLE
 from paramtree.tree import ParamTree
 
@@ -89,6 +90,9 @@ class View:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        return treescoped(self.tree, path, subtree_renderer, View)
 
 
 def show(tree: Any, *, stats: bool = False) -> View:

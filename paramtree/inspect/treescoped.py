@@ -4,13 +4,14 @@ treescope draws the levels and arrays itself; what only a tree knows, ties and h
 places as text.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from paramtree.leaf import clip, join, printable
 from paramtree.structure import HOLE, Node
 from paramtree.tree import ParamTree
 
-__all__ = ["rendered"]
+__all__ = ["treescoped"]
 
 
 class _Remark:
@@ -21,8 +22,10 @@ class _Remark:
         return self.text
 
 
-def rendered(tree: ParamTree, path: str | None, subtree_renderer: Any) -> Any:
-    """Returns treescope's rendering of one level; it asks for those below itself."""
+def treescoped(
+    tree: ParamTree, path: str | None, subtree_renderer: Any, level: Callable[[ParamTree], Any]
+) -> Any:
+    """Returns treescope's rendering of one level, which then draws what ``level`` makes of those below."""
     from treescope.repr_lib import render_dictionary_wrapper  # type: ignore[import-untyped]
 
     structure = tree._structure
@@ -31,7 +34,7 @@ def rendered(tree: ParamTree, path: str | None, subtree_renderer: Any) -> Any:
     for name, found in node.children.items():
         shown = printable(clip(name, 200))
         if isinstance(found, Node):
-            children[shown] = tree._view(found)
+            children[shown] = level(tree._view(found))
         elif found == HOLE:
             children[shown] = _Remark("<hole>")
         elif structure.canonical[found] != (*node.path, name):
