@@ -196,6 +196,22 @@ def test_a_layer_instance_twice_counts_once_and_names_the_first() -> None:
     check_sums(found)
 
 
+def test_ties_to_several_layers_are_counted() -> None:
+    net = nn.Sequential(a=nn.Dense(4), b=nn.Dense(4), c=nn.Dense(4))
+    ties = {"c/weight": "a/weight", "c/bias": "b/bias"}
+    found = pt.summary(net, pt.abstract(net, shape(2, 4), ties=ties), shape(2, 4))
+    assert found.rows[3].tied == {"c_weight": "a_weight", "c_bias": "b_bias"}
+    assert "  c: Dense (tied to a_weight +1)" in str(found)
+
+    def on_top(p: Any, x: Any) -> Any:
+        return nn.Dense(4)(p.copy, nn.Dense(4)(p, x))
+
+    ties = {"copy/weight": "weight", "copy/bias": "bias"}
+    found = pt.summary(on_top, pt.abstract(on_top, shape(2, 4), ties=ties), shape(2, 4))
+    assert [row.params for row in found.rows] == [0, 20, 0]
+    assert "  copy: Dense (tied to weight +1)" in str(found)
+
+
 def test_a_layer_called_twice_on_one_scope_counts_once() -> None:
     def net(p: Any, x: Any) -> Any:
         dense = nn.Dense(4)
@@ -642,22 +658,30 @@ def test_a_scan_counts_as_often_as_it_runs() -> None:
     assert ours == 2 * half
 
 
-def test_scans_within_scans_multiply_and_what_nobody_needs_does_not_count() -> None:
+def test_scans_within_scans_multiply() -> None:
     def net(p: Any, x: Any) -> Any:
-        def inner(carry: Any, _: Any) -> Any:
-            x, lost = carry
-            return (dense(p, x), nn.Dense(4)(p.lost, lost)), (lost * 2, None)
+        def inner(x: Any, _: Any) -> Any:
+            return dense(p, x), None
 
         def outer(x: Any, _: Any) -> Any:
-            return jax.lax.scan(inner, (x, x), None, length=3)[0][0], x + 1
+            return jax.lax.scan(inner, x, None, length=3)[0] + x, None
 
         return jax.lax.scan(outer, x, None, length=5)[0]
 
     found = of(net, shape(2, 4))
     one = of(dense, shape(2, 4)).rows[1].flops
-    assert [(row.name, row.flops) for row in found.rows[1:]] == [("inner", 15 * one), ("lost", 0)]
-    assert found.unused == ["lost_weight", "lost_bias"]
-    assert found.rows[0].flops == 0
+    assert [row.flops for row in found.rows] == [5 * 2 * 4, 15 * one]
+
+
+def test_what_nobody_needs_does_not_count() -> None:
+    found = of(unused, shape(2, 4))
+    assert [(row.name, row.flops > 0) for row in found.rows] == [
+        ("", True),
+        ("dead", False),
+        ("inner", True),
+    ]
+    assert found.unused == ["dead_weight", "dead_bias"]
+    assert found.rows[0].flops == 2 * 4 + 2 * 4  # one product and the sum, not the other product
 
 
 def test_vmapped_calls_count_for_all_that_they_do() -> None:

@@ -359,9 +359,9 @@ def _first_text(row: Row) -> str:
     """Returns the name that one leaf of a row is tied to, or that of the layer for several."""
     start = len(row.name) + 1 if row.name else 0
     stems = {first.removesuffix(name[start:]) for name, first in row.tied.items()}
-    if len(row.tied) > 1 and len(stems) == 1:
-        return stems.pop().removesuffix("_") or "all of it"
     first, *more = row.tied.values()
+    if more and len(stems) == 1 and (stem := stems.pop()).endswith("_"):
+        return stem[:-1]
     return f"{first} +{len(more)}" if more else first
 
 
