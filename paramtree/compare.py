@@ -24,7 +24,7 @@ __all__ = ["Difference", "Pair", "bare", "check_match", "compare", "differences"
 WHATS = ("missing", "extra", "nesting", "level", "container", "static", "order", "hole", "tie", "kind",
          "shape", "dtype")  # fmt: skip
 
-_MOST_COMPARED = 5_000  # pairs of names in search of close ones: some tenths of a second
+_MOST_COMPARED = 5_000  # pairs of names in search of close ones: a tenth of a second
 _MOST_TEXT = 200  # characters of one name or form in a message
 
 
@@ -199,7 +199,7 @@ def _advice(found: list[Difference], a: Any, b: Any) -> list[str]:
     if "tie" in whats and whats <= {"tie", "order", "level"} and _are_trees(a, b):
         ties = [difference for difference in found if difference.what == "tie"]
         loose = [re.escape(difference.name) for difference in ties if difference.found is not None]
-        if loose:
+        if loose and not any("/" in name for name in loose):  # patterns match names, not paths
             advice[f"pt.untie(b, {'|'.join(loose)!r}) unties what is not tied in a."] = None
         if any(difference.expected is not None for difference in ties):
             advice['pt.tie(b, pt.ties(a, sep="/")) ties b as a is tied.'] = None
