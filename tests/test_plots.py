@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as pyplot
 import numpy as np
 import optax
 import pytest
@@ -19,7 +20,6 @@ from paramtree.inspect.tiling import arranged, extremes, tiled
 from tests.catalogue import CATALOGUE, leaf, trees
 from tests.helpers import x64
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
 RANDOM = np.random.default_rng(0)
 
 

@@ -91,6 +91,17 @@ def test_bfloat16_and_small_floats_are_measured_as_they_are() -> None:
         check(row, expected(values), 4.0)
 
 
+def test_numpys_64_bits_are_not_lost() -> None:
+    tree = pt.from_tree(
+        {"f": np.array([1e300, -1e300, 1.0]), "i": np.array([2**53, 0]), "s": np.float32(1)}
+    )
+    found = pt.stats(tree)
+    assert found["f"]["max"] == 1e300 and found["f"]["inf"] == 0
+    assert found["i"]["max"] == 2.0**53
+    assert found.dtypes == ("float64", "int64", "float32")
+    assert not pt.find_nonfinite(tree)
+
+
 def test_a_deviation_far_from_zero_is_not_lost() -> None:
     array = np.random.default_rng(0).standard_normal(6 * CHUNK).astype(np.float32) + np.float32(4096)
     assert pt.stats({"a": jnp.asarray(array)})["a"]["std"] == pytest.approx(

@@ -17,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter
 
 from paramtree.inspect.tiling import arranged, extremes, tiled
 
@@ -215,7 +215,7 @@ def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) ->
     beside = axes.inset_axes((1.03, 0, 0.04, 1))  # as high as the map, whatever its aspect
     bar = axes.figure.colorbar(image, cax=beside, extend="both" if largest > top else "neither")
     marks = (-top, top) if rows == 1 else (-top, 0, top)
-    bar.set_ticks(marks, labels=[f"{value:.2g}" for value in marks])
+    bar.set_ticks(marks, labels=[Formatter.fix_minus(f"{value:.2g}") for value in marks])
     beside.tick_params(labelsize=SMALL, width=0.5, length=2, pad=2)
     beside.spines[:].set_linewidth(0.5)
 
