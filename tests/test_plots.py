@@ -95,6 +95,9 @@ def test_a_view_is_titled_by_its_place_in_the_model() -> None:
 
 
 def test_what_is_not_finite_is_counted_and_not_drawn() -> None:
+    assert notes(pt.plots.heatmap({"w": np.array([1.7e308 + 1.7e308j])}).axes[0]) == [
+        "(1,), absolute values, 1 inf"
+    ]
     values = np.array([1.0, 2.0, 3.0, np.nan, np.nan, np.inf, -np.inf, 1.7e308], np.float64)
     figure = pt.plots.histograms({"w": values, "x": values[3:]})
     counts, edges = bars(figure.axes[0])

@@ -322,13 +322,14 @@ def _gradients(tree: Any, leaves: Mapping[str, Any], grads: Any, sep: str) -> di
 def _real(leaf: Any) -> Any:
     """Returns the values of a leaf as real numbers that numpy and matplotlib know."""
     values = np.asarray(leaf)
-    if jnp.issubdtype(values.dtype, jnp.complexfloating):
-        return np.abs(values)
-    if values.dtype in (np.float32, np.float64):
-        return values
-    # float16, too, as differences of its values overflow; the least of integers has no absolute value.
-    small = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize < 4
-    return values.astype(np.float32 if small else np.float64)
+    with np.errstate(over="ignore"):  # what is too large is infinite, and counted as such
+        if jnp.issubdtype(values.dtype, jnp.complexfloating):
+            values = np.abs(values)
+        if values.dtype in (np.float32, np.float64):
+            return values
+        # float16 too: differences of its values overflow, and the least integer has no absolute value.
+        small = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize < 4
+        return values.astype(np.float32 if small else np.float64)
 
 
 def _note(leaf: Any) -> str:
