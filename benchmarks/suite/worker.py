@@ -1,0 +1,126 @@
+"""One contender in a process of its own: ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``.
+
+It sets up and warms up, and then prints one line of JSON for each turn. By itself it takes some turns
+and prints their medians; with ``--live`` it prints a line when it is ready, and takes a turn for every
+line that it reads.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.suite.case import Absent, Case, Measured, Size, Timed, load
+
+
+def size_of(case: Case, text: str) -> Size:
+    """Returns the size of the case that is written so; also one that it does not list."""
+    for size in (*case.sizes, *case.smoke):
+        if str(size) == text:
+            return size
+    return int(text) if text.isdecimal() else text
+
+
+def turn_of(what: Any, seconds: float) -> Callable[[], float]:
+    """Warms up and returns a function that takes one turn and returns its value."""
+    if isinstance(what, int | float):
+        return lambda: float(what)
+    if isinstance(what, Measured):
+        return lambda: float(what.call())
+    timed = what if isinstance(what, Timed) else Timed(what)
+    clock = time.perf_counter
+    if timed.before is not None:
+        before = timed.before
+
+        def once() -> float:
+            made = before()
+            start = clock()
+            result = timed.call(made)
+            taken = clock() - start
+            del result  # to free it is not timed
+            return taken
+
+        each = max(once() for _ in range(2))
+        count = max(1, min(5, int(seconds / max(each, 1e-9))))
+        return lambda: statistics.median(once() for _ in range(count))
+    call = timed.call
+
+    def many(count: int) -> float:
+        start = clock()
+        for _ in range(count):
+            call()
+        return (clock() - start) / count
+
+    many(2)  # the first compiles, the second may once more
+    each = min(many(1) for _ in range(3))
+    count = max(1, int(seconds / 3 / max(each, 1e-9)))
+    each = many(count)
+    count = max(1, int(seconds / 3 / max(each, 1e-9)))
+    # Three spans, and their median: a stray interruption spoils but one.
+    return lambda: statistics.median(many(count) for _ in range(3))
+
+
+def prepare(case: Case, size: Size, contender: str, quick: bool) -> dict[str, Callable[[], float]]:
+    """Sets the contender up; returns what takes a turn of each of its metrics."""
+    made = case.contenders[contender](size)
+    turns = {metric: turn_of(what, 0 if quick else case.slice) for metric, what in made.items()}
+    gc.collect()
+    gc.freeze()  # what jax and the set-up made is not looked through again while it is timed
+    return turns
+
+
+def about() -> dict[str, str]:
+    """Returns on what this ran, if it loaded jax."""
+    if "jax" not in sys.modules:
+        return {}
+    import jax
+
+    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+
+
+def take(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Takes a turn of each metric."""
+    return {metric: float(f"{turn():.5g}") for metric, turn in turns.items()}
+
+
+def say(line: dict[str, Any]) -> None:
+    """Prints one line of JSON."""
+    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """Runs one contender."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case")
+    parser.add_argument("size")
+    parser.add_argument("contender")
+    parser.add_argument("--live", action="store_true", help="take a turn for every line that is read")
+    parser.add_argument("--quick", action="store_true", help="time single calls only")
+    args = parser.parse_args()
+    case = load()[args.case]
+    try:
+        turns = prepare(case, size_of(case, args.size), args.contender, args.quick)
+    except (Absent, ImportError) as error:
+        say({"absent": str(error)})
+        return
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        return
+    if args.live:
+        say({"ready": True, **about()})
+        for _ in sys.stdin:
+            say({"values": take(turns)})
+        return
+    count = 1 if case.alone or args.quick else case.turns
+    taken = [take(turns) for _ in range(count)]
+    values = {metric: statistics.median(turn[metric] for turn in taken) for metric in turns}
+    say({"values": values, "unit": case.unit, **about()})
+
+
+if __name__ == "__main__":
+    main()
