@@ -5,13 +5,17 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz lint types data bench bench-smoke bench-core bench-files test-matrix clean
+.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-core bench-files test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Whole programs, notebooks, browsers, killed processes and damaged files.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 # 200,000 damaged files of each format; the tests read a few thousand.
 fuzz: $(VENV)/.test

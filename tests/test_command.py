@@ -20,6 +20,8 @@ import paramtree as pt
 from paramtree.command import main
 from tests.catalogue import CATALOGUE, leaf, same, siblings, tied, with_holes, with_kinds
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 GOLD = Path(__file__).parent / "data" / "gluon"
 
@@ -586,7 +588,7 @@ def test_what_goes_wrong_unexpectedly_is_no_difference(
     def fail(*args: Any) -> None:
         raise RuntimeError("of a kind that nobody thought of")
 
-    monkeypatch.setattr("paramtree.inspect.diff", fail)
+    monkeypatch.setattr("paramtree.inspect.changes.diff", fail)
     path = saved(tmp_path / "a.npz", values())
     ran = run(path, "--diff", path)
     assert (ran.code, ran.out) == (2, "")

@@ -26,6 +26,8 @@ from tests.test_conv import (
     in_layout,
 )
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 

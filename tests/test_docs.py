@@ -123,7 +123,11 @@ def test_the_core_benchmark_runs() -> None:
 
 def test_no_public_name_is_also_a_module() -> None:
     rooms = {path.stem for path in (ROOT / "paramtree").iterdir()}
-    assert rooms & set(dir(pt)) == {"nn", "initializers", "testing"}  # else importing the module would hide it
+    assert rooms & set(dir(pt)) == {
+        "nn",
+        "initializers",
+        "testing",
+    }  # else importing the module would hide it
 
 
 def test_a_misspelt_public_name_is_suggested() -> None:

@@ -13,6 +13,8 @@ import paramtree as pt
 from examples import fashion_cnn as example
 from examples import fashion_mnist
 
+pytestmark = pytest.mark.slow
+
 LR = 0.1
 QUICK = ["--batch-size", "128", "--channels", "4", "--lr", str(LR)]
 KEY = jax.random.key(1)

@@ -16,6 +16,8 @@ import paramtree as pt
 from examples import fashion_mnist as example
 from paramtree import initializers as init
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--batch-size", "128", "--lr", "0.1", "--init", "xavier"]
 KINDS = pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 

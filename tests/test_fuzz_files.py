@@ -20,6 +20,8 @@ import paramtree as pt
 from tests import fuzz_files as fuzz
 from tests.fuzz_files import FORMATS, npy, params, u64, v2, zipped, zipped_list
 
+pytestmark = pytest.mark.slow
+
 each_format = pytest.mark.parametrize("kind", FORMATS)
 
 

@@ -19,6 +19,8 @@ import pytest
 
 import paramtree as pt
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("fcntl")  # elsewhere nothing is cleaned up after a process that was killed
 
 FORMATS = ("safetensors", "npz", "params")

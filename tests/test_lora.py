@@ -16,6 +16,8 @@ from examples import char_lm, lora
 from paramtree import nn
 from tests.helpers import quick_compilation
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["quick_compilation"]
 
 TINY = ["--width", "16", "--layers", "2", "--heads", "2", "--context", "16", "--batch-size", "8"]

@@ -14,6 +14,8 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
@@ -123,7 +125,7 @@ def test_a_notebook_runs_and_shows_what_it_says(name: str, tmp_path: Path) -> No
             "JAX_NUMPY_DTYPE_PROMOTION": "strict",
             "JAX_NUMPY_RANK_PROMOTION": "raise",
             "PYTHONPATH": str(ROOT),
-        }
+        },
     )
     shown = {}
     for cell in notebook.cells:

@@ -17,6 +17,8 @@ from examples.recipes import loss, mean_loss, net
 from paramtree import initializers as init
 from paramtree import nn
 
+pytestmark = pytest.mark.slow
+
 XS = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
 YS = np.arange(6, dtype=np.int32) % 3
 LR = 0.1
