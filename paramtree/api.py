@@ -33,6 +33,8 @@ from paramtree.model import abstract as abstract
 from paramtree.model import init as init
 from paramtree.model import reinit as reinit
 from paramtree.names import from_tree as from_tree
+from paramtree.packing import pack as pack
+from paramtree.packing import unpack as unpack
 from paramtree.parts import cast as cast
 from paramtree.parts import labels as labels
 from paramtree.parts import mask as mask

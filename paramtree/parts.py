@@ -303,6 +303,8 @@ def part(source: Named, choice: Choice, rest: bool = False) -> Any:
         leaves = [leaf if slot in kept else None for slot, leaf in enumerate(tree._leaves)]
         return restore(leaves) if rest else restore(leaves, None)
     structure, take = choice.part()
+    if structure is tree._structure:
+        return tree
     return _rebuild(structure, take(tree._leaves), tree._place)
 
 

@@ -31,10 +31,10 @@ class _Session:
     def __init__(self, leaves: list[Any]) -> None:
         self.leaves = leaves
         self.draws: Counter[Path] = Counter()
-        self.trace = _trace_state()
+        self.trace = trace_state()
 
 
-def _trace_state() -> Any:
+def trace_state() -> Any:
     import jax.extend  # not at import: only training needs it
 
     get = getattr(jax.extend.core, "get_opaque_trace_state", None)
@@ -95,7 +95,7 @@ class TrainingScope(ParamTree):
                 "keeps its shape and dtype, so that a training step is compiled only once."
             )
         session = self._session
-        if self._leaves is not session.leaves or _trace_state() != session.trace:
+        if self._leaves is not session.leaves or trace_state() != session.trace:
             raise ScopeError(
                 f"`{full}` is written inside a jax transform (scan, cond, vmap, checkpoint, ...) "
                 "within the model, and the new value cannot get out of it. Call pt.training inside "
@@ -179,7 +179,7 @@ class _Training:
         session = _Session(list(params._leaves))
         scope = TrainingScope.make(params, session.leaves, session, key)
         output = self.f(scope, *inputs, **kwargs)
-        return output, _rebuild(params._structure, tuple(session.leaves), params._place)
+        return output, params._with(session.leaves)
 
 
 def training(f: Callable[..., Any]) -> Callable[..., Any]:
