@@ -9,6 +9,7 @@ import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def machine(cases: dict[str, Case]) -> dict[str, Any]:
     }
 
 
-def render(cases: dict[str, Case], folder: Path, label: str) -> None:
+def render(cases: dict[str, Case], folder: Path) -> None:
     """Writes the tables and plots from the results in a folder."""
     main = folder / "results.json"
     files = [main] if main.exists() else []
@@ -110,19 +111,20 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
     """Runs cases, and writes the results into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if args.render:
-        render(cases, folder, args.label)
+        render(cases, folder)
         return
     path = folder / (f"results-{args.label}.json" if args.label else "results.json")
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     results["machine"] = machine(cases)
     failed = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as caches:
-        for name, case in cases.items():
-            if args.only and name not in args.only:
-                continue
-            show(f"{name}: {case.title}")
-            result = results["cases"][name] = run(case, args.smoke, Path(caches), show)
+    asked = {name: case for name, case in cases.items() if not args.only or name in args.only}
+    # Times are not looked at in a smoke run, so two cases may run at once.
+    pool = ThreadPoolExecutor(2 if args.smoke else 1)
+    with tempfile.TemporaryDirectory() as caches, pool:
+        runs = pool.map(lambda case: run(case, args.smoke, Path(caches), show), asked.values())
+        for (name, case), result in zip(asked.items(), runs, strict=True):
+            results["cases"][name] = result
             results["machine"].update({k: v for k, v in result["about"].items() if k == "device"})
             failed += [f"{name}: {who}" for who in result["errors"]]
             for who, why in result["absent"].items():
@@ -134,7 +136,7 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
                 name: results["cases"][name] for name in cases if name in results["cases"]
             }
             path.write_text(json.dumps(results, separators=(",", ":")))  # as far as it came
-    render(cases, folder, args.label)
+    render(cases, folder)
     show(f"{time.monotonic() - began:.0f} s; written to {folder}")
     if failed:
         sys.exit(f"these failed: {'; '.join(failed)}")

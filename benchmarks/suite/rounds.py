@@ -7,8 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ Line = dict[str, Any]
 class Worker:
     """A process of ``benchmarks.suite.worker`` that waits for its turns."""
 
-    def __init__(
-        self, case: Case, size: Size, contender: str, quick: bool, env: dict[str, str]
-    ) -> None:
-        args = [sys.executable, "-m", "benchmarks.suite.worker", case.name, str(size), contender]
-        args += ["--live"] + ["--quick"] * quick
+    def __init__(self, case: Case, size: Size, *args: str, env: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.suite.worker", case.name, str(size), *args]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
-            args,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -74,9 +70,8 @@ class Worker:
         self._stderr.close()
 
 
-@contextmanager
-def environment(case: Case, caches: Path) -> Iterator[dict[str, str]]:
-    """Yields the environment of the processes of a case."""
+def environment(case: Case, caches: Path) -> dict[str, str]:
+    """Returns the environment of the processes of a case."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if case.cached:
         env["JAX_COMPILATION_CACHE_DIR"] = str(caches / case.name)
@@ -84,7 +79,7 @@ def environment(case: Case, caches: Path) -> Iterator[dict[str, str]]:
         env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     else:
         env.pop("JAX_COMPILATION_CACHE_DIR", None)
-    yield env
+    return env
 
 
 def rotated(names: list[str], by: int) -> list[str]:
@@ -93,16 +88,19 @@ def rotated(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
+Values = dict[str, dict[str, list[float]]]
+
+
 def one_round(
-    case: Case, size: Size, names: list[str], number: int, turns: int, quick: bool, env: dict[str, str]
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, Line], Line]:
+    case: Case, size: Size, names: list[str], number: int, env: dict[str, str]
+) -> tuple[Values, dict[str, Line], Line]:
     """Runs every contender in a new process.
 
     Returns:
       Contender to metric to the value of each turn; contender to why it has none; and what the
       processes say of where they ran.
     """
-    values: dict[str, dict[str, list[float]]] = {}
+    values: Values = {}
     out: dict[str, Line] = {}
     about: Line = {}
     order = rotated(names, number)
@@ -114,7 +112,8 @@ def one_round(
             width = os.cpu_count() or 1
             for start in range(0, len(group), width):
                 begun = {
-                    name: Worker(case, size, name, quick, env) for name in group[start : start + width]
+                    name: Worker(case, size, name, "--live", env=env)
+                    for name in group[start : start + width]
                 }
                 workers.update(begun)
                 for name, worker in begun.items():
@@ -123,7 +122,7 @@ def one_round(
                         about = {key: line[key] for key in ("jax", "device") if key in line} or about
                     else:
                         out[name] = line
-            for turn in range(1 if case.alone else turns):
+            for turn in range(1 if case.alone else case.turns):
                 for name in rotated([name for name in group if name not in out], turn):
                     line = workers[name].turn()
                     if "values" not in line:
@@ -135,6 +134,25 @@ def one_round(
             for worker in workers.values():
                 worker.end()
     return {name: found for name, found in values.items() if name not in out}, out, about
+
+
+def all_at_once(case: Case, size: Size, env: dict[str, str]) -> tuple[Values, dict[str, Line], Line]:
+    """Calls everything of a case once, in one process, and returns what ``one_round`` does."""
+    values: Values = {}
+    out: dict[str, Line] = {}
+    about: Line = {}
+    worker = Worker(case, size, *case.contenders, "--smoke", env=env)
+    try:
+        for name in case.contenders:
+            line = worker.line()
+            if "values" in line:
+                values[name] = {metric: [value] for metric, value in line["values"].items()}
+                about = {key: line[key] for key in ("jax", "device") if key in line}
+            else:
+                out[name] = line
+    finally:
+        worker.end()
+    return values, out, about
 
 
 def run(case: Case, smoke: bool, caches: Path, show: Callable[[str], None]) -> Line:
@@ -151,24 +169,25 @@ def run(case: Case, smoke: bool, caches: Path, show: Callable[[str], None]) -> L
     errors: dict[str, str] = {}
     about: Line = {}
     began = time.monotonic()
-    with environment(case, caches) as env:
-        for number in range(1 if smoke else case.rounds):
-            if number >= 2 and time.monotonic() - began > case.seconds:
-                break
-            rounds.append({})
-            for size in sizes:
-                values, out, told = one_round(
-                    case, size, names[str(size)], number, 1 if smoke else case.turns, smoke, env
-                )
-                rounds[-1][str(size)] = values
-                about = told or about
-                for name, line in out.items():
-                    names[str(size)].remove(name)
-                    if "absent" in line:
-                        absent[name] = line["absent"]
-                    else:
-                        errors[f"{name}, {size}"] = line["error"]
-                        show(f"  {name}, {size}: {line['error']}\n{line.get('traceback', '')}")
-            show(f"  round {number + 1}: {time.monotonic() - began:.0f} s")
+    env = environment(case, caches)
+    for number in range(1 if smoke else case.rounds):
+        if number >= 2 and time.monotonic() - began > case.seconds:
+            break
+        rounds.append({})
+        for size in sizes:
+            if smoke:
+                values, out, told = all_at_once(case, size, env)
+            else:
+                values, out, told = one_round(case, size, names[str(size)], number, env)
+            rounds[-1][str(size)] = values
+            about = told or about
+            for name, line in out.items():
+                names[str(size)].remove(name)
+                if "absent" in line:
+                    absent[name] = line["absent"]
+                else:
+                    errors[f"{name}, {size}"] = line["error"]
+                    show(f"{case.name}, {name}, {size}: {line['error']}\n{line.get('traceback', '')}")
+        show(f"{case.name}, round {number + 1}: {time.monotonic() - began:.0f} s")
     taken = time.monotonic() - began
     return {"about": about, "rounds": rounds, "absent": absent, "errors": errors, "seconds": taken}

@@ -2,7 +2,7 @@
 
 It sets up and warms up, and then prints one line of JSON for each turn. By itself it takes some turns
 and prints their medians; with ``--live`` it prints a line when it is ready, and takes a turn for every
-line that it reads.
+line that it reads. With ``--smoke`` it takes a turn of one call of each contender that is named.
 """
 
 import argparse
@@ -65,10 +65,20 @@ def turn_of(what: Any, seconds: float) -> Callable[[], float]:
     return lambda: statistics.median(many(count) for _ in range(3))
 
 
-def prepare(case: Case, size: Size, contender: str, quick: bool) -> dict[str, Callable[[], float]]:
-    """Sets the contender up; returns what takes a turn of each of its metrics."""
-    made = case.contenders[contender](size)
-    turns = {metric: turn_of(what, 0 if quick else case.slice) for metric, what in made.items()}
+Turns = dict[str, Callable[[], float]]
+
+
+def attempt(case: Case, size: Size, contender: str, seconds: float) -> Turns | None:
+    """Sets up; returns what takes a turn of each metric, or says what is wrong."""
+    try:
+        made = case.contenders[contender](size)
+        turns = {metric: turn_of(what, seconds) for metric, what in made.items()}
+    except (Absent, ImportError) as error:
+        say({"absent": str(error)})
+        return None
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        return None
     gc.collect()
     gc.freeze()  # what jax and the set-up made is not looked through again while it is timed
     return turns
@@ -83,7 +93,7 @@ def about() -> dict[str, str]:
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
-def take(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
+def take(turns: Turns) -> dict[str, float]:
     """Takes a turn of each metric."""
     return {metric: float(f"{turn():.5g}") for metric, turn in turns.items()}
 
@@ -98,25 +108,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case")
     parser.add_argument("size")
-    parser.add_argument("contender")
+    parser.add_argument("contender", nargs="+")
     parser.add_argument("--live", action="store_true", help="take a turn for every line that is read")
-    parser.add_argument("--quick", action="store_true", help="time single calls only")
+    parser.add_argument("--smoke", action="store_true", help="time single calls only")
     args = parser.parse_args()
     case = load()[args.case]
-    try:
-        turns = prepare(case, size_of(case, args.size), args.contender, args.quick)
-    except (Absent, ImportError) as error:
-        say({"absent": str(error)})
+    size = size_of(case, args.size)
+    if args.smoke:
+        for contender in args.contender:
+            turns = attempt(case, size, contender, 0)
+            if turns is not None:
+                say({"values": take(turns), **about()})
         return
-    except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+    turns = attempt(case, size, args.contender[0], case.slice)
+    if turns is None:
         return
     if args.live:
         say({"ready": True, **about()})
         for _ in sys.stdin:
             say({"values": take(turns)})
         return
-    count = 1 if case.alone or args.quick else case.turns
+    count = 1 if case.alone else case.turns
     taken = [take(turns) for _ in range(count)]
     values = {metric: statistics.median(turn[metric] for turn in taken) for metric in turns}
     say({"values": values, "unit": case.unit, **about()})

@@ -1,0 +1,104 @@
+"""Reading leaves while a function is traced, and tracing a deep model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.suite.case import Bound, Case
+from benchmarks.suite.cases import mlp
+
+
+def traced(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Returns what traces a function anew."""
+    import jax
+
+    return lambda: jax.jit(lambda *args: function(*args)).trace(*args)
+
+
+def metrics(
+    params: Any,
+    model: Callable[..., Any],
+    reads: dict[str, Callable[[Any], Any]],
+) -> dict[str, Callable[[], Any]]:
+    """Returns the calls: reading alone, reading in a function that is traced, tracing the model."""
+    x, _ = mlp.data(8, 1)
+    found = {}
+    for what, read in reads.items():
+        found[f"{what}, traced"] = traced(read, params)
+        found[f"{what} alone"] = lambda read=read: read(params)
+    return {**found, "model, traced": traced(model, params, x)}
+
+
+def ours(size: int) -> dict[str, Any]:
+    net, params = mlp.tree_of(size, 8)
+    names = [f"dense{i}" for i in range(size)]
+    paths = [f"dense{i}/{leaf}" for i in range(size) for leaf in ("weight", "bias")]
+
+    def by_attribute(p: Any) -> None:
+        for name in names:
+            layer = getattr(p, name)
+            layer.weight, layer.bias  # noqa: B018  # reading is all
+
+    def by_path(p: Any) -> None:
+        for path in paths:
+            p[path]
+
+    return metrics(params, net, {"attributes": by_attribute, "paths": by_path})
+
+
+def by_dict(size: int) -> dict[str, Any]:
+    import jax
+
+    names = [f"dense{i}" for i in range(size)]
+
+    def read(p: Any) -> None:
+        for name in names:
+            layer = p[name]
+            layer["weight"], layer["bias"]
+
+    def model(p: Any, x: Any) -> Any:
+        for name in names:
+            x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"])
+        return x
+
+    params = dict(zip(names, mlp.layers(size, 8), strict=True))
+    return metrics(params, model, {"attributes": read, "paths": read})
+
+
+def peer(make: Callable[..., tuple[Any, Any]]) -> Callable[[int], dict[str, Any]]:
+    """Returns a contender that traces its model only."""
+
+    def contender(size: int) -> dict[str, Any]:
+        model, params = make(size)
+        return {"model, traced": traced(model, params, mlp.data(8, 1)[0])}
+
+    return contender
+
+
+CASES = [
+    Case(
+        name="access",
+        title="Reading leaves under tracing, and tracing a deep model",
+        sizes=(1000,),
+        contenders={
+            "paramtree": ours,
+            "dict": by_dict,
+            "Equinox": peer(mlp.equinox_net),
+            "Linen": peer(mlp.linen_net),
+            "Haiku": peer(mlp.haiku_net),
+        },
+        bounds=tuple(
+            Bound(f"{what}, traced", "dict", 1.1) for what in ("attributes", "paths", "model")
+        ),
+        size="layers",
+        turns=9,
+        slice=0.05,
+        seconds=90,
+        smoke=(2,),
+        packages=("equinox", "flax", "dm-haiku"),
+        note=(
+            "A function that reads every leaf of 1,000 layers and does nothing else, traced anew each "
+            "time (a dict is read by its keys in both rows), and called by itself; and an MLP of as "
+            "many layers, traced."
+        ),
+    )
+]

@@ -1,0 +1,354 @@
+"""What a jitted call costs: deep nets of tiny layers, where arithmetic is next to nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.suite.case import Absent, Bound, Case
+
+RATE = 1e-3
+Metrics = dict[str, Callable[[], Any]]
+
+
+def data(width: int, batch: int) -> tuple[Any, Any]:
+    """Returns inputs and targets."""
+    import jax
+
+    keys = jax.random.split(jax.random.key(0))
+    return jax.random.normal(keys[0], (batch, width)), jax.random.normal(keys[1], (batch, width))
+
+
+def layers(count: int, width: int) -> list[dict[str, Any]]:
+    """Returns the values of all layers."""
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    scale = (2 / width) ** 0.5
+    return [
+        {
+            "weight": jax.device_put((rng.normal(size=(width, width)) * scale).astype(np.float32)),
+            "bias": jax.device_put(np.zeros(width, np.float32)),
+        }
+        for _ in range(count)
+    ]
+
+
+def squared(y: Any, target: Any) -> Any:
+    """Returns the loss."""
+    import jax.numpy as jnp
+
+    return jnp.mean((y - target) ** 2)
+
+
+def calls(model: Callable[[Any, Any], Any], params: Any, width: int, batch: int) -> Metrics:
+    """Returns the calls for everything that is a pytree and a pure function of it."""
+    import jax
+    import optax
+
+    x, target = data(width, batch)
+    tx = optax.adam(RATE)
+
+    def loss_of(p: Any) -> Any:
+        return squared(model(p, x), target)
+
+    @jax.jit
+    def sgd(p: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(p)
+        return jax.tree.map(lambda leaf, grad: leaf - RATE * grad, p, grads), loss
+
+    @jax.jit
+    def adam(p: Any, state: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(p)
+        updates, state = tx.update(grads, state, p)
+        return optax.apply_updates(p, updates), state, loss
+
+    forward = jax.jit(model)
+    by_sgd, by_adam, state = params, params, tx.init(params)
+
+    def sgd_step() -> None:
+        nonlocal by_sgd
+        by_sgd, loss = sgd(by_sgd)
+        loss.block_until_ready()
+
+    def adam_step() -> None:
+        nonlocal by_adam, state
+        by_adam, state, loss = adam(by_adam, state)
+        loss.block_until_ready()
+
+    return {
+        "forward": lambda: forward(params, x).block_until_ready(),
+        "SGD step": sgd_step,
+        "Adam step": adam_step,
+    }
+
+
+def tree_of(size: int, width: int) -> tuple[Any, Any]:
+    """Returns the net of this library, and its parameters with the values of all."""
+    import paramtree as pt
+
+    net = pt.nn.Sequential(*[pt.nn.Dense(width, activation="relu") for _ in range(size)])
+    values = {f"dense{i}": layer for i, layer in enumerate(layers(size, width))}
+    return net, pt.from_tree(values)
+
+
+def ours(size: int, width: int = 8, batch: int = 1) -> Metrics:
+    net, params = tree_of(size, width)
+    return calls(net, params, width, batch)
+
+
+def packed(size: int, width: int = 8, batch: int = 1) -> Metrics:
+    import paramtree as pt
+
+    if not hasattr(pt, "pack"):
+        raise Absent("this version has no pt.pack")
+    net, params = tree_of(size, width)
+    return calls(net, pt.pack(params), width, batch)
+
+
+def by_dict(size: int, width: int = 8, batch: int = 1) -> Metrics:
+    import jax
+
+    names = [f"dense{i}" for i in range(size)]
+
+    def model(p: Any, x: Any) -> Any:
+        for name in names:
+            x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"])
+        return x
+
+    values = dict(zip(names, layers(size, width), strict=True))
+    return calls(model, values, width, batch)
+
+
+def by_tuple(size: int, width: int = 8, batch: int = 1) -> Metrics:
+    import jax
+
+    def model(p: Any, x: Any) -> Any:
+        for i in range(size):
+            x = jax.nn.relu(x @ p[2 * i].T + p[2 * i + 1])
+        return x
+
+    values = [leaf for layer in layers(size, width) for leaf in (layer["weight"], layer["bias"])]
+    return calls(model, tuple(values), width, batch)
+
+
+def linen_net(size: int, width: int = 8) -> tuple[Any, Any]:
+    """Returns the net of Linen, and its parameters."""
+    import jax
+    from flax import linen
+
+    net = linen.Sequential([part for _ in range(size) for part in (linen.Dense(width), linen.relu)])
+    params = {
+        f"layers_{2 * i}": {"kernel": layer["weight"].T, "bias": layer["bias"]}
+        for i, layer in enumerate(layers(size, width))
+    }
+    jax.block_until_ready(params)
+    return net.apply, {"params": params}
+
+
+def linen(size: int) -> Metrics:
+    return calls(*linen_net(size), 8, 1)
+
+
+def haiku_net(size: int, width: int = 8) -> tuple[Any, Any]:
+    """Returns the net of Haiku, and its parameters."""
+    import haiku as hk
+    import jax
+
+    def model(x: Any) -> Any:
+        for _ in range(size):
+            x = jax.nn.relu(hk.Linear(width)(x))
+        return x
+
+    net = hk.without_apply_rng(hk.transform(model))
+    params = {
+        f"linear_{i}" if i else "linear": {"w": layer["weight"].T, "b": layer["bias"]}
+        for i, layer in enumerate(layers(size, width))
+    }
+    return net.apply, params
+
+
+def haiku(size: int) -> Metrics:
+    return calls(*haiku_net(size), 8, 1)
+
+
+def equinox_net(size: int, width: int = 8) -> tuple[Any, Any]:
+    """Returns what calls a net of Equinox, and the net."""
+    import equinox as eqx
+    import jax
+
+    class Layer(eqx.Module):
+        weight: jax.Array
+        bias: jax.Array
+
+        def __call__(self, x: Any) -> Any:
+            return jax.nn.relu(x @ self.weight.T + self.bias)
+
+    class Net(eqx.Module):
+        layers: list[Layer]
+
+        def __call__(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    return lambda net, x: net(x), Net([Layer(**layer) for layer in layers(size, width)])
+
+
+def equinox(size: int) -> Metrics:
+    import equinox as eqx
+    import jax
+    import optax
+
+    model, net = equinox_net(size)
+    x, target = data(8, 1)
+    tx = optax.adam(RATE)
+    forward = eqx.filter_jit(model)
+
+    def loss_of(net: Any) -> Any:
+        return squared(net(x), target)
+
+    @eqx.filter_jit
+    def sgd(net: Any) -> Any:
+        loss, grads = eqx.filter_value_and_grad(loss_of)(net)
+        return eqx.apply_updates(net, jax.tree.map(lambda grad: -RATE * grad, grads)), loss
+
+    @eqx.filter_jit
+    def adam(net: Any, state: Any) -> Any:
+        loss, grads = eqx.filter_value_and_grad(loss_of)(net)
+        updates, state = tx.update(grads, state, net)
+        return eqx.apply_updates(net, updates), state, loss
+
+    by_sgd, by_adam, state = net, net, tx.init(eqx.filter(net, eqx.is_array))
+
+    def sgd_step() -> None:
+        nonlocal by_sgd
+        by_sgd, loss = sgd(by_sgd)
+        loss.block_until_ready()
+
+    def adam_step() -> None:
+        nonlocal by_adam, state
+        by_adam, state, loss = adam(by_adam, state)
+        loss.block_until_ready()
+
+    return {
+        "forward": lambda: forward(net, x).block_until_ready(),
+        "SGD step": sgd_step,
+        "Adam step": adam_step,
+    }
+
+
+def nnx(size: int) -> Metrics:
+    import jax
+    import optax
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(size)])
+
+        def __call__(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = jax.nn.relu(layer(x))
+            return x
+
+    net, by_sgd, by_adam = Net(), Net(), Net()
+    x, target = data(8, 1)
+    sgd_state = nnx.Optimizer(by_sgd, optax.sgd(RATE), wrt=nnx.Param)
+    adam_state = nnx.Optimizer(by_adam, optax.adam(RATE), wrt=nnx.Param)
+    forward = nnx.jit(lambda net, x: net(x))
+
+    @nnx.jit
+    def step(net: Any, optimizer: Any) -> Any:
+        loss, grads = nnx.value_and_grad(lambda net: squared(net(x), target))(net)
+        optimizer.update(net, grads)
+        return loss
+
+    return {
+        "forward": lambda: forward(net, x).block_until_ready(),
+        "SGD step": lambda: step(by_sgd, sgd_state).block_until_ready(),
+        "Adam step": lambda: step(by_adam, adam_state).block_until_ready(),
+    }
+
+
+def spared(contender: Callable[..., Metrics]) -> Callable[[int], Metrics]:
+    """Returns a contender that takes no Adam steps of many layers: compiling them takes minutes."""
+
+    def call(size: int) -> Metrics:
+        if size > 100 and contender is linen:
+            return {}  # a dict as of Haiku
+        found = contender(size)
+        return {metric: found[metric] for metric in found if size <= 100 or metric != "Adam step"}
+
+    return call
+
+
+def wide(contender: Callable[..., Metrics]) -> Callable[[int], Metrics]:
+    """Returns a contender with layers of 512, which is to take Adam steps only."""
+    return lambda size: {"Adam step": contender(size, 512, 32)["Adam step"]}
+
+
+PACKED = "paramtree packed"
+CONTENDERS = {
+    "paramtree": ours,
+    PACKED: packed,
+    "dict": by_dict,
+    "tuple": by_tuple,
+    "Equinox": spared(equinox),
+    "NNX": spared(nnx),
+    "Linen": spared(linen),
+    "Haiku": spared(haiku),
+}
+
+CASES = [
+    Case(
+        name="mlp",
+        title="Jitted calls of an MLP of tiny layers",
+        sizes=(10, 100, 400),
+        contenders=CONTENDERS,
+        bounds=(
+            Bound("forward", "dict", 1.0, when=lambda size: size < 100),
+            Bound("forward", "dict", 0.7, when=lambda size: size >= 100),
+            Bound("forward", "tuple", 1.05),
+            Bound("SGD step", "dict", 1.0, when=lambda size: size < 100),
+            Bound("SGD step", "dict", 0.9, when=lambda size: size >= 100),
+            Bound("SGD step", "tuple", 1.05),
+            Bound("Adam step", "dict", 0.9),
+            Bound("Adam step", "dict", 0.4, ours=PACKED),
+        ),
+        size="layers",
+        rounds=5,
+        turns=15,
+        slice=0.02,
+        seconds=200,
+        smoke=(2,),
+        packages=("equinox", "flax", "dm-haiku", "optax"),
+        cached=True,
+        note=(
+            "Layers of 8 units with a bias and a relu, a batch of one. The call is jitted and waited "
+            "for: `jax.jit` for trees, dicts and tuples (Linen's and Haiku's parameters are dicts), "
+            "`filter_jit` for Equinox, `nnx.jit` and `nnx.Optimizer` for NNX. SGD is written by hand, "
+            "Adam is optax's. Linen and Haiku keep their weights transposed. With 400 layers the "
+            "peers take no Adam step, and Linen, whose parameters are a dict like Haiku's, takes no "
+            "part: XLA would compile for minutes."
+        ),
+    ),
+    Case(
+        name="adam_wide",
+        title="An Adam step of 24 layers of 512",
+        sizes=(24,),
+        contenders={name: wide(CONTENDERS[name]) for name in ("paramtree", PACKED, "dict", "tuple")},
+        bounds=(
+            Bound("Adam step", "dict", 1.05),
+            Bound("Adam step", "dict", 1.05, ours=PACKED),
+        ),
+        size="layers",
+        slice=0.1,
+        turns=9,
+        seconds=60,
+        smoke=(2,),
+        packages=("optax",),
+        cached=True,
+        note="Arithmetic is all; here one vector of all parameters costs more than it saves.",
+    ),
+]
