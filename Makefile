@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-core bench-files test-matrix clean
+.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-step bench-files test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -43,11 +43,9 @@ bench: $(VENV)/.bench
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.suite --smoke
 
-# Ratios of the core's costs to those of a nested dict, in one process.
-bench-core: $(VENV)/.test
-	$(BIN)/python benchmarks/core.py
+# A training step beside one written by hand.
+bench-step: $(VENV)/.test
 	$(BIN)/python benchmarks/fashion_step.py
-	$(BIN)/python benchmarks/names.py
 
 # Saving and loading 400 MB beside the bare safetensors package: time and memory. Listing 1 GB.
 bench-files: $(VENV)/.test

@@ -34,6 +34,10 @@ def ours(size: int) -> dict[str, Any]:
         "collect, again": lambda: pt.collect(tree, PATTERN),
         "mask, first": Timed(lambda new: pt.mask(new, PATTERN), before=fresh),
         "mask, again": lambda: pt.mask(tree, PATTERN),
+        "partition, first": Timed(lambda new: pt.partition(new, PATTERN), before=fresh),
+        "partition, again": lambda: pt.partition(tree, PATTERN),
+        "labels, first": Timed(lambda new: pt.labels(new, {PATTERN: 1, ".*": 0}), before=fresh),
+        "labels, again": lambda: pt.labels(tree, {PATTERN: 1, ".*": 0}),
     }
 
 
