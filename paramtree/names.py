@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from paramtree.errors import NameCollisionError, ParamTreeError, RuleError, close_names, suggest
+from paramtree.errors import NameCollisionError, RuleError, close_names, suggest
 from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build, picker
 from paramtree.tree import ParamTree, _rebuild, whole

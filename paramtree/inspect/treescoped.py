@@ -25,7 +25,7 @@ class _Remark:
 def treescoped(
     tree: ParamTree, path: str | None, subtree_renderer: Any, level: Callable[[ParamTree], Any]
 ) -> Any:
-    """Returns treescope's rendering of one level, which then draws what ``level`` makes of those below."""
+    """Returns treescope's rendering of one level, which draws what ``level`` makes of those below."""
     from treescope.repr_lib import render_dictionary_wrapper  # type: ignore[import-untyped]
 
     structure = tree._structure
