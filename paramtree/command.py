@@ -106,7 +106,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--convert",
         metavar="OUT",
         help="write the tree, with its ties and kinds, to a file in the format that its name ends in: "
-        ".safetensors, .npz, .params or .orbax; what --match leaves out is a hole, as with pt.select",
+        ".npz, .params, .orbax, or else safetensors; what --match leaves out is a hole",
     )
     parser.add_argument(
         "--html",

@@ -67,7 +67,8 @@ def check_match(a: Any, b: Any) -> None:
 
     Raises:
       MismatchError: they differ. Names start at the trees, also where these are sub-trees.
-      NameCollisionError: they differ, and two leaves of one tree have one path, as those of 1 and "1".
+      NameCollisionError: they differ, and two leaves of one tree have one path, as those of
+        {"a/b": x, "a": {"b": y}}.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from paramtree.errors import NameCollisionError
-from paramtree.leaf import clip, describe, printable
+from paramtree.leaf import describe, short
 from paramtree.names import _segments
 from paramtree.structure import EMPTY, HOLE, Path
 from paramtree.tree import ParamTree, whole
@@ -71,7 +71,7 @@ class Contents:
             if below is None:
                 path = path or ("value",)  # a leaf by itself
                 if path in self.entries:
-                    shown = clip(printable("/".join(path)), 200)
+                    shown = short("/".join(path), 200)
                     raise NameCollisionError(
                         f"two leaves have one path, {shown}, and trees are compared by path: rename "
                         "one of them."

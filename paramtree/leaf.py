@@ -6,7 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["casts", "clip", "describe", "dtype_of", "join", "printable", "shape_of"]
+__all__ = [
+    "absent",
+    "casts",
+    "clip",
+    "describe",
+    "dtype_of",
+    "join",
+    "printable",
+    "shape_of",
+    "short",
+]
 
 
 def join(path: Sequence[str], sep: str = "_") -> str:
@@ -64,6 +74,30 @@ def clip(text: str, most: int) -> str:
       ('weight', 'wwwwwwww... (1000 characters)')
     """
     return text if len(text) <= most else f"{text[: most - 12]}... ({len(text)} characters)"
+
+
+def short(name: str, most: int = 100) -> str:
+    r"""Returns a name as it is fit to be shown: not too long, and control characters spelled out.
+
+    Example:
+      >>> short("red\x1b[31m"), short("w" * 1000, 20)
+      ('red\\x1b[31m', 'wwwwwwww... (1000 characters)')
+    """
+    return printable(clip(name, most))
+
+
+def absent(leaf: Any) -> str:
+    """Returns why the values of a leaf cannot be had, or nothing if they can, if only while tracing.
+
+    Example:
+      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jnp.ones(2))
+      ('is only a shape', '')
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return "is only a shape"
+    traced = isinstance(leaf, jax.core.Tracer)
+    gone = not traced and isinstance(leaf, jax.Array) and leaf.is_deleted()
+    return "was donated to a jitted function, or deleted" if gone else ""
 
 
 def casts(found: Any, wanted: Any) -> bool:

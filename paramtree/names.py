@@ -230,7 +230,7 @@ def named(tree: Any, *, numbers: bool = False) -> Named:
       numbers: whether Python's numbers count as arrays.
 
     Raises:
-      NameCollisionError: two key paths are spelled alike, as those of 1 and "1".
+      NameCollisionError: two key paths are spelled alike, as those of {"a/b": x, "a": {"b": y}}.
     """
     if isinstance(tree, ParamTree):
         tree = whole(tree)

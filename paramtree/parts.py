@@ -15,7 +15,19 @@ import jax.numpy as jnp
 from paramtree.compare import bare, differences, lines
 from paramtree.errors import MismatchError, RuleError
 from paramtree.leaf import dtype_of, join
-from paramtree.names import UNSET, Named, Pattern, Rules, match, named, names, no_match, resolve
+from paramtree.names import (
+    UNSET,
+    Named,
+    Pattern,
+    Rules,
+    compiled,
+    match,
+    named,
+    names,
+    no_match,
+    resolve,
+)
+from paramtree.selection import collect
 from paramtree.structure import Picker, Structure, picker
 from paramtree.tree import ParamTree, _rebuild, whole
 
@@ -244,7 +256,11 @@ def _check_values(verb: str, rules: Any, default: Any, good: Any, expected: str)
 def _patterns(pattern: Patterns) -> Sequence[Pattern]:
     if pattern is None:
         return (".*",)
-    return pattern if isinstance(pattern, list | tuple) else (pattern,)
+    patterns = pattern if isinstance(pattern, list | tuple) else (pattern,)
+    for one in patterns:
+        if type(one).__hash__ is None:  # a dict, say, which no cache can look up
+            compiled(one)
+    return patterns
 
 
 class Choice:
@@ -284,6 +300,14 @@ def choose(
         structure.cache[key] = divide(structure, taken)
     chosen: tuple[Choice, Choice] = structure.cache[key]
     return chosen
+
+
+def taken(
+    verb: str, tree: Any, pattern: Pattern | None, *, sep: str = "_", kind: str | None = None
+) -> ParamTree:
+    """Returns what ``collect`` does, for verbs in which a pattern that matches nothing is an error."""
+    choose(named(tree).tree._structure, pattern, kind, verb)
+    return collect(tree, pattern, sep=sep, kind=kind)
 
 
 def divide(structure: Structure, taken: set[int]) -> tuple[Choice, Choice]:

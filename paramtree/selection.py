@@ -9,7 +9,7 @@ import numpy as np
 
 from paramtree.errors import MismatchError, RuleError
 from paramtree.leaf import casts, dtype_of, join, shape_of
-from paramtree.names import Pattern, check_unique, find, match, named, names, resolve
+from paramtree.names import Pattern, check_unique, compiled, find, match, named, names, resolve
 from paramtree.structure import Path, build, picker
 from paramtree.tree import ParamTree, _rebuild
 
@@ -56,6 +56,8 @@ def collect(
     """
     source = named(tree).tree
     structure = source._structure
+    if pattern is not None and type(pattern).__hash__ is None:  # a list, which no cache can look up
+        compiled(pattern)
     key = ("collect", pattern, sep, kind, aliases)
     if key not in structure.cache:
         taken: dict[Hashable, tuple[str, Path, int]] = {}

@@ -16,10 +16,9 @@ from paramtree.inspect.changes import check_readable, check_tolerances, only_sha
 from paramtree.inspect.distance import Distance, comparable, distances, numeric
 from paramtree.inspect.report import float_text
 from paramtree.inspect.statistics import find_nonfinite
-from paramtree.leaf import clip, describe, dtype_of, join, printable
+from paramtree.leaf import describe, dtype_of, join, short
 from paramtree.names import Pattern, named
-from paramtree.parts import choose
-from paramtree.selection import collect
+from paramtree.parts import choose, taken
 
 __all__ = [
     "assert_all_finite",
@@ -113,6 +112,7 @@ def assert_all_finite(tree: Any, pattern: Pattern | None = None) -> None:
 
     Raises:
       AssertionError: some do; every leaf is listed, with how many.
+      RuleError: the pattern matches nothing.
 
     Example:
       >>> import paramtree as pt
@@ -124,7 +124,7 @@ def assert_all_finite(tree: Any, pattern: Pattern | None = None) -> None:
     __tracebackhide__ = True
     if not _enabled():
         return
-    flat = collect(tree, pattern)
+    flat = taken("assert_all_finite", tree, pattern)
     if _traced(flat):
         _chex().assert_tree_all_finite({name: leaf for name, leaf in flat.items() if numeric(leaf)})
         return
@@ -252,7 +252,7 @@ def _words(leaf: Any) -> Any:
 
 
 def _name(name: str) -> str:
-    return f"`{printable(clip(name, 200))}`"
+    return f"`{short(name, 200)}`"
 
 
 def _off(distance: Distance) -> str:

@@ -730,3 +730,15 @@ def test_nothing_is_compiled_for_what_a_processor_can_read() -> None:
     assert not pt.diff(big, np.zeros(LARGE + 1, np.float32))
     assert pt.diff(big, big.at[LARGE].set(2)).changes[0].differing == 1  # in the last block
     assert distance_module._on_device._cache_size() == before
+
+
+def test_arrays_of_objects_are_compared_one_by_one() -> None:
+    def objects(*values: Any) -> Any:
+        made = np.empty(len(values), object)
+        made[:] = values
+        return made
+
+    one = objects(np.ones(2), "a", np.nan, np.ones(1), None)
+    assert not pt.diff({"x": one}, {"x": objects(np.ones(2), "a", np.nan, np.ones(1), None)})
+    found = pt.diff({"x": one}, {"x": objects(np.zeros(2), "a", np.nan, np.ones(2), 0)})
+    assert [(change.differing, change.size) for change in found.changes] == [(3, 5)]

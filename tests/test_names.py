@@ -192,3 +192,6 @@ def test_count_and_nbytes_count_a_tied_leaf_once() -> None:
     assert pt.nbytes({"a": np.ones((2, 3), np.float16)}) == 12
     assert pt.count(pt.from_tree({"x": None})) == pt.count(pt.from_tree({})) == 0
     assert pt.count(CATALOGUE["colliding names"]()) == 4
+    for measure in (pt.count, pt.nbytes):
+        with pytest.raises(pt.RuleError, match=f"{measure.__name__}: '.*wieght' matches no name"):
+            measure(tree, ".*wieght")

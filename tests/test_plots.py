@@ -590,7 +590,7 @@ def test_what_has_no_values_is_named_and_all_at_once(draw) -> None:
         }
     )
     message = (
-        f"{draw.__name__}: some leaves have no values. `a` is a shape: .*; `b` was donated: .*; "
+        f"{draw.__name__}: some leaves have no values. `a` is only a shape: .*; `b` was donated .*: .*; "
         "`c` is not an array of numbers: 'text'; `d` is not an array of numbers: .*"
     )
     with pytest.raises(pt.MismatchError, match=message):
@@ -639,3 +639,20 @@ def test_pyplot_is_not_loaded_and_matplotlib_only_for_a_picture() -> None:
         assert "matplotlib.pyplot" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ratios_say_which_leaves_have_no_values() -> None:
+    gone = jnp.ones(2)
+    gone.delete()
+    params = {"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jnp.ones(2)}
+    with pytest.raises(
+        pt.MismatchError, match="`a` is only a shape in params.*The update of `b` was donated"
+    ):
+        pt.update_ratios(params, {"a": jnp.ones(2), "b": gone})
+
+
+def test_a_pattern_that_is_none_is_an_error() -> None:
+    with pytest.raises(
+        pt.RuleError, match="a pattern is a regular expression in a string.*of type dict"
+    ):
+        pt.plots.heatmap("w", {"w": jnp.ones(2)})  # type: ignore[arg-type]

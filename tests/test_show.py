@@ -11,6 +11,7 @@ import optax  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
 import paramtree as pt
 from paramtree.tree import whole
@@ -275,3 +276,32 @@ def test_a_view_is_of_a_tree_and_prints_no_control_characters() -> None:
     tree = pt.from_tree({"\x1b[31mred": jnp.ones(1), "a\nb": "x\x07y"})
     assert "\x1b" not in repr(pt.show(tree)) and "\x1b" not in repr(tree)
     assert "\\x1b[31mred" in repr(tree)
+
+
+def test_what_other_containers_leave_out_is_a_hole() -> None:
+    part = pt.select({"dense": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}}, ".*kernel")
+    assert repr(pt.show(part)) == (
+        "ParamTree: 1 leaf, 6 parameters, 24 B, 1 hole\n"
+        "└─ dense                       6  24 B\n"
+        "   ├─ bias                              hole\n"
+        "   └─ kernel  (2, 3)  float32  6  24 B"
+    )
+    assert '<i class="pt-dim">hole</i>' in pt.show(part)._repr_html_()
+
+
+def test_leaves_are_as_many_as_jax_sees() -> None:
+    tree = pt.from_tree({"a": jnp.ones(2), "b": jnp.ones(2)})
+    state = optax.masked(optax.trace(0.9), pt.mask(tree, "a")).init(tree)
+    assert len(jax.tree.leaves(state)) == 1
+    assert repr(pt.show(state)).startswith("ParamTree: 1 leaf, 2 parameters, 8 B\n")
+    pairs = jax.tree.map(lambda leaf: (leaf, leaf), tree)
+    assert repr(pt.show(pairs)).startswith("ParamTree: 4 leaves, 0 parameters")
+    assert repr(pt.show(pairs)).count("tuple of 2 leaves") == 2  # and no value of theirs
+
+
+def test_a_size_that_is_not_known_has_no_count() -> None:
+    (batch,) = export.symbolic_shape("batch")
+    shape: Any = jax.ShapeDtypeStruct((batch, 4), jnp.float32)
+    shown = pt.show({"x": shape, "y": jnp.ones(2)})
+    assert "x  (batch, 4)  float32" in repr(shown) and "2 parameters" in repr(shown)
+    assert "(batch, 4)" in shown._repr_html_()

@@ -884,3 +884,21 @@ def test_a_tree_and_a_model_of_nothing() -> None:
     found = pt.summary(lambda p: None, pt.from_tree({}))
     assert found.totals["total"] == {"params": 0, "trained": 0, "state": 0, "bytes": 0, "flops": 0}
     assert str(found).split("\n")[2].strip() == "<lambda>"
+
+
+def test_a_model_in_training_is_one_row() -> None:
+    net = nn.Sequential(nn.Dense(3), nn.Dropout(0.5), nn.BatchNorm())
+    x = jnp.ones((2, 4))
+    found = pt.summary(pt.training(net), pt.abstract(net, x), x, key=jax.random.key(0))
+    assert [row.layer for row in found.rows] == ["training(Sequential)"]
+    assert found.totals["total"]["params"] == 3 * 4 + 3 + 2 * 3
+
+
+def test_long_names_leave_room_for_the_rest_of_a_note() -> None:
+    def model(p: Any, x: Any) -> Any:
+        for letter in "abc":
+            p.param(letter * 80, (), pt.initializers.One())
+        return x
+
+    shown = repr(pt.summary(model, pt.abstract(model, 1.0), 1.0))
+    assert f"The output does not depend on {'a' * 80}, {'b' * 80} and 1 more." in shown

@@ -272,3 +272,8 @@ def test_chex_is_loaded_by_the_first_assertion_only() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.findall("True|False", run.stdout) == ["False", "True"]
+
+
+def test_a_pattern_that_matches_nothing_is_no_success() -> None:
+    with pytest.raises(pt.RuleError, match="assert_all_finite: 'wieght' matches no name; the closest"):
+        pt.testing.assert_all_finite({"weight": jnp.full(2, jnp.nan)}, "wieght")

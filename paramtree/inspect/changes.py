@@ -15,8 +15,8 @@ import numpy as np
 from paramtree.compare import Difference, Pair, compare, sides
 from paramtree.errors import ParamTreeError
 from paramtree.inspect.distance import comparable, distances
-from paramtree.inspect.report import Column, Report, Table, count_text, float_text
-from paramtree.leaf import describe, dtype_of, printable, shape_of
+from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
+from paramtree.leaf import absent, describe, dtype_of, shape_of, short
 
 __all__ = ["Change", "Diff", "check_readable", "check_tolerances", "diff", "only_shape"]
 
@@ -120,7 +120,7 @@ class Diff(Report):
 
 
 def _leaves(count: int) -> str:
-    return "1 leaf" if count == 1 else f"{count_text(count)} leaves"
+    return plural(count, "leaf", "leaves")
 
 
 def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
@@ -145,7 +145,8 @@ def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
     Raises:
       TypeError: the values are being traced, and not known yet.
       ParamTreeError: a leaf was donated to a jitted function and is deleted; all are listed.
-      NameCollisionError: two leaves of one tree have one path, as those of 1 and "1".
+      NameCollisionError: two leaves of one tree have one path, as those of
+        {"a/b": x, "a": {"b": y}}.
       ValueError: a tolerance is negative, or no number.
 
     Example:
@@ -192,9 +193,11 @@ def check_readable(verb: str, leaves: list[tuple[str, Any]]) -> None:
             f"{verb} compares values, which are not known while a function is being traced: "
             "pt.check_match(a, b) compares structure, shapes and dtypes, also there."
         )
-    gone = [name for name, leaf in leaves if isinstance(leaf, jax.Array) and leaf.is_deleted()]
+    gone = [
+        name for name, leaf in leaves if absent(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
     if gone:
-        shown = ", ".join(f"`{printable(name)}`" for name in dict.fromkeys(gone))
+        shown = ", ".join(f"`{short(name)}`" for name in dict.fromkeys(gone))
         raise ParamTreeError(
             f"{verb}: the values of {shown} are gone: they were donated to a jitted function, or "
             "deleted. Compare before the call, or call without donation."

@@ -202,13 +202,19 @@ def _of_others(one: Any, other: Any) -> Distance | None:
         return None  # all of them are zero
     else:
         x, y = np.asarray(one), np.asarray(other)
-        unequal = np.asarray((x != y) & ~((x != x) & (y != y)))  # what is not a time is not itself
+        if x.dtype == object:  # anything: also arrays, of which numpy would ask whether they are true
+            pairs = zip(x.ravel().tolist(), y.ravel().tolist(), strict=True)
+            unequal = np.array([not _same(*pair) for pair in pairs])
+        else:
+            unequal = np.asarray((x != y) & ~((x != x) & (y != y)))  # what is not a time is not itself
     count = int(np.count_nonzero(unequal))
     return Distance(count, unequal.size, None, None) if count else None
 
 
 def _same(one: Any, other: Any) -> bool:
     try:
-        return one is other or bool(one == other)
+        if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+            return np.array_equal(one, other)
+        return one is other or bool(one == other) or bool(one != one and other != other)
     except Exception:  # a leaf may be any object, and what cannot be compared is not known to be equal
         return False

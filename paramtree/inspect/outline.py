@@ -13,19 +13,17 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from paramtree.inspect.report import bytes_text, count_text
-from paramtree.leaf import clip, describe, dtype_of, join, printable, shape_of
+from paramtree.inspect.report import bytes_text, count_text, plural
+from paramtree.leaf import describe, dtype_of, join, printable, shape_of, short
 from paramtree.names import from_tree
 from paramtree.structure import HOLE, STATE, Node
 from paramtree.tree import ParamTree, whole
 
 __all__ = [
-    "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "plural", "text",
-    "title",
+    "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "text", "title",
 ]  # fmt: skip
 
 DEEPEST = 100  # levels that are drawn; a browser gives up at a few hundred
-NAME = 100  # characters
 
 Measures = Mapping[int, tuple[str, ...]]
 
@@ -35,7 +33,8 @@ class Leaf:
     """One leaf, alias or hole, as it is drawn.
 
     ``name`` is that on its level and ``full`` the one in rules. An alias has the full name of the
-    leaf it leads to in ``tied``, and no size of its own. ``note`` is whatever else there is to say.
+    leaf it leads to in ``tied``, and no size of its own. ``leaves`` is how many jax sees in its place,
+    and ``note`` whatever else there is to say.
     """
 
     name: str
@@ -45,6 +44,7 @@ class Leaf:
     dtype: str = ""
     count: int | None = None
     nbytes: int | None = None
+    leaves: int = 1
     state: bool = False
     tied: str = ""
     note: str = ""
@@ -76,7 +76,7 @@ class Level:
             is_hole, is_tied = other.slot == HOLE, bool(other.tied)
             self.holes += is_hole
             self.tied += is_tied
-            self.leaves += not (is_hole or is_tied)
+            self.leaves += 0 if is_hole or is_tied else other.leaves
             self.state += (other.count or 0) if other.state else 0
         self.count += other.count or 0
         self.nbytes += other.nbytes or 0
@@ -95,7 +95,7 @@ def outline(tree: ParamTree) -> Level:
     structure, place = tree._structure, tree._place
     canonical = structure.canonical
     known: dict[Any, str] = {}  # texts of shapes, dtypes and shardings: a large tree has few of each
-    top = Level("", _shown(join(place)), 0)
+    top = Level("", short(join(place)), 0)
     # Levels below the deepest are not drawn: their leaves are drawn there by their path from there.
     stack: list[tuple[Node, Level]] = [(structure.root, top)]
     order: list[tuple[Level, Level]] = []
@@ -106,12 +106,14 @@ def outline(tree: ParamTree) -> Level:
         for name, found in below:
             full = join((*place, *node.path, name))
             if isinstance(found, Node):
-                inner = Level(_shown(name), _shown(full), level.depth + 1)
+                inner = Level(short(name), short(full), level.depth + 1)
                 level.children.append(inner)
                 order.append((level, inner))
                 stack.append((found, inner))
                 continue
-            made = Leaf(_shown(name), _shown(full), found)
+            if found != HOLE and tree._leaves[found] is None:  # how other containers leave a leaf out
+                found = HOLE
+            made = Leaf(short(name), short(full), found)
             level.children.append(made)
             if found != HOLE:
                 path = canonical[found]
@@ -119,7 +121,7 @@ def outline(tree: ParamTree) -> Level:
                     made.state = structure.kinds[found] == STATE
                     _fill(made, tree._leaves[found], known)
                 else:
-                    made.tied = _shown(join((*place, *path)))
+                    made.tied = short(join((*place, *path)))
             level.add(made)
     for parent, inner in reversed(order):  # every level after all those below it
         parent.add(inner)
@@ -141,12 +143,18 @@ def _all_below(node: Node) -> Iterator[tuple[str, int]]:
 def _fill(made: Leaf, leaf: Any, known: dict[Any, str]) -> None:
     shape, dtype = shape_of(leaf), dtype_of(leaf)
     if shape is None or dtype is None:
-        made.note = printable(describe(leaf))
+        inside = jax.tree.leaves(leaf)
+        made.leaves = len(inside)
+        # Of a container, as jax.tree.map may put in a leaf's place, the values are not to be read.
+        whole_leaf = not inside or inside[0] is leaf
+        kind = f"{type(leaf).__name__} of {plural(len(inside), 'leaf', 'leaves')}"
+        made.note = printable(describe(leaf)) if whole_leaf else kind
         return
     made.shape = known.get(shape) or known.setdefault(shape, str(shape))
     made.dtype = known.get(dtype) or known.setdefault(dtype, str(dtype))
-    made.count = math.prod(shape)
-    made.nbytes = made.count * dtype.itemsize
+    if all(isinstance(size, int) for size in shape):  # not yet known to a function that is exported
+        made.count = math.prod(shape)
+        made.nbytes = made.count * dtype.itemsize
     if isinstance(leaf, jax.core.Tracer):
         made.note = "traced"
         return
@@ -169,10 +177,6 @@ def _sharding_text(sharding: Any) -> str:
     return f"{type(sharding).__name__} on {devices} devices"
 
 
-def _shown(name: str) -> str:
-    return printable(clip(name, NAME))
-
-
 def title(level: Level, what: str = "ParamTree") -> str:
     """Returns one line about a whole tree."""
     parts = [plural(level.leaves, "leaf", "leaves")]
@@ -184,16 +188,6 @@ def title(level: Level, what: str = "ParamTree") -> str:
         parts.append(plural(level.holes, "hole", "holes"))
     at = f" {level.full}" if level.full else ""
     return f"{what}{at}: {', '.join(parts)}"
-
-
-def plural(count: int, one: str, many: str) -> str:
-    """Returns a number of things.
-
-    Example:
-      >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
-      ('1 leaf', '2,000 leaves')
-    """
-    return f"{count_text(count)} {one if count == 1 else many}"
 
 
 def opened(top: Level, most: int | None) -> set[int]:

@@ -107,6 +107,8 @@ def show(tree: Any, *, stats: bool = False) -> View:
         from the least to the greatest value.
 
     Raises:
+      NameCollisionError: two leaves have one path, as those of {"a/b": x, "a": {"b": y}}.
+      RuleError: a key of a mapping is empty, or has an empty part, as "a//b".
       MismatchError: statistics are asked for, and there are only shapes.
       TypeError: statistics are asked for, and the values are being traced.
 
@@ -201,11 +203,15 @@ class _Writer:
             note = _isolated(leaf.note) if leaf.note else ""
             if leaf.state:
                 note = f'<span class="pt-tag">state</span> {note}'
-            if leaf.count is not None:
+            if leaf.shape:
+                known = leaf.count is not None
+                sizes = (
+                    (count_text(leaf.count or 0), bytes_text(leaf.nbytes or 0)) if known else ("", "")
+                )
                 cells = (
-                    f'<span class="pt-dim">{leaf.shape}</span> '
+                    f'<span class="pt-dim">{escape(leaf.shape)}</span> '
                     f'<span class="pt-dim">{escape(leaf.dtype)}</span> '
-                    f"{_number(count_text(leaf.count))}{_number(bytes_text(leaf.nbytes or 0))}"
+                    f"{_number(sizes[0])}{_number(sizes[1])}"
                 )
             if row := (self.statistics or {}).get(leaf.slot):
                 more = "".join(map(_number, measures(row))) + _bars(row["histogram"])

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.errors import MismatchError, RuleError, suggest
-from paramtree.inspect.ratios import flat, short, taken
-from paramtree.leaf import describe, dtype_of, join, shape_of
+from paramtree.inspect.distance import numeric
+from paramtree.inspect.ratios import flat
+from paramtree.leaf import absent, describe, dtype_of, join, shape_of, short
 from paramtree.names import Pattern, from_tree
+from paramtree.parts import taken
 from paramtree.selection import collect
 from paramtree.tree import ParamTree
 
@@ -152,7 +154,7 @@ def _series(history: Any, pattern: Pattern | None) -> dict[str, Any]:
         raise MismatchError("update_ratios: the history is empty, so there is nothing to draw.")
     series: dict[str, Any] = {}
     problems = []
-    for name in taken(flat(dict.fromkeys(names)), pattern):
+    for name in taken("update_ratios", flat(dict.fromkeys(names)), pattern):
         values = rows[0][name] if stacked else [row.get(name, np.nan) for row in rows]
         try:
             series[name] = np.asarray(values, np.float64)
@@ -245,7 +247,7 @@ def _leaves(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the leaves to draw and a title for each, which says where in the whole model it is."""
     _check(verb, "panels", panels, "for how many leaves there is room, 1 or more", whole=True)
-    found = taken(tree, pattern, sep=sep, kind=kind)
+    found = taken(verb, tree, pattern, sep=sep, kind=kind)
     leaves = _with_values(verb, found)
     if not leaves:
         what = "the tree has no arrays" if pattern is None else f"{pattern!r} matches no arrays"
@@ -272,23 +274,14 @@ def _with_values(verb: str, found: Mapping[str, Any] | ParamTree) -> dict[str, A
             continue
         if isinstance(leaf, jax.core.Tracer):
             problems.append(f"`{short(name)}` is traced: draw outside of jit")
-        elif isinstance(leaf, jax.ShapeDtypeStruct):
-            problems.append(f"`{short(name)}` is a shape: draw what pt.init returns")
-        elif isinstance(leaf, jax.Array) and leaf.is_deleted():
-            problems.append(f"`{short(name)}` was donated: draw what the step returned")
-        elif not _is_number(leaf):
+        elif why := absent(leaf):
+            problems.append(f"`{short(name)}` {why}: draw what pt.init or the step returned")
+        elif not numeric(leaf):
             problems.append(f"`{short(name)}` is not an array of numbers: {describe(leaf)}")
         leaves[name] = leaf
     if problems:
         raise MismatchError(f"{verb}: some leaves have no values. {'; '.join(problems)}.")
     return leaves
-
-
-def _is_number(leaf: Any) -> bool:
-    if isinstance(leaf, bool | int | float | complex):
-        return True
-    dtype = dtype_of(leaf)
-    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_)
 
 
 def _gradients(tree: Any, leaves: Mapping[str, Any], grads: Any, sep: str) -> dict[str, Any]:

@@ -6,29 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.errors import MismatchError, RuleError, suggest
-from paramtree.leaf import clip, dtype_of, printable, shape_of
-from paramtree.names import Pattern, named, names, no_match
+from paramtree.errors import MismatchError, suggest
+from paramtree.leaf import absent, dtype_of, shape_of, short
+from paramtree.names import Pattern
+from paramtree.parts import taken
 from paramtree.selection import collect
 from paramtree.structure import PARAM, build
 from paramtree.tree import ParamTree, _rebuild
 
-__all__ = ["flat", "short", "taken", "update_ratios"]
-
-
-def taken(
-    tree: Any, pattern: Pattern | None = None, *, sep: str = "_", kind: str | None = None
-) -> ParamTree:
-    """Returns what ``collect`` does, for verbs in which a pattern that matches nothing is an error.
-
-    Raises:
-      RuleError: the pattern matches nothing.
-    """
-    found = collect(tree, pattern, sep=sep, kind=kind)
-    if pattern is not None and not found:
-        known = names(named(tree).tree._structure)
-        raise RuleError(f"{no_match(pattern, known)}.")
-    return found
+__all__ = ["flat", "update_ratios"]
 
 
 def update_ratios(
@@ -52,7 +38,8 @@ def update_ratios(
       ratio, and are left out.
 
     Raises:
-      MismatchError: an update has no parameter of its name and shape; all of these are listed.
+      MismatchError: an update has no parameter of its name and shape, or one of the two has no values;
+        all of these are listed.
       RuleError: the pattern matches nothing.
 
     Example:
@@ -64,7 +51,7 @@ def update_ratios(
     """
     weights = collect(params, sep=sep, aliases=True)
     made, problems = {}, []
-    for name, update in taken(updates, pattern, sep=sep).items():
+    for name, update in taken("update_ratios", updates, pattern, sep=sep).items():
         if name not in weights:
             hint = suggest(name, list(weights))
             problems.append(f"`{short(name)}` is not in params.{hint}")
@@ -73,6 +60,10 @@ def update_ratios(
                 f"`{short(name)}` has shape {shape_of(weights[name])} in params, and its update "
                 f"{shape_of(update)}."
             )
+        elif why := absent(weights[name]):
+            problems.append(f"`{short(name)}` {why} in params, so it has no values.")
+        elif why := absent(update):
+            problems.append(f"The update of `{short(name)}` {why}, so it has no values.")
         elif _floating(update) and _floating(weights[name]):
             made[name] = _ratio(update, weights[name])
     if problems:
@@ -87,11 +78,6 @@ def flat(values: Mapping[str, Any]) -> ParamTree:
     """Returns a tree of one level; unlike ``from_tree`` it takes names as they are."""
     structure, order = build([((name,), name) for name in values], dict.fromkeys(values, PARAM))
     return _rebuild(structure, tuple(values[name] for name in order))
-
-
-def short(name: str) -> str:
-    """Returns a name as it is fit to be shown: names in files are untrusted."""
-    return printable(clip(name, 100))
 
 
 def _floating(leaf: Any) -> bool:

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramtree.leaf import clip, printable
+from paramtree.leaf import short
 
-__all__ = ["Column", "Report", "Table", "bytes_text", "count_text", "float_text", "rendered"]
+__all__ = [
+    "Column", "Report", "Table", "bytes_text", "count_text", "float_text", "plural", "rendered",
+]  # fmt: skip
 
 MOST_ROWS = 1000  # rich takes half a millisecond a row, and nobody reads more
-CELL = 100  # characters
+CELL, NOTE = 100, 400  # characters
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,20 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        lines: list[Any] = [Text(_line(self.title))] if self.title else []
+        lines: list[Any] = [Text(short(self.title))] if self.title else []
         if self.rows or self.totals:
             table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=False)
             for column in self.columns:
                 right: Any = "right" if column.number else "left"
                 table.add_column(Text(column.title), justify=right, no_wrap=True)
             for row in self.rows[:most]:
-                table.add_row(*(Text(_line(cell)) for cell in row))
+                table.add_row(*(Text(short(cell)) for cell in row))
             if self.totals:
                 table.add_section()
                 for row in self.totals:
-                    table.add_row(*(Text(_line(cell)) for cell in row))
+                    table.add_row(*(Text(short(cell)) for cell in row))
             lines.append(table)
-        return Group(*lines, *(Text(_line(note)) for note in (*self._more(most), *self.notes)))
+        return Group(*lines, *(Text(short(note, NOTE)) for note in (*self._more(most), *self.notes)))
 
     def text(self, most: int | None = MOST_ROWS) -> str:
         """Returns it as text, as wide as it is, with all rows or the first of them."""
@@ -106,7 +108,7 @@ class Table:
         )
         title = f'<div style="font-weight:600">{rendered(self.title)}</div>' if self.title else ""
         notes = "".join(
-            f"<div>{rendered(note)}</div>" for note in (*self._more(MOST_ROWS), *self.notes)
+            f"<div>{rendered(note, NOTE)}</div>" for note in (*self._more(MOST_ROWS), *self.notes)
         )
         return (
             f'<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
@@ -146,18 +148,14 @@ class Report(ABC):
         printer.text(repr(self))
 
 
-def rendered(text: str) -> str:
+def rendered(text: str, most: int = CELL) -> str:
     """Returns a text as HTML: short, nothing in it active, nothing that turns the line round.
 
     Example:
       >>> rendered("<b>&")
       '&lt;b&gt;&amp;'
     """
-    return html.escape(_line(text))
-
-
-def _line(text: str) -> str:
-    return printable(clip(text, CELL))
+    return html.escape(short(text, most))
 
 
 def count_text(count: int) -> str:
@@ -168,6 +166,16 @@ def count_text(count: int) -> str:
       '5,376'
     """
     return f"{count:,}"
+
+
+def plural(count: int, one: str, many: str) -> str:
+    """Returns a number of things.
+
+    Example:
+      >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
+      ('1 leaf', '2,000 leaves')
+    """
+    return f"{count_text(count)} {one if count == 1 else many}"
 
 
 def bytes_text(size: float) -> str:

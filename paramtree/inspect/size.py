@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from paramtree.leaf import dtype_of, shape_of
-from paramtree.names import Pattern
-from paramtree.selection import collect
+from paramtree.names import Pattern, named
+from paramtree.parts import choose
 
 __all__ = ["count", "nbytes"]
 
@@ -18,12 +18,15 @@ def count(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None)
       pattern: a regular expression for whole names.
       kind: "param" or "state" to count only these.
 
+    Raises:
+      RuleError: the pattern matches nothing.
+
     Example:
       >>> import paramtree as pt, numpy as np
       >>> pt.count(pt.from_tree({"dense0": {"weight": np.ones((2, 3)), "bias": np.ones(2)}}))
       8
     """
-    return sum(math.prod(shape_of(leaf) or ()) for leaf in _arrays(tree, pattern, kind))
+    return sum(math.prod(shape_of(leaf) or ()) for leaf in _arrays("count", tree, pattern, kind))
 
 
 def nbytes(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None) -> int:
@@ -34,6 +37,9 @@ def nbytes(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None
       pattern: a regular expression for whole names.
       kind: "param" or "state" to count only these.
 
+    Raises:
+      RuleError: the pattern matches nothing.
+
     Example:
       >>> import paramtree as pt, numpy as np
       >>> pt.nbytes(pt.from_tree({"bias": np.ones(2, np.float32)}))
@@ -41,10 +47,11 @@ def nbytes(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None
     """
     return sum(
         math.prod(shape_of(leaf) or ()) * dtype_of(leaf).itemsize
-        for leaf in _arrays(tree, pattern, kind)
+        for leaf in _arrays("nbytes", tree, pattern, kind)
     )
 
 
-def _arrays(tree: Any, pattern: Pattern | None, kind: str | None) -> list[Any]:
-    leaves = collect(tree, pattern, sep="/", kind=kind).values()
-    return [leaf for leaf in leaves if dtype_of(leaf) is not None]
+def _arrays(verb: str, tree: Any, pattern: Pattern | None, kind: str | None) -> list[Any]:
+    source = named(tree).tree
+    chosen = choose(source._structure, pattern, kind, verb)[0].slots
+    return [source._leaves[slot] for slot in chosen if dtype_of(source._leaves[slot]) is not None]

@@ -16,12 +16,13 @@ import jax
 from paramtree.errors import ParamTreeError
 from paramtree.inspect.flops import calls_in, count_flops, divide
 from paramtree.inspect.report import Column, Report, Table, bytes_text, count_text
-from paramtree.leaf import dtype_of, join, shape_of
+from paramtree.leaf import dtype_of, join, shape_of, short
 from paramtree.names import Pattern
 from paramtree.nn import Activation, Lambda, Repeat
 from paramtree.observe import Call, Observer
 from paramtree.parts import choose
 from paramtree.structure import HOLE, PARAM, Path
+from paramtree.train import _Training
 from paramtree.tree import ParamTree, whole
 
 __all__ = ["Row", "Summary", "summary"]
@@ -116,7 +117,9 @@ class Summary(Report):
         notes = []
         if self.unused:
             more = f" and {len(self.unused) - 2} more" if len(self.unused) > 2 else ""
-            notes.append(f"The output does not depend on {', '.join(self.unused[:2])}{more}.")
+            notes.append(
+                f"The output does not depend on {', '.join(map(short, self.unused[:2]))}{more}."
+            )
         return Table(
             title="",
             columns=tuple(Column(title, number=title in numbers) for title in cells),
@@ -142,7 +145,8 @@ def summary(
     that is no layer are on the row of the layer, or of the model, that called it.
 
     The model is traced once, for inference, and nothing is computed. Shapes are those that a layer
-    sees: under ``jax.vmap`` without the mapped axis, in a scan those of one step.
+    sees: under ``jax.vmap`` without the mapped axis, in a scan those of one step. A model under
+    ``pt.training`` is a single row.
 
     The floating-point operations are those of XLA's cost analysis before it optimises: a product of
     an m x k and a k x n matrix has 2 m k n, an addition one for each number, ``exp`` none. They are all
@@ -366,6 +370,8 @@ def _first_text(row: Row) -> str:
 
 
 def _layer_text(layer: Any) -> str:
+    if isinstance(layer, _Training):  # its scope tells nothing, so all of it is this row
+        return f"training({_layer_text(_unwrapped(layer.f))})"
     name: str = getattr(layer, "__name__", type(layer).__name__)
     if isinstance(layer, Activation | Lambda):  # they are nothing but what they are given
         text = repr(layer)
@@ -389,8 +395,8 @@ def _dtype_text(name: str) -> str:
       >>> _dtype_text("bfloat16"), _dtype_text("uint8"), _dtype_text("bool")
       ('bf16', 'u8', 'bool')
     """
-    for long, short in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
-        name = name.replace(long, short)
+    for long, brief in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
+        name = name.replace(long, brief)
     return name
 
 

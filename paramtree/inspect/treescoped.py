@@ -7,7 +7,7 @@ places as text.
 from collections.abc import Callable
 from typing import Any
 
-from paramtree.leaf import clip, join, printable
+from paramtree.leaf import join, short
 from paramtree.structure import HOLE, Node
 from paramtree.tree import ParamTree
 
@@ -32,13 +32,13 @@ def treescoped(
     node = tree._node or structure.root
     children: dict[str, Any] = {}
     for name, found in node.children.items():
-        shown = printable(clip(name, 200))
+        shown = short(name, 200)
         if isinstance(found, Node):
             children[shown] = level(tree._view(found))
-        elif found == HOLE:
+        elif found == HOLE or tree._leaves[found] is None:
             children[shown] = _Remark("<hole>")
         elif structure.canonical[found] != (*node.path, name):
-            first = printable(clip(join((*tree._place, *structure.canonical[found])), 200))
+            first = short(join((*tree._place, *structure.canonical[found])), 200)
             children[shown] = _Remark(f"<tied to {first}>")
         else:
             children[shown] = tree._leaves[found]
