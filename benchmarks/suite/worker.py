@@ -56,11 +56,13 @@ def turn_of(what: Any, seconds: float) -> Callable[[], float]:
             call()
         return (clock() - start) / count
 
-    many(2)  # the first compiles, the second may once more
-    each = min(many(1) for _ in range(3))
-    count = max(1, int(seconds / 3 / max(each, 1e-9)))
-    each = many(count)
-    count = max(1, int(seconds / 3 / max(each, 1e-9)))
+    many(1)  # compiles
+    each = many(1)
+    if each > seconds:  # it speaks for itself
+        return lambda: many(1)
+    each = min(each, many(1), many(1))
+    each = many(max(1, int(seconds / 3 / each)))
+    count = max(1, int(seconds / 3 / each))
     # Three spans, and their median: a stray interruption spoils but one.
     return lambda: statistics.median(many(count) for _ in range(3))
 

@@ -90,8 +90,9 @@ CASES = [
             Bound(f"{what}, traced", "dict", 1.1) for what in ("attributes", "paths", "model")
         ),
         size="layers",
-        turns=9,
-        slice=0.05,
+        rounds=3,
+        turns=3,
+        slice=0.02,
         seconds=90,
         smoke=(2,),
         packages=("equinox", "flax", "dm-haiku"),
