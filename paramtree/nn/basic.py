@@ -158,7 +158,9 @@ class Dense(Layer):
         y = x @ weight.T
         if self.use_bias:
             bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
-            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+            if y.ndim > 1:  # jnp.expand_dims makes the same equation, and takes long to trace
+                bias = jax.lax.broadcast_in_dim(bias, (1,) * (y.ndim - 1) + bias.shape, (y.ndim - 1,))
+            y = y + bias
         return y if self.activation is None else _activation(self.activation)(y)
 
     def __repr__(self) -> str:
