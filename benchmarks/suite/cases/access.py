@@ -117,9 +117,9 @@ CASES = [
         note=(
             "A function that reads every leaf of 1,000 layers and does nothing else, traced anew each "
             "time (a dict is read by its keys in both rows), and called by itself; and an MLP of as "
-            "many layers, traced. Layers run under strict rank promotion too, so they broadcast a bias in an "
-            "equation of its own, which is most of what tracing takes longer; a dict whose model does "
-            "the same is `dict, strict promotion`."
+            "many layers, traced. Layers run under strict rank promotion too, so they broadcast a bias "
+            "in an equation of its own, which is most of what tracing takes longer; a dict whose model "
+            "does the same is `dict, strict promotion`."
         ),
     )
 ]
