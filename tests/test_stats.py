@@ -183,15 +183,24 @@ def test_an_optimisers_state_has_statistics_too() -> None:
 
 def test_shapes_have_no_statistics() -> None:
     shapes = pt.abstract(pt.nn.Dense(2), jnp.ones((1, 3)))
-    with pytest.raises(pt.MismatchError, match="`weight`, `bias`: there is a shape and no value"):
+    with pytest.raises(
+        pt.MismatchError,
+        match="`weight` is only a shape, `bias` is only a shape: take the tree of pt.init",
+    ):
         pt.stats(shapes)
-    with pytest.raises(pt.MismatchError, match="there is a shape and no value"):
+    with pytest.raises(pt.MismatchError, match="`weight` is only a shape"):
         pt.show(shapes, stats=True)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="bins is 0 for no histogram, or more, but found -1"):
         pt.stats({"a": jnp.ones(2)}, bins=-1)
+    with pytest.raises(ValueError, match="found 2.5"):
+        pt.stats({"a": jnp.ones(2)}, bins=2.5)  # type: ignore[arg-type]
+    with pytest.raises(pt.RuleError, match="stats: 'wieght' matches no name; the closest are weight"):
+        pt.stats({"weight": jnp.ones(2)}, "wieght")
+    with pytest.raises(pt.RuleError, match="find_nonfinite: 'wieght' matches no name"):
+        pt.find_nonfinite({"weight": jnp.ones(2)}, "wieght")
     with pytest.raises(pt.RuleError, match="`weigth` is not among the names. Did you mean `weight`"):
         pt.stats({"weight": jnp.ones(2)})["weigth"]
     with pytest.raises(pt.RuleError, match="not a regular expression"):
@@ -223,7 +232,7 @@ def test_leaves_with_bad_values_are_found_and_counted() -> None:
     }
     assert repr(found).startswith("Not finite: 2 of 3 leaves\n")
     fine = pt.find_nonfinite(tree, "b")
-    assert not fine and repr(fine) == "All 1 leaves are finite."
+    assert not fine and repr(fine) == "Not finite: 0 of 1 leaf"
     assert fine.to_dict() == {}
 
 
@@ -233,7 +242,33 @@ def test_values_that_are_traced_cannot_be_reported_but_statistics_can() -> None:
             pt.find_nonfinite(tree)
         with pytest.raises(TypeError, match="Leave out stats=True"):
             pt.show(tree, stats=True)
-        assert repr(pt.stats(tree)) == "Statistics of 1 leaves, being traced"
+        assert repr(pt.stats(tree)) == "Statistics of 1 leaf, being traced"
         return pt.stats(tree)
 
     assert jax.jit(check)({"a": jnp.array([jnp.nan])}).nan.tolist() == [1]
+
+
+def test_statistics_of_many_steps_can_be_stacked() -> None:
+    params = pt.from_tree({"a": jnp.arange(3.0), "b": {"w": jnp.ones(2)}})
+
+    def step(tree: Any, _: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * 2, tree), pt.stats(tree, bins=2)
+
+    _, log = jax.lax.scan(step, params, None, 3)
+    assert log["a"]["max"] == [2.0, 4.0, 8.0]
+    assert log.to_dict()["b_w"]["mean"] == [1.0, 2.0, 4.0]
+    assert log["a"]["histogram"] == [[1, 2]] * 3
+    assert repr(log).startswith("Statistics of 2 leaves at 3 steps; the last of them\n")
+    last = jax.tree.map(lambda leaf: leaf * 4, params)
+    assert repr(log).splitlines()[1:] == repr(pt.stats(last, bins=2)).splitlines()[1:]
+
+
+def test_numbers_of_python_are_looked_at_and_donated_arrays_are_named() -> None:
+    assert pt.find_nonfinite({"loss": float("nan"), "x": jnp.ones(2)}).to_dict()["loss"]["nan"] == 1
+    gone = jnp.ones(3)
+    gone.delete()
+    for check in (pt.stats, pt.find_nonfinite, lambda tree: pt.show(tree, stats=True)):
+        with pytest.raises(
+            pt.MismatchError, match="`b_w` was donated to a jitted function, or deleted"
+        ):
+            check({"a": jnp.ones(2), "b": {"w": gone}})

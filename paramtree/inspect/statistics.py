@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.errors import MismatchError, RuleError, suggest
-from paramtree.inspect.report import Column, Report, Table, count_text, float_text
-from paramtree.leaf import dtype_of, join, shape_of
-from paramtree.names import Pattern
-from paramtree.selection import collect
+from paramtree.inspect.distance import numeric
+from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
+from paramtree.leaf import absent, dtype_of, join, shape_of, short
+from paramtree.names import Pattern, named
+from paramtree.parts import taken
 from paramtree.tree import ParamTree
 
 __all__ = [
@@ -44,7 +45,8 @@ FIELDS = ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf")
 class Stats(Report):
     """Statistics of the leaves of a tree; a pytree, so a jitted function can return it.
 
-    Every field but the first three is an array with an entry for each name. What is not finite
+    Every field but the first three is an array with an entry for each name, along the last axis: where
+    ``scan`` has stacked those of many steps there are axes before it. What is not finite
     takes no part in ``mean``, ``std``, ``min``, ``max``, ``norm`` and ``histogram``; where nothing is
     finite they are NaN. Complex leaves are measured by their absolute values.
 
@@ -108,23 +110,37 @@ class Stats(Report):
         """
         return dict(self._rows())
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        arrays = {field: np.asarray(getattr(self, field)).tolist() for field in FIELDS}
-        bins = None if self.histogram is None else np.asarray(self.histogram).tolist()
+    def _rows(self, last: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields each name's row; of statistics that ``scan`` stacked, each entry is a list."""
+        arrays = {field: np.asarray(getattr(self, field)) for field in FIELDS}
+        if self.histogram is not None:
+            arrays["histogram"] = np.moveaxis(np.asarray(self.histogram), -1, 0)  # bins, ..., names
+        if last:
+            arrays = {field: self._last(field, array) for field, array in arrays.items()}
         for i, name in enumerate(self.names):
-            row = {field: arrays[field][i] for field in FIELDS}
-            yield name, row if bins is None else {**row, "histogram": bins[i]}
+            row = {field: array[..., i] for field, array in arrays.items()}
+            if self.histogram is not None:
+                row["histogram"] = np.moveaxis(row["histogram"], 0, -1)
+            yield name, {field: value.tolist() for field, value in row.items()}
+
+    @staticmethod
+    def _last(field: str, array: Any) -> Any:
+        front = array.shape[:1] if field == "histogram" else ()
+        return array.reshape(*front, -1, array.shape[-1])[..., -1, :] if array.size else array
 
     def table(self) -> Table:
         """Returns what is to be shown: a row for each name."""
-        head = f"Statistics of {count_text(len(self.names))} leaves"
+        head = f"Statistics of {plural(len(self.names), 'leaf', 'leaves')}"
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
             return Table(f"{head}, being traced", (), [])
         titles = (*MEASURES, "norm", "not finite")
         columns = (Column("name"), Column("shape"), *(Column(title, True) for title in titles))
+        steps = np.shape(self.mean)[:-1]
+        if steps:
+            head = f"{head} at {' x '.join(map(str, steps))} steps; the last of them"
         rows = []
         bad = 0
-        for (name, row), shape in zip(self._rows(), self.shapes, strict=True):
+        for (name, row), shape in zip(self._rows(last=True), self.shapes, strict=True):
             odd = row["nan"] + row["inf"]
             bad += bool(odd)
             norm = float_text(row["norm"])
@@ -132,7 +148,7 @@ class Stats(Report):
             rows.append(line if self.histogram is None else (*line, sparkline(row["histogram"])))
         if self.histogram is not None:
             columns = (*columns, Column("min to max"))
-        some = "1 leaf holds" if bad == 1 else f"{count_text(bad)} leaves hold"
+        some = plural(bad, "leaf holds", "leaves hold")
         return Table(head, columns, rows, notes=[f"{some} values that are not finite."] if bad else [])
 
 
@@ -155,9 +171,9 @@ def stats(
       A ``Stats``, which prints, renders in a notebook and has ``.to_dict()``.
 
     Raises:
-      MismatchError: there are only shapes, and no values; all such leaves are listed.
-      RuleError: the pattern is not a regular expression.
-      ValueError: ``bins`` is negative.
+      MismatchError: there are only shapes, or arrays that were donated; all are listed.
+      RuleError: the pattern matches nothing, or is not a regular expression.
+      ValueError: ``bins`` is no whole number of 0 or more.
 
     Example:
       >>> import paramtree as pt
@@ -169,9 +185,13 @@ def stats(
       dense0_weight   (6,)     2.5   1.708     0     5   16.7%   7.416                ██ ██ ██
       dense0_bias     (2,)       0       0     0     0    100%       0                    █
     """
-    if bins < 0:
-        raise ValueError(f"stats: bins is 0 for no histogram, or more, but found {bins}.")
-    flat = collect(tree, pattern, kind=kind)
+    return _stats("stats", tree, pattern, kind, bins)
+
+
+def _stats(verb: str, tree: Any, pattern: Pattern | None, kind: str | None, bins: int) -> Stats:
+    if not isinstance(bins, int) or bins < 0:
+        raise ValueError(f"{verb}: bins is 0 for no histogram, or more, but found {bins!r}.")
+    flat = taken(verb, named(tree, numbers=True).tree, pattern, kind=kind)
     slots = measurable(flat)
     leaves = [flat._leaves[slot] for slot in slots]
     names = tuple(join(flat._structure.canonical[slot]) for slot in slots)
@@ -184,25 +204,20 @@ def measurable(tree: ParamTree) -> list[int]:
     """Returns the slots of a whole tree that hold numbers.
 
     Raises:
-      MismatchError: there are only shapes, and no values; all such leaves are listed.
+      MismatchError: there are only shapes, or arrays that were donated; all are listed.
     """
-    slots = [slot for slot, leaf in enumerate(tree._leaves) if _is_number(leaf)]
-    nothing = [slot for slot in slots if isinstance(tree._leaves[slot], jax.ShapeDtypeStruct)]
-    if nothing:
-        paths = (tree._structure.canonical[slot] for slot in nothing)
-        shown = ", ".join(f"`{join((*tree._place, *path))}`" for path in paths)
+    slots = [slot for slot, leaf in enumerate(tree._leaves) if numeric(leaf)]
+    wrong = [
+        f"`{short(join((*tree._place, *tree._structure.canonical[slot])))}` {why}"
+        for slot in slots
+        if (why := absent(tree._leaves[slot]))
+    ]
+    if wrong:
         raise MismatchError(
-            f"{shown}: there is a shape and no value, as pt.abstract gives it. Statistics are of "
-            "values: take the tree of pt.init or pt.load."
+            f"statistics are of values, but {', '.join(wrong)}: take the tree of pt.init or pt.load, or "
+            "the one that the function returned."
         )
     return slots
-
-
-def _is_number(leaf: Any) -> bool:
-    dtype = dtype_of(leaf)
-    if dtype is None:
-        return shape_of(leaf) is not None  # Python's numbers
-    return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
 
 
 def measures(row: dict[str, Any]) -> tuple[str, ...]:
@@ -387,12 +402,10 @@ class NonFinite(Report):
 
     def table(self) -> Table:
         """Returns what is to be shown: a row for each name."""
-        if not self.found:
-            return Table(f"All {count_text(self.searched)} leaves are finite.", (), [])
         columns = (Column("name"), *(Column(title, True) for title in ("size", "nan", "inf")))
         rows = [(name, *map(count_text, row.values())) for name, row in self.found.items()]
-        some = f"{count_text(len(rows))} of {count_text(self.searched)} leaves"
-        return Table(f"Not finite: {some}", columns, rows)
+        some = plural(self.searched, "leaf", "leaves")
+        return Table(f"Not finite: {count_text(len(rows))} of {some}", columns if rows else (), rows)
 
 
 def find_nonfinite(tree: Any, pattern: Pattern | None = None) -> NonFinite:
@@ -407,7 +420,8 @@ def find_nonfinite(tree: Any, pattern: Pattern | None = None) -> NonFinite:
 
     Raises:
       TypeError: the values are being traced and not known yet.
-      MismatchError: there are only shapes, and no values.
+      MismatchError: there are only shapes, or arrays that were donated.
+      RuleError: the pattern matches nothing.
 
     Example:
       >>> import paramtree as pt
@@ -418,7 +432,7 @@ def find_nonfinite(tree: Any, pattern: Pattern | None = None) -> NonFinite:
       ───────────────────────
       a         2     1     0
     """
-    found = stats(tree, pattern)
+    found = _stats("find_nonfinite", tree, pattern, None, 0)
     if any(isinstance(value, jax.core.Tracer) for value in (found.nan, found.inf)):
         raise TypeError(
             "find_nonfinite reports values, which are not known while a function is being traced: "
