@@ -214,8 +214,8 @@ def measurable(tree: ParamTree) -> list[int]:
     ]
     if wrong:
         raise MismatchError(
-            f"statistics are of values, but {', '.join(wrong)}: take the tree of pt.init or pt.load, or "
-            "the one that the function returned."
+            f"statistics are of values, but {', '.join(wrong)}: take the tree of pt.init or "
+            "pt.load, or the one that the function returned."
         )
     return slots
 
