@@ -139,7 +139,7 @@ CASES = [
         limit=600,
         note=(
             "Pre-norm blocks of 64 units with four heads. Each in a new process, once, from after the "
-            "imports until all parameters are there: what it takes to trace, to compile and to compute. "
+            "imports until all parameters are there: what it takes to trace, compile and compute. "
             "Here paramtree's weights are truncated normals, as those of Linen, NNX and Haiku are; "
             "Equinox has uniform ones. Jitted, XLA compiles every leaf of the others' by itself: 24 "
             "blocks take 20 to 45 seconds here, so they are asked for 4 only."
@@ -171,8 +171,8 @@ CASES = [
         limit=600,
         note=(
             f"{WIDE} units, {378:,} MiB of parameters, their largest leaf 9 MiB. How much the resident "
-            "memory of the process grew at most; jitted, from after compiling. Sharded: the first axis of "
-            "all leaves over eight devices that XLA makes of the processor."
+            "memory of the process grew at most; jitted, from after compiling. Sharded: the first axis "
+            "of all leaves over eight devices that XLA makes of the processor."
         ),
     ),
 ]
