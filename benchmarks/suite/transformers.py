@@ -33,8 +33,8 @@ def ours(blocks: int, width: int = WIDTH, repeat: bool = False) -> Any:
     def block() -> Any:
         attend = nn.MultiHeadAttention(HEADS, weight_initializer=lecun)
         return nn.Sequential(
-            nn.Residual(norm=nn.LayerNorm(), attend=attend),
-            nn.Residual(norm=nn.LayerNorm(), widen=dense(WIDER * width, "gelu"), narrow=dense(width)),
+            nn.Residual(norm=nn.RMSNorm(), attend=attend),
+            nn.Residual(norm=nn.RMSNorm(), widen=dense(WIDER * width, "gelu"), narrow=dense(width)),
         )
 
     return nn.Repeat(block(), blocks) if repeat else nn.Sequential(*[block() for _ in range(blocks)])
@@ -50,10 +50,8 @@ def by_hand(blocks: int) -> Callable[[Any, Any], Any]:
         return x @ p["weight"].T + p["bias"][None, None]
 
     def norm(p: Any, x: Any) -> Any:
-        center = jnp.mean(x, -1, keepdims=True)
-        variance = jnp.mean(lax.square(x - center), -1, keepdims=True)
-        y = (x - center) * lax.rsqrt(variance + 1e-5)
-        return y * p["gamma"][None, None] + p["beta"][None, None]
+        square = jnp.mean(lax.square(x), -1, keepdims=True)
+        return x * lax.rsqrt(square + 1e-6) * p["gamma"][None, None]
 
     def attend(p: Any, x: Any) -> Any:
         heads = (*x.shape[:2], HEADS, x.shape[2] // HEADS)
@@ -78,8 +76,8 @@ def linen(blocks: int, width: int = WIDTH) -> Any:
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            x = x + nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x))
-            y = nn.gelu(nn.Dense(WIDER * width)(nn.LayerNorm()(x)), approximate=False)
+            x = x + nn.MultiHeadDotProductAttention(HEADS)(nn.RMSNorm()(x))
+            y = nn.gelu(nn.Dense(WIDER * width)(nn.RMSNorm()(x)), approximate=False)
             return x + nn.Dense(width)(y)
 
     return nn.Sequential([Block() for _ in range(blocks)])
@@ -91,7 +89,7 @@ def nnx(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
 
     class Block(nn.Module):
         def __init__(self, rngs: Any) -> None:
-            self.norm0, self.norm1 = nn.LayerNorm(width, rngs=rngs), nn.LayerNorm(width, rngs=rngs)
+            self.norm0, self.norm1 = (nn.RMSNorm(width, rngs=rngs) for _ in range(2))
             self.attend = nn.MultiHeadAttention(HEADS, width, decode=False, rngs=rngs)
             self.widen = nn.Linear(width, WIDER * width, rngs=rngs)
             self.narrow = nn.Linear(WIDER * width, width, rngs=rngs)
@@ -127,7 +125,7 @@ def equinox(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
 
         def __init__(self, key: Any) -> None:
             keys = jax.random.split(key, 3)
-            self.norm0, self.norm1 = eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width)
+            self.norm0, self.norm1 = eqx.nn.RMSNorm(width), eqx.nn.RMSNorm(width)
             biases = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
             self.attend = eqx.nn.MultiheadAttention(HEADS, width, **biases, key=keys[0])
             self.widen = eqx.nn.Linear(width, WIDER * width, key=keys[1])
@@ -161,7 +159,7 @@ def haiku(blocks: int, width: int = WIDTH) -> Any:
     lecun = hk.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal")
 
     def norm() -> Any:
-        return hk.LayerNorm(-1, True, True)
+        return hk.RMSNorm(-1)
 
     def model(x: Any) -> Any:
         for _ in range(blocks):

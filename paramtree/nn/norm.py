@@ -97,8 +97,8 @@ def _along(vector: Any, y: Any, axis: int) -> Any:
     return vector.astype(y.dtype).reshape(shape)
 
 
-def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, Any]:
-    """Returns the mean and the biased variance over axes, which are kept with size 1."""
+def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, Any, Any]:
+    """Returns the mean and the biased variance over axes, which are kept with size 1, and x - mean."""
 
     def mean(x: Any) -> Any:
         here = jnp.mean(x, axes, keepdims=True)
@@ -106,11 +106,14 @@ def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, A
 
     # In two passes: E[x²] - E[x]² takes one, and loses all digits where the mean is large.
     center = mean(x)
-    return center, mean(lax.square(x - center))
+    off = x - center
+    return center, mean(lax.square(off)), off
 
 
-def _standard(x: Any, mean: Any, variance: Any, epsilon: float) -> Any:
-    return (x - mean) * lax.rsqrt(variance + epsilon)
+def _standard(off: Any, variance: Any, epsilon: float) -> Any:
+    # What is off the mean is computed once and used twice. Were it computed twice, XLA would put the
+    # gradients of all residual blocks above into each one, and take minutes to compile deep nets.
+    return off * lax.rsqrt(variance + epsilon)
 
 
 def _affine(y: Any, gamma: Any, beta: Any, axis: int, dtype: Any) -> jax.Array:
@@ -199,14 +202,15 @@ class BatchNorm(_Norm):
         old_variance = p.state("running_var", (channels,), self.running_variance_initializer, dtype)
         wide = _wide(x)
         if p.training and not self.use_global_stats:
-            mean, variance = self._of_batch(wide, axis)
+            mean, variance, off = self._of_batch(wide, axis)
             p.update("running_mean", self._blend(old_mean, mean))
             p.update("running_var", self._blend(old_variance, variance))
         else:
             mean, variance = (_along(s, wide, axis) for s in (old_mean, old_variance))
-        return _affine(_standard(wide, mean, variance, self.epsilon), gamma, beta, axis, x.dtype)
+            off = wide - mean
+        return _affine(_standard(off, variance, self.epsilon), gamma, beta, axis, x.dtype)
 
-    def _of_batch(self, x: Any, axis: int) -> tuple[Any, Any]:
+    def _of_batch(self, x: Any, axis: int) -> tuple[Any, Any, Any]:
         axes = [i for i in range(x.ndim) if i != axis]
         if not math.prod(x.shape[i] for i in axes):
             raise ValueError(
@@ -279,7 +283,8 @@ class LayerNorm(_Norm):
         axis = self._axis(p, x)
         gamma, beta = self._gamma_beta(p, x.shape[axis])
         wide = _wide(x)
-        y = _standard(wide, *_moments(wide, [axis]), self.epsilon)
+        _, variance, off = _moments(wide, [axis])
+        y = _standard(off, variance, self.epsilon)
         return _affine(y, gamma, beta, axis, x.dtype)
 
 
@@ -328,7 +333,8 @@ class InstanceNorm(_Norm):
         gamma, beta = self._gamma_beta(p, x.shape[axis])
         wide = _wide(x)
         axes = [i for i in range(1, x.ndim) if i != axis]
-        y = _standard(wide, *_moments(wide, axes), self.epsilon)
+        _, variance, off = _moments(wide, axes)
+        y = _standard(off, variance, self.epsilon)
         return _affine(y, gamma, beta, axis, x.dtype)
 
 
@@ -393,7 +399,8 @@ class GroupNorm(_Norm):
         split = self.num_groups, channels // self.num_groups
         groups = wide.reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
         axes = [i for i in range(1, groups.ndim) if i != axis]
-        y = _standard(groups, *_moments(groups, axes), self.epsilon).reshape(x.shape)
+        _, variance, off = _moments(groups, axes)
+        y = _standard(off, variance, self.epsilon).reshape(x.shape)
         return _affine(y, gamma, beta, axis, x.dtype)
 
 
