@@ -1,0 +1,120 @@
+"""Looking at a tree: its page in a notebook, and the statistics of its values."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.suite.case import Absent, Bound, Case
+
+SUM = "a sum"
+
+
+def wide_tree(leaves: int) -> Any:
+    """Returns a tree of small arrays, of layers of ten."""
+    import numpy as np
+
+    import paramtree as pt
+
+    small = np.zeros((4, 4), np.float32)
+    nested = {
+        f"block{i}": {f"layer{j}": {"weight": small, "bias": small[0]} for j in range(5)}
+        for i in range(max(1, leaves // 10))
+    }
+    return pt.from_tree(nested)
+
+
+def our_page(leaves: int) -> dict[str, Callable[[], Any]]:
+    import jax
+
+    import paramtree as pt
+
+    tree = jax.device_put(wide_tree(leaves))
+    return {"HTML": lambda: pt.show(tree)._repr_html_()}
+
+
+def treescope_page(leaves: int) -> dict[str, Callable[[], Any]]:
+    import jax
+    import treescope
+
+    if leaves > 1000:
+        raise Absent("not beyond 1,000 leaves, for time")
+    nested = jax.device_put(wide_tree(leaves)).to_dict()
+    return {"HTML": lambda: treescope.render_to_html(nested, roundtrip_mode=False)}
+
+
+def values(size: str) -> list[Any]:
+    """Returns 400 MB of arrays, as many as a transformer has, of few shapes."""
+    import jax
+    import numpy as np
+
+    width = 64 if size == "tiny" else 1024
+    blocks = 1 if size == "tiny" else 8
+    rng = np.random.default_rng(0)
+    shapes = [(4 * width, width), (width, 4 * width), *[(width, width)] * 4, *[(width,)] * 9]
+    made = [
+        jax.device_put(rng.standard_normal(shape, np.float32))
+        for _ in range(blocks)
+        for shape in shapes
+    ]
+    return jax.block_until_ready(made)
+
+
+def our_stats(size: str) -> dict[str, Callable[[], Any]]:
+    import paramtree as pt
+
+    tree = pt.from_tree({f"leaf{i}": leaf for i, leaf in enumerate(values(size))})
+    return {"statistics": lambda: pt.stats(tree)}
+
+
+def one_pass(size: str) -> dict[str, Callable[[], Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    leaves = values(size)
+    total = jax.jit(jnp.sum)
+    return {"statistics": lambda: jax.device_get([total(leaf) for leaf in leaves])}
+
+
+def by_numpy(size: str) -> dict[str, Callable[[], Any]]:
+    import numpy as np
+
+    leaves = [np.asarray(leaf) for leaf in values(size)]
+
+    def look(x: Any) -> Any:
+        finite = np.isfinite(x).all()
+        return x.mean(), x.std(), x.min(), x.max(), np.linalg.norm(x), (x == 0).sum(), finite
+
+    return {"statistics": lambda: [look(leaf) for leaf in leaves]}
+
+
+CASES = [
+    Case(
+        name="html",
+        title="The page of a tree in a notebook",
+        sizes=(100, 10000),
+        contenders={"paramtree": our_page, "treescope": treescope_page},
+        bounds=(Bound("HTML", None, 0.3),),
+        rounds=3,
+        turns=5,
+        slice=0.05,
+        seconds=20,
+        smoke=(10,),
+        packages=("treescope",),
+    ),
+    Case(
+        name="statistics",
+        title="Statistics of 400 MB",
+        sizes=("8 blocks",),
+        contenders={"paramtree": our_stats, SUM: one_pass, "numpy": by_numpy},
+        bounds=(Bound("statistics", SUM, 1.3),),
+        size="",
+        rounds=3,
+        turns=11,
+        slice=0.1,
+        seconds=30,
+        smoke=("tiny",),
+        note=(
+            "Mean, deviation, extremes, norm, zeros, NaN and infinities of each of 120 leaves, beside "
+            "`jax.jit(jax.numpy.sum)` of each, and the same numbers by numpy."
+        ),
+    ),
+]
