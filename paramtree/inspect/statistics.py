@@ -9,6 +9,7 @@ costs 20 microseconds. Inside a jitted function it all becomes part of that func
 import contextlib
 import importlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -228,16 +229,14 @@ def measures(row: dict[str, Any]) -> tuple[str, ...]:
 
 def measured(leaves: list[Any], bins: int = 0) -> list[Any]:
     """Returns the fields of ``Stats`` for some arrays, in order, and their histograms or None."""
-    each = []
-    for leaf in leaves:
-        # numpy's 64-bit arrays are what a file may hold, and 1e300 in one is not infinite.
-        wide = isinstance(leaf, np.ndarray) and leaf.dtype.itemsize >= 8
-        with _wide_types() if wide else contextlib.nullcontext():
-            each.append(_of_leaf(leaf, bins=bins, chunked=_chunked(leaf)))
+    each = _rows_of(leaves, bins)
     traced = any(isinstance(value, jax.core.Tracer) for row in each for value in row)
     if not traced:
         # On the host, as the leaves may be on different devices; one transfer for all.
         each = jax.device_get(each)
+        for i, (floats, _) in enumerate(each):
+            if not np.isfinite(floats[1]) and _chunked(leaves[i]):  # in a hurry it cannot say more
+                each[i] = jax.device_get(_of_leaf(leaves[i], bins=bins, chunked=True))
     xp: Any = jnp if traced else np
     if not each:
         each = [(xp.zeros(len(_FLOATS), np.float32), xp.zeros(len(_COUNTS) + bins, np.int32))]
@@ -246,6 +245,31 @@ def measured(leaves: list[Any], bins: int = 0) -> list[Any]:
     counts = xp.stack([row for _, row in each])[: len(leaves)]
     found = dict(zip((*_FLOATS, *_COUNTS), (*floats, *counts[:, : len(_COUNTS)].T), strict=True))
     return [*(found[field] for field in FIELDS), counts[:, len(_COUNTS) :] if bins else None]
+
+
+def _rows_of(leaves: list[Any], bins: int) -> list[tuple[Any, Any]]:
+    """Returns what ``_of_leaf`` gives for each; XLA reads a leaf with one thread, so some at a time."""
+    large = [i for i, leaf in enumerate(leaves) if _chunked(leaf)]
+    # Whether jax has 64 bits may be a setting of this thread alone.
+    apart = [i for i in large if leaves[i].dtype.itemsize <= 4] if len(large) > 1 else []
+    each: list[Any] = [None] * len(leaves)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for i in apart:
+            each[i] = pool.submit(_waited, leaves[i], bins)
+        for i in sorted(set(range(len(leaves))) - set(apart)):
+            # numpy's 64-bit arrays are what a file may hold, and 1e300 in one is not infinite.
+            wide = isinstance(leaves[i], np.ndarray) and leaves[i].dtype.itemsize >= 8
+            with _wide_types() if wide else contextlib.nullcontext():
+                chunked = _chunked(leaves[i])
+                each[i] = _of_leaf(leaves[i], bins=bins, chunked=chunked, hurry=chunked)
+        for i in apart:
+            each[i] = each[i].result()
+    return each
+
+
+def _waited(leaf: Any, bins: int) -> Any:
+    row = _of_leaf(leaf, bins=bins, chunked=True, hurry=True)
+    return jax.block_until_ready(row)  # type: ignore[no-untyped-call]  # jax
 
 
 def _wide_types() -> Any:
@@ -258,6 +282,10 @@ def _wide_types() -> Any:
 # A leaf of four chunks or more is read chunk by chunk. A chunk has as many lanes as stay in a
 # processor's cache together with what they add up.
 CHUNK = 16384
+# In a hurry a chunk is small and in parts that are added up among themselves first: most of the time
+# went into reading and writing the sums of every lane.
+_LANES, _PARTS = 1024, 8
+_THREADS = 4  # more do not read memory any faster
 
 
 def _chunked(leaf: Any) -> bool:
@@ -278,26 +306,35 @@ _COUNTS = ("nan", "inf")
 _Sums = tuple[Any, ...]  # of distances, of their squares; the least, the greatest; zeros, NaN, infinite
 
 
-@partial(jax.jit, static_argnames=("bins", "chunked"))
-def _of_leaf(leaf: Any, *, bins: int, chunked: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns ``_FLOATS`` of one array, and its ``_COUNTS`` followed by the histogram."""
+@partial(jax.jit, static_argnames=("bins", "chunked", "hurry"))
+def _of_leaf(
+    leaf: Any, *, bins: int, chunked: bool, hurry: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``_FLOATS`` of one array, and its ``_COUNTS`` followed by the histogram.
+
+    In a hurry it takes for granted that all is finite. If that is wrong, the deviation is not finite.
+    """
     x = jnp.asarray(leaf)
-    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-    x = x.astype(jax.dtypes.canonicalize_dtype(np.float64 if x.dtype.itemsize >= 8 else np.float32))
-    x = x.ravel() if chunked else x
-    shift = _middle(x[:CHUNK] if chunked else x)
-    total, square, low, high, zeros, nan, inf = _sums(x, shift, chunked)
-    finite = (x.size - nan - inf).astype(x.dtype)  # none: the divisions give NaN
+    x = x.ravel() if chunked else _real(x)
+    shift = _middle(_real(x[:CHUNK]) if chunked else x)
+    total, square, low, high, zeros, nan, inf = _sums(x, shift, chunked, hurry)
+    finite = (x.size - nan - inf).astype(shift.dtype)  # none: the divisions give NaN
     off = total / finite
     mean = shift + off
     std = jnp.sqrt(jnp.maximum(square / finite - off * off, 0))
     norm = jnp.sqrt(finite) * jnp.hypot(mean, std)
     low, high = (jnp.where(finite > 0, end, jnp.nan) for end in (low, high))
-    share = zeros.astype(x.dtype) / max(x.size, 1)
+    share = zeros.astype(shift.dtype) / max(x.size, 1)
     counts = jnp.stack([nan, inf])
     if bins:
         counts = jnp.concatenate([counts, _histogram(x, low, high, bins, chunked)])
     return jnp.stack([mean, std, low, high, norm, share]), counts
+
+
+def _real(x: jax.Array) -> jax.Array:
+    """Returns values as they are measured; part by part, so that no leaf is copied as a whole."""
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+    return x.astype(jax.dtypes.canonicalize_dtype(np.float64 if x.dtype.itemsize >= 8 else np.float32))
 
 
 def _middle(x: jax.Array) -> jax.Array:
@@ -306,14 +343,43 @@ def _middle(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(finite, x, 0)) / jnp.maximum(jnp.sum(finite), 1).astype(x.dtype)
 
 
-def _sums(x: jax.Array, shift: jax.Array, chunked: bool) -> _Sums:
+def _sums(x: jax.Array, shift: jax.Array, chunked: bool, hurry: bool) -> _Sums:
     if not chunked:
         return _reduced(_parts(x, shift))
-    first = _parts(x[:CHUNK], shift)
+    if hurry:
+        lanes = _hurried(x, shift)
+        return _add(_reduced(lanes), _reduced(_parts(_tail(x, _LANES * _PARTS), shift)))
+    first = _parts(_chunk(x, 0), shift)
     lanes = jax.lax.fori_loop(
         1, x.size // CHUNK, lambda i, found: _add(found, _parts(_chunk(x, i), shift)), first
     )
     return _add(_reduced(lanes), _reduced(_parts(_tail(x), shift)))
+
+
+def _hurried(x: jax.Array, shift: jax.Array) -> _Sums:
+    """Returns for some lanes what ``_parts`` gives for values that are finite, added up."""
+
+    def one(chunk: Any, part: int) -> _Sums:
+        value = _chunk(x, chunk * _PARTS + part, _LANES)
+        off = value - shift
+        return off, off * off, value, value, (value == 0).astype(jnp.int32)
+
+    def some(chunk: Any) -> _Sums:
+        each = [one(chunk, part) for part in range(_PARTS)]
+        while len(each) > 1:
+            each = [_merged(a, b) for a, b in zip(each[::2], each[1::2], strict=True)]
+        return each[0]
+
+    last = x.size // (_LANES * _PARTS)
+    lanes = jax.lax.fori_loop(1, last, lambda i, found: _merged(found, some(i)), some(0))
+    none = jnp.zeros(1, jnp.int32)
+    return (*lanes, none, none)
+
+
+def _merged(a: _Sums, b: _Sums) -> _Sums:
+    # A choice takes one instruction, jnp.minimum several, as it gives NaN where one of both is.
+    low, high = jnp.where(b[2] < a[2], b[2], a[2]), jnp.where(b[3] > a[3], b[3], a[3])
+    return a[0] + b[0], a[1] + b[1], low, high, a[4] + b[4]
 
 
 def _parts(x: jax.Array, shift: jax.Array) -> _Sums:
@@ -341,19 +407,19 @@ def _reduced(parts: _Sums) -> _Sums:
     return (jnp.sum(total), jnp.sum(square), *ends, *(jnp.sum(hit, dtype=jnp.int32) for hit in counts))
 
 
-def _chunk(x: jax.Array, i: Any) -> jax.Array:
-    return jax.lax.dynamic_slice(x, (i * CHUNK,), (CHUNK,))
+def _chunk(x: jax.Array, i: Any, size: int = CHUNK) -> jax.Array:
+    return _real(jax.lax.dynamic_slice(x, (i * size,), (size,)))
 
 
-def _tail(x: jax.Array) -> jax.Array:
-    return x[x.size // CHUNK * CHUNK :]
+def _tail(x: jax.Array, size: int = CHUNK) -> jax.Array:
+    return _real(x[x.size // size * size :])
 
 
 def _histogram(x: jax.Array, low: Any, high: Any, bins: int, chunked: bool) -> jax.Array:
     """Returns how many values are in each bin; one on an edge is in the bin above, as in numpy."""
     alike = low == high  # then numpy takes one unit around the value
     low, high = jnp.where(alike, low - 0.5, low), jnp.where(alike, high + 0.5, high)
-    edges = [low + (high - low) * np.asarray(i / bins, x.dtype) for i in range(1, bins)]
+    edges = [low + (high - low) * np.asarray(i / bins, low.dtype) for i in range(1, bins)]
 
     def below(values: jax.Array) -> jax.Array:
         # Comparing with every edge is faster than finding the bin and adding to it, one at a time.
