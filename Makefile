@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-step bench-files test-matrix clean
+.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-step bench-command test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -47,9 +47,8 @@ bench-smoke: $(VENV)/.bench
 bench-step: $(VENV)/.test
 	$(BIN)/python benchmarks/fashion_step.py
 
-# Saving and loading 400 MB beside the bare safetensors package: time and memory. Listing 1 GB.
-bench-files: $(VENV)/.test
-	$(BIN)/python benchmarks/files.py
+# Listing the names in a file of 1 GB: time and memory.
+bench-command: $(VENV)/.test
 	$(BIN)/python benchmarks/command.py
 
 # The oldest jax that is supported, and the newest that each installed Python can take.

@@ -102,6 +102,22 @@ def test_numpys_64_bits_are_not_lost() -> None:
     assert not pt.find_nonfinite(tree)
 
 
+def test_large_leaves_are_read_side_by_side_and_again_if_not_finite() -> None:
+    rng = np.random.default_rng(0)
+    arrays_ = {f"l{i}": rng.standard_normal(4 * CHUNK + 9 * i).astype(np.float32) for i in range(6)}
+    arrays_["l2"][5] = np.nan
+    arrays_["l3"][-1] = np.inf
+    arrays_["l4"] *= np.float32(1e30)  # its squares are not finite, its values are
+    tree: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays_.items()}
+    tree["l5"] = tree["l5"].astype(jnp.bfloat16)
+    arrays_["l5"] = np.asarray(tree["l5"]).astype(np.float32)
+    found = pt.stats(tree).to_dict()
+    huge = found.pop("l4")
+    for name, row in found.items():
+        check(row, expected(arrays_[name]), 4.0)
+    assert huge["max"] == arrays_["l4"].max() and huge["inf"] == huge["nan"] == 0
+
+
 def test_a_deviation_far_from_zero_is_not_lost() -> None:
     array = np.random.default_rng(0).standard_normal(6 * CHUNK).astype(np.float32) + np.float32(4096)
     assert pt.stats({"a": jnp.asarray(array)})["a"]["std"] == pytest.approx(
