@@ -15,9 +15,11 @@ from paramtree.errors import ScopeError as ScopeError
 from paramtree.gradients import grad as grad
 from paramtree.gradients import value_and_grad as value_and_grad
 from paramtree.inspect import plots as plots
+from paramtree.inspect.budget import plan as plan
 from paramtree.inspect.changes import diff as diff
 from paramtree.inspect.page import show as show
 from paramtree.inspect.ratios import update_ratios as update_ratios
+from paramtree.inspect.sharded import show_sharding as show_sharding
 from paramtree.inspect.size import count as count
 from paramtree.inspect.size import nbytes as nbytes
 from paramtree.inspect.statistics import find_nonfinite as find_nonfinite
@@ -44,6 +46,7 @@ from paramtree.parts import select as select
 from paramtree.selection import collect as collect
 from paramtree.selection import map_named as map_named
 from paramtree.selection import replace as replace
+from paramtree.sharding import shardings as shardings
 from paramtree.stacking import stack as stack
 from paramtree.stacking import unstack as unstack
 from paramtree.train import training as training

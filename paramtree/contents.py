@@ -12,7 +12,7 @@ import numpy as np
 
 from paramtree.errors import NameCollisionError
 from paramtree.leaf import describe, short
-from paramtree.names import _segments
+from paramtree.names import key_segments
 from paramtree.structure import EMPTY, HOLE, Path
 from paramtree.tree import ParamTree, whole
 
@@ -102,6 +102,6 @@ class Contents:
         flat, form = jax.tree_util.tree_flatten_with_path(
             value, is_leaf=lambda below: below is not value
         )
-        keys = [_segments(key_path) for key_path, _ in flat]
+        keys = [key_segments(key_path) for key_path, _ in flat]
         self.containers[path] = Container(type(value), keys, form)
         return [((*path, *key), below, None, None) for key, (_, below) in zip(keys, flat, strict=True)]

@@ -19,6 +19,7 @@ from paramtree.errors import MismatchError
 from paramtree.initializers import Initializer
 from paramtree.leaf import join
 from paramtree.record import Spec
+from paramtree.sharding import scatter
 from paramtree.structure import Path
 
 __all__ = ["check_key", "draw", "path_key", "path_words"]
@@ -59,64 +60,166 @@ def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: 
     return value.astype(dtype)
 
 
+def _compute_stack(initializer: Initializer, shapes: tuple[Any, Any], dtype: Any, keys: Any) -> Any:
+    """Returns a stack, (*lead, *one), of an array for each of some keys; ``shapes`` is (lead, one)."""
+    lead, one = shapes
+    return jax.vmap(functools.partial(_compute, initializer, one, dtype))(keys).reshape(lead + one)
+
+
 # One compiled function for all leaves that share initializer, shape and dtype. Deriving the key is
 # another, as it is the same for all and takes a third of the time to compile.
 _compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
 _path_key = jax.jit(path_key)
+_path_keys = jax.jit(jax.vmap(path_key, in_axes=(None, 0)))
 
 
-def draw(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[Any, ...]:
+@functools.lru_cache(maxsize=256)
+def _sharded(compute: Any, sharding: Any) -> Any:
+    """Returns a compiled function of which every device computes its own part of the result.
+
+    jax's threefry makes each random number from its place in the array, so that the values do not
+    depend on how the array is divided.
+    """
+    return jax.jit(compute, static_argnums=(0, 1, 2), out_shardings=sharding)
+
+
+def draw(
+    paths: Sequence[Path],
+    specs: Sequence[Spec],
+    key: jax.Array,
+    shardings: Sequence[Any] | None = None,
+) -> tuple[Any, ...]:
     """Returns the values of some leaves, computed from their specs and the keys of their paths.
+
+    Args:
+      paths: where the leaves are.
+      specs: what to compute.
+      key: the root key.
+      shardings: where each leaf is to be, None for the default device.
 
     Raises:
       MismatchError: an initializer gave another shape or dtype than it was asked for; it and any
         other error of an initializer names the leaf.
     """
+    traced = isinstance(key, jax.core.Tracer)
+    if shardings is not None and not traced:
+        key = _free(key)
+    places = [None] * len(specs) if shardings is None else list(shardings)
     if any(spec.copies for spec in specs):
-        return _stacked(paths, specs, key)
+        return _stacked(paths, specs, key, places)
     specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
     leaves: list[Any] = [None] * len(specs)
-    traced = isinstance(key, jax.core.Tracer)
-    for members in _alike(specs):
-        first = specs[members[0]]
+    for members in _alike(specs, places):
+        first, place = specs[members[0]], places[members[0]]
         call = first.initializer, first.shape, first.dtype
         words = [path_words(paths[i]) for i in members]
         with _naming(paths[members[0]], first):
             if traced and len(members) > 1 and _uses_key(*call, key):
                 # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
-                one = functools.partial(_compute, *call)
+                one = functools.partial(_compute_at, place, *call)
                 values = list(
                     jax.lax.map(lambda two, one=one: one(path_key(key, two)), np.stack(words))
                 )
-            elif _compilable(first.initializer):
-                values = [_compiled(*call, _path_key(key, two)) for two in words]
-            else:  # jnp.array copies: two leaves must never share a buffer
-                values = [jnp.array(_compute(*call, _path_key(key, two))) for two in words]
+            elif traced and place is not None:
+                values = [_compute_at(place, *call, path_key(key, two)) for two in words]
+            elif not _compilable(first.initializer):
+                values = [_held(place, *call, _path_key(key, two)) for two in words]
+            else:
+                compiled = _compiled if place is None else _sharded(_compute, place)
+                values = [compiled(*call, _path_key(key, two)) for two in words]
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
     return tuple(leaves)
 
 
-def _stacked(paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array) -> tuple[Any, ...]:
+def _free(key: jax.Array) -> jax.Array:
+    """Returns a key that is bound to no device, as the devices of a leaf may be others."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jnp.asarray(np.asarray(key))
+    data = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def _compute_at(place: Any, *call: Any) -> Any:
+    """Computes a leaf inside a jitted function, in parts if it has a place."""
+    value = _compute(*call)
+    return value if place is None else _divide(value, place)
+
+
+def _divide(value: Any, place: Any) -> Any:
+    """Says inside a jitted function how an array is divided; a mesh may make that part of its type."""
+    types = getattr(getattr(place, "mesh", None), "axis_types", ())
+    if jax.sharding.AxisType.Explicit in types:
+        return jax.sharding.reshard(value, place)  # type: ignore[no-untyped-call]  # jax
+    return jax.lax.with_sharding_constraint(value, place)  # type: ignore[no-untyped-call]  # jax
+
+
+def _held(place: Any, *call: Any) -> Any:
+    """Computes a leaf of an initializer that holds it, as an array: nothing is compiled."""
+    if place is None:
+        return jnp.array(_compute(*call))  # a copy: two leaves must never share a buffer
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return scatter(_compute(*call), place)
+
+
+def _stacked(
+    paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array, places: Sequence[Any]
+) -> tuple[Any, ...]:
     """Computes every copy as the leaf that it would be if it were not in a stack."""
-    single: list[tuple[Path, Spec]] = []
-    for path, spec in zip(paths, specs, strict=True):
-        axes = len(spec.copies)
-        one = spec._replace(shape=spec.shape[axes:], copies=())
-        for numbers in np.ndindex(*spec.shape[:axes]):
-            name = list(path)
-            for number, (_, place) in reversed(list(zip(numbers, spec.copies, strict=True))):
-                name.insert(place, str(number))
-            single.append((tuple(name), one))
-    values = iter(draw([name for name, _ in single], [one for _, one in single], key))
+    names: list[Path] = []
+    singles: list[Spec] = []
+    at: list[Any] = []
+    divided: dict[int, Any] = {}  # the stacks that no device may hold whole
+    for i, (path, spec, place) in enumerate(zip(paths, specs, places, strict=True)):
+        one = spec._replace(shape=spec.shape[len(spec.copies) :], copies=())
+        copies = _copies(path, spec)
+        if spec.copies and place is not None:
+            divided[i] = _divided(copies, one, spec, key, place)
+        else:
+            names += copies
+            singles += [one] * len(copies)
+            at += [place] * len(copies)
+    values = iter(draw(names, singles, key, at))
     leaves = []
-    for spec in specs:
-        if not spec.copies:
+    for i, spec in enumerate(specs):
+        if i in divided:
+            leaves.append(divided[i])
+        elif not spec.copies:
             leaves.append(next(values))
-            continue
-        count = math.prod(spec.shape[: len(spec.copies)])
-        leaves.append(jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape))
+        else:
+            count = math.prod(spec.shape[: len(spec.copies)])
+            leaves.append(jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape))
     return tuple(leaves)
+
+
+def _copies(path: Path, spec: Spec) -> list[Path]:
+    """Returns the path that each copy in a stack would have if it were not in one."""
+    paths = []
+    for numbers in np.ndindex(*spec.shape[: len(spec.copies)]):
+        name = list(path)
+        for number, (_, place) in reversed(list(zip(numbers, spec.copies, strict=True))):
+            name.insert(place, str(number))
+        paths.append(tuple(name))
+    return paths
+
+
+def _divided(copies: Sequence[Path], one: Spec, stack: Spec, key: jax.Array, place: Any) -> Any:
+    """Computes a stack of copies of which every device makes its own part."""
+    specs = [_for_name(one, path) for path in copies]
+    traced = isinstance(key, jax.core.Tracer)
+    if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(specs[0].initializer):
+        words = np.stack([path_words(path) for path in copies])
+        call = specs[0].initializer, (stack.shape[: len(stack.copies)], one.shape), one.dtype
+        keys = _path_keys(key, words)
+        if traced:
+            return _divide(_compute_stack(*call, keys), place)
+        return _sharded(_compute_stack, place)(*call, keys)
+    if traced:
+        value = jnp.stack(draw(copies, specs, key)).reshape(stack.shape)
+        return _divide(value, place)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # each copy has its own initializer
+        values = [np.asarray(value) for value in draw(copies, specs, key)]
+    return scatter(np.stack(values).reshape(stack.shape), place)
 
 
 def _for_name(spec: Spec, path: Path) -> Spec:
@@ -126,11 +229,13 @@ def _for_name(spec: Spec, path: Path) -> Spec:
     return spec
 
 
-def _alike(specs: Sequence[Spec]) -> Iterator[list[int]]:
+def _alike(specs: Sequence[Spec], places: Sequence[Any]) -> Iterator[list[int]]:
     """Yields the positions of specs that one function can compute."""
     groups: dict[Any, list[int]] = {}
-    for i, spec in enumerate(specs):
-        call = (spec.initializer, spec.shape, spec.dtype) if _compilable(spec.initializer) else i
+    for i, (spec, place) in enumerate(zip(specs, places, strict=True)):
+        call: Any = i
+        if _compilable(spec.initializer):
+            call = spec.initializer, spec.shape, spec.dtype, place
         groups.setdefault(call, []).append(i)
     yield from groups.values()
 

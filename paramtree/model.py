@@ -15,6 +15,7 @@ from paramtree.initializers import get
 from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.names import Rules, named, resolve
 from paramtree.record import Spec, record
+from paramtree.sharding import spread
 from paramtree.structure import Structure
 from paramtree.tree import ParamTree, _rebuild
 
@@ -54,6 +55,7 @@ def init(
     *inputs: Any,
     rules: Rules | None = None,
     ties: Mapping[str, str] | None = None,
+    shardings: Any = None,
     **kwargs: Any,
 ) -> ParamTree:
     """Returns freshly initialised parameters for a model; sizes are inferred from the inputs.
@@ -68,13 +70,16 @@ def init(
       *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else the model takes.
       rules: patterns to initializers, for leaves that are not to use their layer's own.
       ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
+      shardings: where the leaves are to be: what ``pt.shardings`` makes for ``pt.abstract`` of the
+        model, or one sharding for all. Every device computes its own part, and the values are the
+        same for every mesh. (Orthogonal, which has no parts, is computed whole.)
       **kwargs: passed on to the model.
 
     Raises:
       TypeError: ``key`` is not a PRNG key.
       RuleError: a rule matches nothing, or is not an initializer.
-      MismatchError: the model declares one leaf in two ways, or an initializer returns something
-        else than it was asked for.
+      MismatchError: the model declares one leaf in two ways, an initializer returns something else
+        than it was asked for, or the shardings are of another tree.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp
@@ -97,7 +102,11 @@ def init(
         specs = [
             s._replace(initializer=rule or s.initializer) for s, rule in zip(specs, chosen, strict=True)
         ]
-    return _rebuild(tree._structure, draw(tree._structure.canonical, specs, key))
+    places = None
+    if shardings is not None:
+        shapes = _rebuild(tree._structure, tuple(spec.abstract() for spec in tree._leaves))
+        places = spread(shardings, shapes, "the shardings for init")
+    return _rebuild(tree._structure, draw(tree._structure.canonical, specs, key, places))
 
 
 def reinit(tree: T, key: jax.Array, rules: Rules) -> T:

@@ -22,7 +22,17 @@ from paramtree.leaf import dtype_of, join, shape_of
 from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build, picker
 from paramtree.tree import ParamTree, _rebuild, whole
 
-__all__ = ["Pattern", "Rules", "from_tree", "match", "named", "names", "resolve"]
+__all__ = [
+    "Pattern",
+    "Rules",
+    "assign",
+    "from_tree",
+    "key_segments",
+    "match",
+    "named",
+    "names",
+    "resolve",
+]
 
 Pattern = str | re.Pattern[str]
 Rules = Mapping[Any, Any]  # patterns to values; a Mapping's key type is invariant, so any will do
@@ -128,12 +138,9 @@ def resolve(
             f"{rules!r} of type {type(rules).__name__}."
         )
     patterns = tuple(rules)
-    key = ("rules", patterns)
-    if key not in structure.cache:
-        structure.cache[key] = _assign(structure, patterns)
-    first, disputed, unused = structure.cache[key]
+    first, disputed, unused = assign(structure, patterns)
     values = [*rules.values(), default]  # the rule of a leaf that none matches is the last, -1
-    problems = [no_match(pattern, names(structure)) for pattern in unused]
+    problems = [no_match(patterns[i], names(structure)) for i in unused]
     for hits in disputed:
         if any(not _same(values[i], values[hits[0][0]]) for i, _ in hits):
             shown = ", ".join(f"{name} by {patterns[i]!r}" for i, name in hits)
@@ -149,23 +156,37 @@ def resolve(
 Hits = list[tuple[int, str]]
 
 
+def assign(
+    structure: Structure, patterns: tuple[Pattern, ...], prefix: Path = ()
+) -> tuple[tuple[int, ...], list[Hits], list[int]]:
+    """Returns each slot's rule, -1 for none; the ties with several; the rules without a match.
+
+    With a prefix, where the tree stands in another one, a pattern may match a name with it or without.
+    """
+    key = ("rules", patterns, prefix)
+    if key not in structure.cache:
+        structure.cache[key] = _assign(structure, patterns, prefix)
+    made: tuple[tuple[int, ...], list[Hits], list[int]] = structure.cache[key]
+    return made
+
+
 def _assign(
-    structure: Structure, patterns: tuple[Pattern, ...]
-) -> tuple[tuple[int, ...], list[Hits], list[Pattern]]:
-    """Returns each slot's rule, -1 for none; the ties with several; the patterns without a match."""
+    structure: Structure, patterns: tuple[Pattern, ...], prefix: Path
+) -> tuple[tuple[int, ...], list[Hits], list[int]]:
     found = names(structure)
+    start = join(prefix) + "_"
     rule = [-1] * len(found)
     unused = []
     for i, pattern in enumerate(patterns):
         # A pattern is tried on all names, also those that an earlier one took: one that is merely
         # shadowed is no typo.
         test = compiled(pattern).fullmatch
-        hits = [k for k, name in enumerate(found) if test(name)]
+        hits = [k for k, name in enumerate(found) if test(name) or (prefix and test(start + name))]
         for k in hits:
             if rule[k] < 0:
                 rule[k] = i
         if not hits:
-            unused.append(pattern)
+            unused.append(i)
     if len(found) == len(structure.kinds):  # nothing is tied: entries and slots are one
         return tuple(rule), [], unused
     by_slot: list[Hits] = [[] for _ in structure.kinds]
@@ -238,7 +259,7 @@ def named(tree: Any, *, numbers: bool = False) -> Named:
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     least = shape_of if numbers else dtype_of
     where = [i for i, (_, leaf) in enumerate(flat) if least(leaf) is not None]
-    items = [(_segments(flat[i][0]) or ("value",), i) for i in where]
+    items = [(key_segments(flat[i][0]) or ("value",), i) for i in where]
     structure, order = build(items, dict.fromkeys(where, PARAM))
 
     def restore(leaves: Sequence[Any], others: Any = UNSET) -> Any:
@@ -250,7 +271,8 @@ def named(tree: Any, *, numbers: bool = False) -> Named:
     return Named(_rebuild(structure, tuple(flat[i][1] for i in order)), restore, True)
 
 
-def _segments(key_path: Iterable[Any]) -> Path:
+def key_segments(key_path: Iterable[Any]) -> Path:
+    """Returns the path that a key path of jax stands for."""
     path: list[str] = []
     for key in key_path:
         match key:
@@ -330,7 +352,7 @@ def _children(value: Any) -> list[tuple[Path, Any]] | None:
     if value is None or jax.tree_util.all_leaves([value]):
         return None
     flat, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda below: below is not value)
-    return [(_segments(key_path), below) for key_path, below in flat]
+    return [(key_segments(key_path), below) for key_path, below in flat]
 
 
 def _split(key: object) -> Path:

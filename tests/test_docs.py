@@ -98,7 +98,7 @@ def test_any_room_can_be_imported_first() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    order = ["errors", "leaf", "structure", "tree", "names", "contents", "compare", "initializers", "selection", "parts", "gradients", "tying", "record", "draw", "model", "stacking",
+    order = ["errors", "leaf", "structure", "tree", "names", "contents", "compare", "initializers", "selection", "parts", "sharding", "gradients", "tying", "record", "draw", "model", "stacking",
              "observe", "train", "packing", "nn", "io", "inspect", "testing", "command", "__main__"]  # fmt: skip
     for path in (ROOT / "paramtree").rglob("*.py"):
         room = path.relative_to(ROOT / "paramtree").parts[0].removesuffix(".py")

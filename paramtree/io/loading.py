@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
+
 from paramtree.io.heading import arranged, items_of, open_source
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
-from paramtree.io.placing import Placing
+from paramtree.io.placing import Placing, divides
 from paramtree.io.problems import Problems
 from paramtree.io.restack import restack
 from paramtree.io.source import Source, segments
@@ -15,6 +17,7 @@ from paramtree.io.transforms import transform_all
 from paramtree.io.wire import decode
 from paramtree.leaf import dtype_of, join, printable, shape_of
 from paramtree.names import Pattern, Rules, named
+from paramtree.sharding import spread
 from paramtree.tree import ParamTree, _rebuild
 
 __all__ = ["LoadReport", "load", "load_part"]
@@ -72,6 +75,7 @@ def load(
     cast_dtype: bool = False,
     sep: str = ".",
     report: bool = False,
+    shardings: Any = None,
 ) -> Any:
     r"""Returns the tree that a file holds; what the file is shows from its content.
 
@@ -99,6 +103,9 @@ def load(
       cast_dtype: whether arrays of another dtype are cast to that of ``like``.
       sep: what separates the levels in names that become a tree; "/" always does.
       report: whether to return the report as well.
+      shardings: where the leaves are to be: what ``pt.shardings`` makes of ``like``, or without it of
+        ``pt.peek(path)``; or one sharding for all. Of a safetensors file or an Orbax checkpoint, every
+        process reads the parts that its devices hold and no more.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
@@ -107,6 +114,7 @@ def load(
     Raises:
       LoadError: the file is damaged, or does not fit ``like``: all that is missing, unexpected, or of
         another shape or dtype is listed.
+      MismatchError: the shardings are those of another tree.
       RuleError: ``rename`` or ``transform`` has a pattern that matches nothing.
       FileNotFoundError: there is no such file.
 
@@ -124,10 +132,14 @@ def load(
     with open_source(os.fspath(path)) as source:
         plan = _Plan(source, rename_all(items_of(source), rename), transform, sep)
         if like is None:
-            tree, made = plan.into_names(rename is None and transform is None, lambda found: found)
+            tree, made = plan.into_names(
+                rename is None and transform is None, lambda found: found, shardings
+            )
         else:
             free = allow_missing or not strict, ignore_extra or not strict
-            tree, made = plan.into(like, *free, cast_dtype, ordered=source.ordered and rename is None)
+            tree, made = plan.into(
+                like, *free, cast_dtype, source.ordered and rename is None, shardings
+            )
     return (tree, made) if report else tree
 
 
@@ -143,6 +155,10 @@ def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamT
     """
     with open_source(os.fspath(path)) as source:
         return _Plan(source, items_of(source), None, ".").into_names(True, choose)[0]
+
+
+def _shape(item: Item) -> Any:
+    return jax.ShapeDtypeStruct(item.shape, item.dtype)  # type: ignore[no-untyped-call]  # jax
 
 
 class _Plan:
@@ -177,7 +193,7 @@ class _Plan:
     # Without a tree to fit
 
     def into_names(
-        self, exact: bool, choose: Callable[[ParamTree], ParamTree]
+        self, exact: bool, choose: Callable[[ParamTree], ParamTree], shardings: Any = None
     ) -> tuple[ParamTree, LoadReport]:
         """Returns what is chosen of the tree that was saved, or of one of the names in the file."""
         source = self.source
@@ -185,10 +201,11 @@ class _Plan:
         items = transform_all(self.items, self.transform, self._flat, self.unexpected)
         found = choose(arranged(source, items, self.sep, exact))
         chosen: Sequence[Item] = found._leaves
-        source.prepare({item.origin: None for item in chosen if item.read is None})
+        places = self._places(shardings, _rebuild(found._structure, tuple(map(_shape, chosen))))
+        self._prepare([[item] for item in chosen], places)
         placing = Placing()
-        for item in chosen:
-            placing.add(self.value(item))
+        for item, place in zip(chosen, places, strict=True):
+            self._place(placing, item, None, place)
         first = found._structure.canonical
         loaded = {join(path): [item.origin] for path, item in zip(first, chosen, strict=True)}
         tree = _rebuild(found._structure, placing.done())
@@ -201,10 +218,45 @@ class _Plan:
         used = {origin for item in items for origin in item.origin.split(", ")}
         return [name for name in self.source.arrays if name not in used]
 
+    # To their places
+
+    def _places(self, shardings: Any, like: Any) -> list[Any]:
+        """Returns the sharding of every leaf of a tree, None where it does not matter."""
+        if shardings is not None:
+            return spread(shardings, like, "the shardings for load")
+        return [getattr(leaf, "sharding", None) for leaf in named(like, numbers=True).tree._leaves]
+
+    def _prepare(self, givers: Sequence[Sequence[Item]], places: Sequence[Any]) -> None:
+        """Tells the source what will be read."""
+        self.source.prepare(
+            {
+                item.origin: place
+                for found, place in zip(givers, places, strict=True)
+                for item in found
+                if item.read is None
+            }
+        )
+
+    def _place(self, placing: Placing, item: Item, like: Any, place: Any) -> None:
+        """Reads an array, or those parts of it that this process holds."""
+        direct = item.read is None
+        stored = self.source.arrays[item.origin] if direct and not self.tags.get(item.origin) else None
+        dtype = item.dtype if like is None else dtype_of(like)
+        if stored and stored.part and dtype is not None and divides(place, dtype):
+            placing.add_parts(stored.part, stored.shape, dtype, place)
+        else:
+            placing.add(self.value(item), like, place, copy=not direct)
+
     # Into a tree
 
     def into(
-        self, like: Any, allow_missing: Any, ignore_extra: Any, cast: bool, ordered: bool
+        self,
+        like: Any,
+        allow_missing: Any,
+        ignore_extra: Any,
+        cast: bool,
+        ordered: bool,
+        shardings: Any = None,
     ) -> tuple[Any, LoadReport]:
         """Returns a tree like another one, with the values of the file."""
         source = self.source
@@ -235,14 +287,8 @@ class _Plan:
                 problems.compare(join(path), leaves[slot], item, cast)
         problems.check()
         source.check_expansion({i.origin: i.shape for found in givers for i in found})
-        source.prepare(
-            {
-                item.origin: getattr(leaf, "sharding", None)
-                for leaf, found in zip(leaves, givers, strict=True)
-                for item in found
-                if item.read is None
-            }
-        )
+        places = self._places(shardings, like)
+        self._prepare(givers, places)
         placing = Placing()
         loaded: dict[str, list[str]] = {}
         changed: dict[str, str] = {}
@@ -251,10 +297,13 @@ class _Plan:
                 placing.keep(leaf)
                 continue
             name = join(structure.canonical[slot])
-            value = self.value(chosen[0])
-            for other in chosen[1:]:
-                problems.equal(name, chosen[0], value, other, self.value(other))
-            placing.add(value, leaf, copy=chosen[0].read is not None)
+            if len(chosen) == 1:
+                self._place(placing, chosen[0], leaf, places[slot])
+            else:
+                value = self.value(chosen[0])
+                for other in chosen[1:]:
+                    problems.equal(name, chosen[0], value, other, self.value(other))
+                placing.add(value, leaf, places[slot], copy=chosen[0].read is not None)
             loaded[name] = [item.origin for item in chosen]
             if dtype_of(leaf) not in (None, chosen[0].dtype):
                 changed[name] = str(chosen[0].dtype)

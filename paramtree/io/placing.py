@@ -1,6 +1,8 @@
 """Where the arrays of a file end up: as jax arrays on devices, or as numpy arrays."""
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.io.wire import is_key
+from paramtree.sharding import scatter
 
-__all__ = ["Placing"]
+__all__ = ["Placing", "divides"]
 
 
 class Placing:
@@ -24,12 +27,13 @@ class Placing:
         """Takes a leaf that stays as it is."""
         self._leaves.append(leaf)
 
-    def add(self, value: Any, like: Any = None, copy: bool = False) -> None:
+    def add(self, value: Any, like: Any = None, place: Any = None, copy: bool = False) -> None:
         """Takes an array that is to be like another leaf, or a jax array if jax can hold it.
 
         Args:
           value: a numpy array; or a jax array, which is where it belongs.
-          like: an array, a shape with a dtype and perhaps a sharding, or a number.
+          like: an array, a shape with a dtype, or a number.
+          place: a sharding; None for a numpy array if ``like`` is one, or else the default device.
           copy: whether somebody else may have the same memory, as a function that returned it.
         """
         dtype = getattr(like, "dtype", None)
@@ -41,12 +45,33 @@ class Placing:
             value = type(like)(value.item())
         elif isinstance(like, np.generic):
             value = np.asarray(value)[()]
-        elif isinstance(like, np.ndarray):
+        elif isinstance(like, np.ndarray) and place is None:
             value = np.asarray(value)
         elif isinstance(value, np.ndarray) and _holds(value.dtype):
-            sharding = getattr(like, "sharding", None)
-            to = None if sharding == self._default else sharding
-            self._to.setdefault(to, []).append(len(self._leaves))
+            if divides(place):
+                value = scatter(value, place)  # at once, for its memory
+            else:
+                to = None if place == self._default else place
+                self._to.setdefault(to, []).append(len(self._leaves))
+        self._leaves.append(value)
+
+    def add_parts(
+        self, read: Callable[[tuple[slice, ...]], Any], shape: Any, dtype: Any, place: Any
+    ) -> None:
+        """Takes an array that is read part by part, each once, and only those of this process.
+
+        Args:
+          read: returns a part, given a slice for each dimension.
+          shape: that of the array.
+          dtype: what to cast it to.
+          place: its sharding.
+        """
+        read_once = functools.cache(
+            lambda bounds: _in_dtype(read(tuple(itertools.starmap(slice, bounds))), dtype)
+        )
+        value = jax.make_array_from_callback(
+            shape, place, lambda index: read_once(tuple((s.start, s.stop) for s in index))
+        )
         self._leaves.append(value)
 
     def done(self) -> tuple[Any, ...]:
@@ -69,6 +94,15 @@ def _tried(dtype: Any, x64: bool) -> bool:
         return bool(jax.device_put(np.zeros((), dtype)).dtype == dtype)
     except Exception:  # jax raises several types for what it does not know
         return False
+
+
+def divides(place: Any, dtype: Any = np.float32) -> bool:
+    """Whether arrays of a dtype can go to a sharding, and it is over several devices."""
+    return place is not None and len(place.device_set) > 1 and _holds(dtype)
+
+
+def _in_dtype(value: Any, dtype: Any) -> Any:
+    return value if value.dtype == dtype else _cast(value, dtype)
 
 
 def _cast(value: Any, dtype: Any) -> Any:

@@ -15,7 +15,16 @@ from typing import Any
 
 from paramtree.errors import ParamTreeError
 from paramtree.io.atomic import replacing
-from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout, read_span
+from paramtree.io.source import (
+    Source,
+    Stored,
+    check_name,
+    check_shape,
+    fail,
+    read_layout,
+    read_part,
+    read_span,
+)
 from paramtree.io.wire import to_dtype, to_host
 
 __all__ = ["INDEX", "NATIVE", "read", "read_index", "write"]
@@ -98,7 +107,10 @@ def read(path: str, file: BufferedReader) -> Source:
                 dtype = to_dtype(_CODES[code])
                 size = check_shape(path, repr(name), shape, dtype)
                 arrays[name] = Stored(
-                    shape, dtype, partial(read_span, path, file, offset, size, dtype, shape)
+                    shape,
+                    dtype,
+                    partial(read_span, path, file, offset, size, dtype, shape),
+                    part=partial(read_part, path, file, offset, dtype, shape),
                 )
                 offset += size
     except SafetensorError as error:

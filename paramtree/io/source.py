@@ -5,6 +5,7 @@ gives a ``Source``. No array is read until the loader has seen that all of them 
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,22 +20,29 @@ from paramtree.io.layout import CLIMBS, DEEPEST, Layout, decode_layout
 from paramtree.leaf import printable
 
 __all__ = [
-    "Source", "Stored", "check_name", "check_shape", "fail", "read_into", "read_layout", "read_span",
-    "segments",
+    "Source", "Stored", "check_name", "check_shape", "fail", "read_into", "read_layout", "read_part",
+    "read_span", "segments",
 ]  # fmt: skip
 
 # What a file may expand to when nobody says which shapes to expect: compressed and sparse arrays take
 # more memory than the file, and a few bytes can claim any amount.
 _SLACK = 2**18
+_NEAR = 4096  # bytes: a disk reads no less than a page
+_CHUNK = 2**22  # bytes that may be in memory although only some of them are wanted
 
 
 class Stored(NamedTuple):
-    """One array of a file. ``read`` returns it; ``expands`` if that takes more memory than the file."""
+    """One array of a file.
+
+    ``read`` returns it; ``expands`` if that takes more memory than the file. ``part`` returns a part of
+    it, given a slice for each dimension, and reads that part alone; None if the format has no way to.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
     expands: bool = False
+    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -154,8 +162,7 @@ def read_span(
     Raises:
       LoadError: the file has become shorter.
     """
-    file.seek(offset)
-    return read_into(path, file.readinto, size, dtype, shape)
+    return read_into(path, _reader(file, offset), size, dtype, shape)
 
 
 def read_into(
@@ -167,20 +174,100 @@ def read_into(
     order: Literal["C", "F"] = "C",
 ) -> np.ndarray:
     """Returns an array from what a function reads, which may be less at a call than it is asked for."""
+    span = _aligned(size)
+    _fill(path, readinto, span)
+    # A boolean is 0 or 1 to jax, and a file may hold any byte.
+    array = span != 0 if dtype == np.bool_ else span.view(dtype)
+    return array.reshape(shape, order=order)
+
+
+def read_part(
+    path: str,
+    file: BufferedReader,
+    offset: int,
+    dtype: Any,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """Returns a part of an array from a file; what lies outside is read only if it is less than a page.
+
+    Args:
+      path: what to call the file in a message.
+      file: the file.
+      offset: where the array begins in it.
+      dtype: the dtype of the array.
+      shape: the shape of the whole array.
+      index: a slice, without a step, for each dimension.
+
+    Raises:
+      LoadError: the file has become shorter.
+    """
+    if not shape:
+        return read_span(path, file, offset, dtype.itemsize, dtype, shape)
+    bounds = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
+    sizes = tuple(stop - start for start, stop in bounds)
+    item = dtype.itemsize
+    steps = [item * math.prod(shape[i + 1 :]) for i in range(len(shape))]  # bytes
+    out = (
+        _aligned(item * math.prod(sizes)).view(np.uint8 if dtype == np.bool_ else dtype).reshape(sizes)
+    )
+    if not out.size:
+        return out.astype(dtype, copy=False)
+    # Below the dimension ``at`` everything is read, and above it each row by itself: it is the last one
+    # that is divided, or one further up if the rows lie nearly side by side.
+    divided = [i for i, n in enumerate(shape) if sizes[i] < n]
+    at = divided[-1] if divided else 0
+    while at > 0 and (shape[at] - sizes[at]) * steps[at] < _NEAR:
+        at -= 1
+    inner = tuple(slice(start, stop) for start, stop in bounds[at + 1 :])
+    straight = sizes[at + 1 :] == shape[at + 1 :]
+    count = sizes[at] if straight else max(1, _CHUNK // steps[at])
+    for lead in np.ndindex(*sizes[:at]):
+        begin = offset + sum((i + b[0]) * n for i, b, n in zip(lead, bounds, steps, strict=False))
+        for row in range(0, sizes[at], count):
+            rows = out[lead][row : row + count]
+            where = begin + (bounds[at][0] + row) * steps[at]
+            if straight:
+                _fill(path, _reader(file, where), rows.reshape(-1).view(np.uint8))
+            else:
+                block = np.empty((len(rows), *shape[at + 1 :]), out.dtype)
+                _fill(path, _reader(file, where), block.reshape(-1).view(np.uint8))
+                rows[...] = block[(slice(None), *inner)]
+    return out != 0 if dtype == np.bool_ else out
+
+
+def _reader(file: BufferedReader, offset: int) -> Callable[[memoryview], int]:
+    """Returns a function that reads on from a place in a file, and no more than it is asked for."""
+
+    def readinto(view: memoryview) -> int:
+        nonlocal offset
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [view], offset)
+        else:
+            file.seek(offset)
+            count = file.readinto(view)
+        offset += count
+        return count
+
+    return readinto
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Returns memory for some bytes."""
     # jax takes over a buffer that begins at a multiple of 64 and copies any other: the arrays of a
     # file must not be in memory twice.
     raw = np.empty(size + 64, np.uint8)
     begin = -raw.ctypes.data % 64
-    span = raw[begin : begin + size]
-    done = 0
+    return raw[begin : begin + size]
+
+
+def _fill(path: str, readinto: Callable[[memoryview], int], span: np.ndarray) -> None:
+    done, size = 0, len(span)
     while done < size:
         count = readinto(span.data[done:])
         if not count:
             fail(path, "", f"{size - done} bytes of an array are missing: the file has become shorter.")
         done += count
-    # A boolean is 0 or 1 to jax, and a file may hold any byte.
-    array = span != 0 if dtype == np.bool_ else span.view(dtype)
-    return array.reshape(shape, order=order)
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,160 @@
+"""What XLA makes of a program for many devices: the memory it takes, and what the devices exchange.
+
+A process has as many devices as it has, and a CPU can be divided into any number only before jax
+begins. So a program for more of them is exported, and compiled in a process of its own, which this
+file is as well: ``python -m paramtree.inspect.compiled`` reads a program and writes JSON.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jax.sharding import Mesh
+
+from paramtree.errors import ParamTreeError
+
+__all__ = ["collectives", "facts", "facts_elsewhere"]
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_FLAG = "--xla_force_host_platform_device_count"
+_BYTES = {"pred": 1, "c64": 8, "c128": 16}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$", re.MULTILINE)
+_EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_CALLED = re.compile(
+    r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    r"""Returns what the devices exchange in a compiled program, given as XLA's text.
+
+    Returns:
+      For each kind of collective that there is: how many are in the program ("ops"), how often they run
+      ("runs": in a loop as often as it goes round), and how many bytes all runs give to a device.
+
+    Example:
+      >>> collectives("ENTRY %main (x: f32[4]) -> f32[8] {\n  %y = f32[8]{0} all-gather(%x)\n}")
+      {'all-gather': {'ops': 1, 'runs': 1, 'bytes': 32}}
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            lines = bodies[head[2]] = []
+            entry = head[2] if head[1] else entry
+        else:
+            lines.append(line)
+    found: dict[str, dict[str, int]] = {}
+    seen: set[str] = set()
+
+    def walk(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            exchange = _EXCHANGE.search(line)
+            if exchange:
+                one = found.setdefault(exchange[2], {"ops": 0, "runs": 0, "bytes": 0})
+                one["ops"] += name not in seen
+                one["runs"] += times
+                one["bytes"] += times * _nbytes(exchange[1])
+            trips = _TRIPS.search(line)
+            for single, several in _CALLED.findall(line):
+                for called in (single, *re.findall(r"[\w.-]+", several)):
+                    if called:
+                        walk(called, times * (int(trips[1]) if trips and " while(" in line else 1))
+        seen.add(name)
+
+    walk(entry, 1)
+    return {name: found[name] for name in COLLECTIVES if name in found}
+
+
+def _nbytes(shapes: str) -> int:
+    """Returns the bytes of an array, or of a tuple of them, as XLA writes its type."""
+    size = 0
+    for kind, dimensions in _ARRAY.findall(shapes):
+        bits = re.search(r"\d+", kind)
+        each = _BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
+        size += each * math.prod(int(n) for n in dimensions.split(",") if n)
+    return size
+
+
+def facts(compiled: Any) -> dict[str, Any]:
+    """Returns what XLA says of a compiled program.
+
+    Returns:
+      "backend"; "arguments", "outputs" and "temporaries", bytes per device; and "collectives".
+    """
+    memory = compiled.memory_analysis()
+    return {
+        "backend": jax.default_backend(),
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict[str, Any]:
+    """Returns ``facts`` of a program, compiled in another process for as many devices of a CPU.
+
+    Args:
+      exported: the program, exported for CPUs.
+      axes: the axes of the mesh that it is for, and their sizes.
+
+    Raises:
+      ParamTreeError: it cannot be compiled.
+    """
+    count = math.prod(axes.values())
+    flags = re.sub(rf"{_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{flags} {_FLAG}={count}".strip(),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
+    }
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    program = base64.b64encode(bytes(exported.serialize())).decode()
+    run = subprocess.run(
+        [sys.executable, "-m", "paramtree.inspect.compiled"],
+        input=json.dumps({"program": program, "axes": axes}),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        said = re.split(r"^(?=[\w.]*(?:Error|Exception)\b)", run.stderr, flags=re.MULTILINE)[-1]
+        raise ParamTreeError(
+            f"plan: the program for {count} devices cannot be compiled: {said[:1000].strip()}"
+        )
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _main() -> None:
+    given = json.load(sys.stdin)
+    exported = jax.export.deserialize(bytearray(base64.b64decode(given["program"])))
+    sizes = tuple(given["axes"].values())
+    mesh = Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), tuple(given["axes"]))
+    ins: Any = exported.in_shardings_jax(mesh)
+    outs: Any = exported.out_shardings_jax(mesh)
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+        for a, sharding in zip(exported.in_avals, ins, strict=True)
+    ]
+    print(json.dumps(facts(jax.jit(exported.call, out_shardings=outs).lower(*shapes).compile())))
+
+
+if __name__ == "__main__":
+    _main()
