@@ -112,24 +112,30 @@ def batch_at(text: Any, step: int, size: int, context: int, seed: int) -> Any:
 # The network
 
 
-def network(settings: Settings, dropout: float = 0.0, cache: int = 0) -> nn.Sequential:
+def network(
+    settings: Settings, dropout: float = 0.0, cache: int = 0, between: nn.Lambda | None = None
+) -> nn.Sequential:
     """Returns the network, ``(params, tokens) -> logits``: (batch, length) to (..., characters).
 
     Args:
       settings: those that the parameters depend on.
       dropout: the share of what a block adds that is zeroed under ``pt.training``.
       cache: how many characters it can be given, one by one, under ``pt.training``; 0 if all at once.
+      between: what is done with (batch, length, width) before and after each block.
     """
     width, layers, heads, _ = settings
     attend = nn.MultiHeadAttention(heads, use_bias=False, causal=True, rotary=True, cache=cache)
     widen = nn.Dense(4 * width, activation="gelu", flatten=False)
     narrow = nn.Dense(width, flatten=False)
+    flow = {} if between is None else {"between": between}
     block = nn.Sequential(
         attention=nn.Residual(norm=nn.RMSNorm(), attend=attend, dropout=nn.Dropout(dropout)),
         mlp=nn.Residual(norm=nn.RMSNorm(), widen=widen, narrow=narrow, dropout=nn.Dropout(dropout)),
+        **flow,
     )
     return nn.Sequential(
         embed=nn.Embedding(CHARACTERS, width),
+        **flow,
         blocks=nn.Repeat(block, layers),
         norm=nn.RMSNorm(),
         decoder=nn.Dense(CHARACTERS, use_bias=False, flatten=False),

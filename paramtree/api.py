@@ -25,6 +25,7 @@ from paramtree.inspect.size import nbytes as nbytes
 from paramtree.inspect.statistics import find_nonfinite as find_nonfinite
 from paramtree.inspect.statistics import stats as stats
 from paramtree.inspect.summaries import summary as summary
+from paramtree.io import Checkpoints as Checkpoints
 from paramtree.io import LoadReport as LoadReport
 from paramtree.io import load as load
 from paramtree.io import load_model as load_model

@@ -1,5 +1,6 @@
 """Files: trees into safetensors, npz, MXNet's and Orbax's formats, and back onto a tree by name."""
 
+from paramtree.io.checkpoints import Checkpoints as Checkpoints
 from paramtree.io.exporting import load_model as load_model
 from paramtree.io.exporting import save_model as save_model
 from paramtree.io.heading import peek as peek

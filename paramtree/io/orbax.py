@@ -18,7 +18,7 @@ from paramtree.io.atomic import sync
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout
 from paramtree.io.wire import NUMBERS, to_dtype
 
-__all__ = ["NATIVE", "read", "write"]
+__all__ = ["NATIVE", "as_state", "orbax", "read", "write"]
 
 NATIVE = NUMBERS | {
     "bfloat16",
@@ -30,9 +30,15 @@ NATIVE = NUMBERS | {
 }
 _LAYOUT, _EMPTY = "paramtree", "paramtree_empty"
 _MARK = "_CHECKPOINT_METADATA"
+_ITEM = "default"  # the folder of the arrays in a step that Orbax's manager wrote
 
 
-def _orbax() -> Any:
+def orbax() -> Any:
+    """Returns Orbax.
+
+    Raises:
+      ParamTreeError: it is not installed.
+    """
     try:
         import orbax.checkpoint  # type: ignore[import-untyped]
     except ImportError:
@@ -44,23 +50,14 @@ def _orbax() -> Any:
 
 def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
     """Writes arrays, each process its own part, and the layout as metadata."""
-    ocp = _orbax()
+    ocp = orbax()
     os.makedirs(path, exist_ok=True)
     numbers = _numbers(path)
     new = os.path.abspath(os.path.join(path, str(max(numbers, default=-1) + 1)))
-    # Orbax has no way to write an array without elements, nor a tree without arrays.
-    full = {name: array for name, array in arrays.items() if np.size(array)} or {"": np.zeros(1)}
-    empty = {
-        name: [np.dtype(array.dtype).name, list(array.shape)]
-        for name, array in arrays.items()
-        if not np.size(array)
-    }
+    state, metadata = as_state(arrays, layout)
     with ocp.StandardCheckpointer() as checkpointer:
         unfinished = f"{new}.unfinished"
-        state = {name: np.asarray(a) if not hasattr(a, "dtype") else a for name, a in full.items()}
-        checkpointer.save(
-            unfinished, state, force=True, custom_metadata={_LAYOUT: layout, _EMPTY: empty}
-        )
+        checkpointer.save(unfinished, state, force=True, custom_metadata=metadata)
         checkpointer.wait_until_finished()
     if jax.process_index() == 0:
         _sync(unfinished)
@@ -68,6 +65,23 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
         sync(path)
         for number in numbers:
             shutil.rmtree(os.path.join(path, str(number)), ignore_errors=True)
+    if jax.process_count() > 1:  # nobody may read, or look for the next number, before it is there
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(new)
+
+
+def as_state(arrays: Mapping[str, Any], layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what Orbax is to write: arrays, and what it keeps beside them."""
+    # Orbax has no way to write an array without elements, nor a tree without arrays.
+    full = {name: array for name, array in arrays.items() if np.size(array)} or {"": np.zeros(1)}
+    empty = {
+        name: [np.dtype(array.dtype).name, list(array.shape)]
+        for name, array in arrays.items()
+        if not np.size(array)
+    }
+    state = {name: a if hasattr(a, "dtype") else np.asarray(a) for name, a in full.items()}
+    return state, {_LAYOUT: layout, _EMPTY: empty}
 
 
 def _sync(folder: str) -> None:
@@ -103,7 +117,7 @@ class _Checkpoint(Source):
         return self.values.pop(name)
 
     def prepare(self, wanted: Mapping[str, Any]) -> None:
-        ocp = _orbax()
+        ocp = orbax()
 
         def target(key_path: Any, meta: Any) -> Any:
             name = _name(key_path)
@@ -130,7 +144,7 @@ def read(path: str) -> Source:
     Raises:
       LoadError: the folder holds no checkpoint, or a damaged one.
     """
-    ocp = _orbax()
+    ocp = orbax()
     numbers = _numbers(path)
     at = os.path.abspath(os.path.join(path, str(max(numbers)))) if numbers else os.path.abspath(path)
     if not os.path.exists(os.path.join(at, _MARK)):
@@ -139,7 +153,11 @@ def read(path: str) -> Source:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(at)
-        own, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
+            own = metadata.custom_metadata or {}
+            if os.path.isdir(os.path.join(at, _ITEM)):
+                at = os.path.join(at, _ITEM)
+                metadata = checkpointer.metadata(at)
+        tree = metadata.item_metadata.tree
         for key_path, meta in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]:
             name = _name(key_path)
             if name == "":

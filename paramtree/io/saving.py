@@ -14,7 +14,7 @@ from paramtree.names import check_unique, from_tree, named
 from paramtree.structure import Structure
 from paramtree.tree import ParamTree
 
-__all__ = ["save"]
+__all__ = ["flattened", "save"]
 
 _WRITERS = {".safetensors": safetensors, ".npz": npz, ".orbax": orbax}
 # fmt: off
@@ -62,19 +62,32 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
             f"{path}: files that end in {extension} are another library's. Choose .safetensors, .npz, "
             ".orbax or .params."
         )
-    source = _as_tree(tree)
-    structure, leaves = source._structure, source._leaves
-    _check_names(structure, sep)
     if extension == ".params":
+        source = _as_tree(tree)
+        structure = source._structure
+        _check_names(structure, sep)
         slots = [(join(path, sep), slot) for path, slot in structure.entries()]
-        arrays, _ = _encoded(path, structure, leaves, mxnet.NATIVE)
+        arrays, _ = _encoded(path, structure, source._leaves, mxnet.NATIVE)
         mxnet.write(path, {name: arrays[slot] for name, slot in slots})
         return
     writer = _WRITERS.get(extension, safetensors)
-    arrays, tags = _encoded(path, structure, leaves, writer.NATIVE)
+    writer.write(path, *flattened(path, tree, sep, writer.NATIVE))
+
+
+def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[dict[str, Any], str]:
+    """Returns the arrays to write by name, and the layout that makes them a tree again.
+
+    Raises:
+      NameCollisionError: two paths join to one name.
+      MismatchError: leaves that cannot be saved; all are listed.
+    """
+    source = _as_tree(tree)
+    structure = source._structure
+    _check_names(structure, sep)
+    arrays, tags = _encoded(path, structure, source._leaves, native)
     names = [join(path, sep) for path in structure.canonical]
     layout = encode_layout(structure, names, tags, sep)
-    writer.write(path, dict(zip(names, arrays, strict=True)), layout)
+    return dict(zip(names, arrays, strict=True)), layout
 
 
 def _as_tree(tree: Any) -> ParamTree:
