@@ -196,16 +196,15 @@ class _Work:
                 f"{what} gives {value!r}, where a spec is expected, such as P('model', None), or None"
             )
             return ()
-        dimensions, used = [], set()
+        dimensions = []
         for part in value:
-            found: list[str] = []
-            for name in part if isinstance(part, tuple | list) else (part,):
-                found += self.axis(what, name, axes)
-            twice = [axis for axis in found if axis in used]
-            used.update(found)
-            if twice or len(set(found)) < len(found):
-                self.problems.append(f"{what} gives {value}, which uses the axis {found[0]!r} twice")
-            dimensions.append(tuple(found))
+            names = part if isinstance(part, tuple | list) else (part,)
+            dimensions.append(tuple(axis for name in names for axis in self.axis(what, name, axes)))
+        used = [axis for part in dimensions for axis in part]
+        twice = [axis for i, axis in enumerate(used) if axis in used[:i]]
+        if twice:
+            self.problems.append(f"{what} gives {value}, which uses the axis {twice[0]!r} twice")
+            return ()
         return tuple(dimensions)
 
     def axis(self, what: str, name: Any, axes: Axes) -> list[str]:

@@ -23,6 +23,7 @@ from paramtree.inspect.compiled import facts, facts_elsewhere
 from paramtree.inspect.report import Column, Report, Table, bytes_text, count_text, plural
 from paramtree.inspect.sharded import places
 from paramtree.inspect.size import count
+from paramtree.leaf import describe, shape_of
 from paramtree.model import abstract
 from paramtree.names import UNSET, Rules
 from paramtree.sharding import shardings
@@ -150,10 +151,12 @@ def plan(
         return shardings(tree, mesh, rules, **how)
 
     params = abstract(f, *inputs, ties=ties)
-    step = value_and_grad(loss or _mean_square(f))
-    value, grads = jax.eval_shape(step, params, *inputs)
-    if value.shape != ():
-        raise ParamTreeError(f"plan: the loss is a scalar, and not of shape {value.shape}.")
+    measure = loss or _mean_square(f)
+    value = jax.eval_shape(measure, params, *inputs)
+    if shape_of(value) != ():
+        raise ParamTreeError(f"plan: the loss is a scalar, but found {describe(value)}.")
+    step = value_and_grad(measure)
+    _, grads = jax.eval_shape(step, params, *inputs)
     state = jax.eval_shape((tx or _adam()).init, grads)
     sizes = {
         "parameters": places(params, placed(params)),

@@ -4,6 +4,7 @@ A ``.orbax`` path is a folder with a numbered checkpoint in it. A save writes th
 then deletes the one before, so that there is always a whole one.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -145,19 +146,24 @@ def read(path: str) -> Source:
       LoadError: the folder holds no checkpoint, or a damaged one.
     """
     ocp = orbax()
+    from etils import epath  # type: ignore[import-untyped]  # Orbax's own
+
     numbers = _numbers(path)
     at = os.path.abspath(os.path.join(path, str(max(numbers)))) if numbers else os.path.abspath(path)
     if not os.path.exists(os.path.join(at, _MARK)):
         fail(path, "", "is a folder without a finished Orbax checkpoint in it.")
     arrays: dict[str, Stored] = {}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(at)
-            own = metadata.custom_metadata or {}
-            if os.path.isdir(os.path.join(at, _ITEM)):
-                at = os.path.join(at, _ITEM)
+        own, tree = {}, None
+        if os.path.isdir(os.path.join(at, _ITEM)):  # its manager keeps the arrays one level below
+            with open(os.path.join(at, _MARK), encoding="utf-8") as file:
+                own = json.load(file).get("custom_metadata") or {}
+            at = os.path.join(at, _ITEM)
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
+        else:
+            with ocp.StandardCheckpointer() as checkpointer:
                 metadata = checkpointer.metadata(at)
-        tree = metadata.item_metadata.tree
+            own, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
         for key_path, meta in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]:
             name = _name(key_path)
             if name == "":
