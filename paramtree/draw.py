@@ -4,6 +4,7 @@ A leaf's key depends only on the root key and on its path, by a 64-bit hash. Wit
 hundred thousand leaves would more likely than not draw the same numbers.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -109,6 +110,7 @@ def draw(
         return _stacked(paths, specs, key, places)
     specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
     leaves: list[Any] = [None] * len(specs)
+    window = _Window()
     for members in _alike(specs, places):
         first, place = specs[members[0]], places[members[0]]
         call = first.initializer, first.shape, first.dtype
@@ -126,10 +128,39 @@ def draw(
                 values = [_held(place, *call, _path_key(key, two)) for two in words]
             else:
                 compiled = _compiled if place is None else _sharded(_compute, place)
-                values = [compiled(*call, _path_key(key, two)) for two in words]
+                values = []
+                for two in words:
+                    window.wait_for(first.shape, first.dtype)
+                    values.append(window.add(compiled(*call, _path_key(key, two))))
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
     return tuple(leaves)
+
+
+class _Window:
+    """The leaves that are being computed: no more of them than what they need can be had.
+
+    While it is computed, a leaf takes some times its memory. jax would begin with dozens at a time.
+    """
+
+    MOST = 2**24  # bytes of leaves; one that is larger is computed by itself
+
+    def __init__(self) -> None:
+        self._begun: collections.deque[Any] = collections.deque()
+        self._bytes = 0
+
+    def wait_for(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Waits until there is room for a leaf."""
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        while self._begun and self._bytes + size > self.MOST:
+            self._bytes -= jax.block_until_ready(self._begun.popleft()).nbytes
+
+    def add(self, leaf: Any) -> Any:
+        """Returns a leaf that is being computed, and takes note of it."""
+        if not isinstance(leaf, jax.core.Tracer):
+            self._begun.append(leaf)
+            self._bytes += leaf.nbytes
+        return leaf
 
 
 def _free(key: jax.Array) -> jax.Array:

@@ -109,9 +109,9 @@ CASES = [
         ),
         size="layers",
         rounds=3,
-        turns=3,
+        turns=2,
         slice=0.02,
-        seconds=90,
+        seconds=45,
         smoke=(2,),
         packages=("equinox", "flax", "dm-haiku"),
         note=(

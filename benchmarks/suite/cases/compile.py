@@ -125,7 +125,7 @@ CASES = [
         ),
         size="blocks",
         rounds=2,
-        turns=3,
+        turns=2,
         seconds=60,
         smoke=(1,),
         packages=("equinox", "flax"),

@@ -173,7 +173,7 @@ CASES = [
         ),
         size="arrays",
         rounds=2,
-        turns=5,
+        turns=4,
         seconds=60,
         smoke=(1,),
         packages=("safetensors", "orbax-checkpoint"),

@@ -106,7 +106,9 @@ CASES = [
         ),
         smoke=(20,),
         packages=("equinox", "flax"),
-        seconds=100,
+        rounds=3,
+        turns=11,
+        seconds=70,
         note=(
             "The floor is `least node`: a class registered with jax that only hands its tuple out and "
             "takes one. jax calls Python once to flatten such a class and once to unflatten it, "

@@ -40,7 +40,7 @@ CASES = [
         },
         bounds=(Bound("import", None, 0.015),),
         size="",
-        rounds=5,
+        rounds=3,
         seconds=60,
         smoke=("import",),
         packages=("equinox", "flax", "dm-haiku", "penzai"),

@@ -76,9 +76,8 @@ CASES = [
                 Bound(f"{verb}, again", None, 1e-3),
             )
         ),
-        rounds=5,
-        turns=7,
-        seconds=100,
+        rounds=2,
+        turns=4,
         smoke=(400,),
         packages=("flax",),
         note=(
