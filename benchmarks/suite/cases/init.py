@@ -115,7 +115,7 @@ def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
     return contender
 
 
-WIDE = 768
+WIDE = 512
 EAGER = tuple(PEERS)
 JITTED = tuple(f"{name} jitted" for name in PEERS)
 CASES = [
@@ -152,7 +152,7 @@ CASES = [
     Case(
         name="init_memory",
         title="The most memory that initialisation takes, over that of the parameters",
-        sizes=(14,),
+        sizes=(48,),
         contenders={
             "paramtree": most_memory(ours),
             "paramtree jitted": most_memory(ours, "jitted"),
@@ -172,7 +172,7 @@ CASES = [
         alone=True,
         limit=600,
         note=(
-            f"{WIDE} units, {378:,} MiB of parameters, their largest leaf 9 MiB. How much the resident "
+            f"{WIDE} units, {576:,} MiB of parameters, their largest leaf 4 MiB. How much the resident "
             "memory of the process grew at most, from after everything is compiled. Sharded: the first "
             "axis of all leaves over eight devices that XLA makes of the processor. Jitted, alike "
             "leaves are made in one loop, so that compiling takes a tenth of the time; XLA keeps "
