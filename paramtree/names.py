@@ -43,14 +43,18 @@ def names(structure: Structure, sep: str = "_") -> tuple[str, ...]:
     """Returns the name of every leaf that is here, aliases too, in the order of ``entries``."""
     key = ("names", sep)
     if key not in structure.cache:
-        structure.cache[key] = tuple(join(path, sep) for path, _ in structure.entries())
+        structure.cache[key] = tuple(sep.join(path) for path, _ in structure.entries())
     found: tuple[str, ...] = structure.cache[key]
     return found
 
 
 def check_unique(found: Iterable[tuple[str, Path]]) -> None:
     """Raises NameCollisionError if two different paths have one name; it lists all of them."""
-    first: dict[str, Path] = {}
+    found = list(found)
+    first = dict(found)
+    if len(first) == len(found):
+        return
+    first.clear()
     clashes = [
         f"`{name}` is the name of both {'/'.join(first[name])} and {'/'.join(path)}"
         for name, path in found
@@ -92,11 +96,16 @@ def match(structure: Structure, pattern: Pattern | None, kind: str | None = None
     """
     if kind not in (None, PARAM, STATE):
         raise ValueError(f"kind is 'param', 'state' or None for both, not {kind!r}.")
-    full = None if pattern is None else compiled(pattern).fullmatch
-    return tuple(
-        (full is None or full(name) is not None) and kind in (None, structure.kinds[slot])
-        for (_, slot), name in zip(structure.entries(), names(structure), strict=True)
-    )
+    found = names(structure)
+    if pattern is None:
+        hits = [True] * len(found)
+    else:
+        full = compiled(pattern).fullmatch
+        hits = [full(name) is not None for name in found]
+    if kind is None:
+        return tuple(hits)
+    entries = zip(hits, structure.entries(), strict=True)
+    return tuple(hit and structure.kinds[slot] == kind for hit, (_, slot) in entries)
 
 
 def no_match(pattern: Pattern, known: Sequence[str]) -> str:

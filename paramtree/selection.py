@@ -1,6 +1,7 @@
 """Verbs that read and set leaves by name."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from itertools import compress
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from paramtree.errors import MismatchError, RuleError
 from paramtree.leaf import casts, dtype_of, join, shape_of
 from paramtree.names import Pattern, check_unique, compiled, find, match, named, names, resolve
-from paramtree.structure import Path, build, picker
+from paramtree.structure import Path, build, build_flat, picker
 from paramtree.tree import ParamTree, _rebuild
 
 __all__ = ["collect", "map_named", "replace"]
@@ -60,16 +61,21 @@ def collect(
         compiled(pattern)
     key = ("collect", pattern, sep, kind, aliases)
     if key not in structure.cache:
-        taken: dict[Hashable, tuple[str, Path, int]] = {}
-        entries = zip(
-            structure.entries(), names(structure, sep), match(structure, pattern, kind), strict=True
-        )
-        for (path, slot), name, matched in entries:
-            if matched:
-                taken.setdefault(path if aliases else slot, (name, path, slot))
-        check_unique((name, path) for name, path, _ in taken.values())
-        items = [((name,), slot) for name, _, slot in taken.values()]
-        flat, order = build(items, structure.kinds)
+        entries = zip(structure.entries(), names(structure, sep), strict=True)
+        taken: dict[Hashable, tuple[str, Path]] = {}
+        slots: list[int] = []
+        for (path, slot), name in compress(entries, match(structure, pattern, kind)):
+            if aliases or slot not in taken:
+                taken[path if aliases else slot] = name, path
+                slots.append(slot)
+        check_unique(taken.values())
+        found = [name for name, _ in taken.values()]
+        if aliases:
+            flat, order = build(
+                [((name,), slot) for name, slot in zip(found, slots, strict=True)], structure.kinds
+            )
+        else:
+            flat, order = build_flat(found, slots, structure.kinds), tuple(slots)
         structure.cache[key] = flat, picker(order)
     flat, take = structure.cache[key]
     return _rebuild(flat, take(source._leaves), source._place)

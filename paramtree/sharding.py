@@ -181,7 +181,7 @@ class _Work:
         self.fits: dict[tuple[int, Any], _Fit] = {}
         self.unused = set(range(len(self.patterns)))
         self.known: list[str] = []
-        self.large = False  # whether there is a leaf that is not on every device of itself
+        self.ruled = False  # whether there is a leaf that needs a rule
         self.unmatched: list[str] = []
         self.uneven: list[str] = []
 
@@ -302,7 +302,7 @@ class _Work:
                 else:
                     self.uneven.append(text + fit.note)
             made.append(fit.sharding)
-        self.large = self.large or len(made) > len(free)
+        self.ruled = self.ruled or len(made) > len(free)
         return tuple(made)
 
     def of_any(self, tree: Any) -> Any:
@@ -330,7 +330,7 @@ class _Work:
         free = {slot for slot, leaf in enumerate(leaves) if shape_of(leaf) == ()}
         for i, sharding in zip(order, self.of_leaves(leaves, rule, structure, (), free), strict=True):
             made[i] = sharding
-        if not self.large:  # a state of numbers alone, or of nothing: no rule could match
+        if not self.ruled:  # a state of numbers alone, or of nothing: no rule could match
             self.unused.clear()
         self.check()
         return jax.tree_util.tree_unflatten(treedef, made)

@@ -23,7 +23,18 @@ from typing import Any
 
 from paramtree.errors import NameCollisionError
 
-__all__ = ["EMPTY", "HOLE", "PARAM", "STATE", "Node", "Path", "Structure", "build", "picker"]
+__all__ = [
+    "EMPTY",
+    "HOLE",
+    "PARAM",
+    "STATE",
+    "Node",
+    "Path",
+    "Structure",
+    "build",
+    "build_flat",
+    "picker",
+]
 
 Path = tuple[str, ...]
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -146,11 +157,14 @@ class Structure:
         return self._canonical
 
     def entries(self, node: Node | None = None) -> Iterable[tuple[Path, int]]:
-        """Yields the path and slot of every leaf that is here, aliases too, below ``node``."""
+        """Returns the path and slot of every leaf that is here, aliases too, below ``node``."""
         start, stop = (0, len(self.paths)) if node is None else (node.start, node.stop)
-        for path, slot in zip(self.paths[start:stop], self.slots[start:stop], strict=True):
-            if slot >= 0:
-                yield path, slot
+        both = zip(self.paths[start:stop], self.slots[start:stop], strict=True)
+        if (
+            min(self.slots[start:stop], default=0) >= 0
+        ):  # mostly, and then Python takes no step for each
+            return both
+        return ((path, slot) for path, slot in both if slot >= 0)
 
     def below(self, node: Node) -> tuple["Structure", "Picker"]:
         """Returns the structure of one level by itself, and what takes its leaves out of these."""
@@ -246,6 +260,19 @@ def build(
     order = tuple(slot_of)
     structure = Structure.intern(tuple(paths), tuple(slots), tuple(kinds[label] for label in order))
     return structure, order
+
+
+def build_flat(names: Sequence[str], slots: Sequence[int], kinds: Sequence[str]) -> Structure:
+    """Returns the structure of one level of leaves that are not tied; ``build`` would return the same.
+
+    Args:
+      names: their names, no two alike.
+      slots: where the kind of each is.
+      kinds: kinds.
+    """
+    return Structure.intern(
+        tuple(zip(names, strict=True)), tuple(range(len(names))), tuple(kinds[slot] for slot in slots)
+    )
 
 
 def picker(order: Sequence[int]) -> Picker:

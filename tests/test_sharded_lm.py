@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paramtree as pt
-from examples import char_lm, multiprocess, sharded_lm
+from examples import char_lm, sharded_lm
 
 pytestmark = pytest.mark.slow
 
@@ -127,14 +127,3 @@ def test_it_trains_and_says_how_it_is_divided(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         sharded_lm.main(["--width", "36", "--heads", "3"])
     assert "is no multiple of 8" in capsys.readouterr().err
-
-
-def test_a_run_that_loses_a_process_ends_as_one_that_does_not(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    undisturbed, disturbed = multiprocess.main(["--timeout", "100"])
-    text = capsys.readouterr().out
-    assert undisturbed == disturbed and np.isfinite(undisturbed)
-    assert "process 1 is lost after step 10" in text
-    assert len(re.findall(r"process [01] goes on from step [48]\n", text)) == 2
-    assert "the losses are equal" in text
