@@ -222,8 +222,7 @@ def document(cases: dict[str, Case], results: list[dict[str, Any]], plotted: set
         if name in cases:
             for one in verdicts(cases[name], result["rounds"]):
                 what = f"{name}: {one.bound.metric}"
-                text = "met" if one.met else "**not met**"
-                rows.append([what, one.bound.ours, str(one.size), one.asked, one.answer, text])
+                rows.append([what, one.bound.ours, str(one.size), one.asked, one.answer, met(one)])
     parts.append(table(["what", "of", "size", "asked", "found", ""], rows))
     parts.append("## Case by case")
     for name, result in first["cases"].items():

@@ -74,7 +74,7 @@ def environment(case: Case, caches: Path) -> dict[str, str]:
     """Returns the environment of the processes of a case."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if case.cached:
-        env["JAX_COMPILATION_CACHE_DIR"] = str(caches / case.name)
+        env["JAX_COMPILATION_CACHE_DIR"] = str(caches)
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     else:

@@ -125,7 +125,7 @@ CASES = [
         ),
         size="blocks",
         rounds=2,
-        turns=2,
+        turns=1,
         seconds=60,
         smoke=(1,),
         packages=("equinox", "flax"),

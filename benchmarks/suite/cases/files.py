@@ -167,13 +167,12 @@ CASES = [
         },
         bounds=(
             Bound("save", "safetensors", 1.1, why=f"{FSYNC} is the floor of a save that lasts"),
-            Bound("save", FSYNC, 1.1),
             Bound("load", "safetensors", 1.1),
             Bound("load, like", "safetensors", 1.1),
         ),
         size="arrays",
         rounds=2,
-        turns=4,
+        turns=3,
         seconds=60,
         smoke=(1,),
         packages=("safetensors", "orbax-checkpoint"),
@@ -197,7 +196,7 @@ CASES = [
         seconds=20,
         smoke=(1,),
         packages=("safetensors",),
-        alone=True,
+        turns=1,
         note=(
             "How much the resident memory of a new process grew at most while it loaded, after it had "
             "loaded a small file; parts of a file that are mapped count."

@@ -117,7 +117,7 @@ def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
 
 WIDE = 512
 EAGER = tuple(PEERS)
-JITTED = tuple(f"{name} jitted" for name in PEERS)
+JITTED = ("Linen jitted", "Equinox jitted")
 CASES = [
     Case(
         name="init",
@@ -127,7 +127,7 @@ CASES = [
             "paramtree": timed(ours),
             "paramtree jitted": timed(ours, True, 24),
             **{name: timed(make) for name, make in PEERS.items()},
-            **{f"{name} jitted": timed(make, True, 4) for name, make in PEERS.items()},
+            **{name: timed(PEERS[name.split()[0]], True, 4) for name in JITTED},
         },
         bounds=(
             Bound("init", (*EAGER, *JITTED), 0.7),
@@ -169,7 +169,7 @@ CASES = [
         seconds=60,
         smoke=(1,),
         packages=("equinox", "flax", "dm-haiku"),
-        alone=True,
+        turns=1,
         limit=600,
         note=(
             f"{WIDE} units, {576:,} MiB of parameters, their largest leaf 4 MiB. How much the resident "

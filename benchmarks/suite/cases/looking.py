@@ -105,7 +105,7 @@ CASES = [
         title="Statistics of 400 MB",
         sizes=("8 blocks",),
         contenders={"paramtree": our_stats, SUM: one_pass, "numpy": by_numpy},
-        bounds=(Bound("statistics", SUM, 1.3),),
+        bounds=(Bound("statistics", SUM, 1.3, why="see the note"),),
         size="",
         rounds=3,
         turns=11,
@@ -114,7 +114,11 @@ CASES = [
         smoke=("tiny",),
         note=(
             "Mean, deviation, extremes, norm, zeros, NaN and infinities of each of 120 leaves, beside "
-            "`jax.jit(jax.numpy.sum)` of each, and the same numbers by numpy."
+            "`jax.jit(jax.numpy.sum)` of each, and the same numbers by numpy. The floor: XLA runs such "
+            "a loop on one thread and reads memory anew for each reduction that it does not fuse. So "
+            "all measures are taken in one loop over chunks that stay in the cache, and several leaves "
+            "at a time. A leaf of 17 MB takes one core 2.5 ms, a dozen instructions for every eight "
+            "values; both cores add it up in 0.8 ms."
         ),
     ),
 ]
