@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paramtree.errors import MismatchError, RuleError, suggest
@@ -110,16 +110,17 @@ class _Mark:
     sharding: Any
 
 
-def spread(shardings: Any, like: Any, what: str) -> list[Any]:
+def spread(shardings: Any, like: Any, what: str, real: bool = True) -> list[Any]:
     """Returns the sharding of every leaf that ``named`` finds in a tree, in its order, or None.
 
     Args:
       shardings: a tree like the other one, or a single ``jax.sharding.Sharding`` for all of it.
       like: a tree of arrays or shapes.
       what: what to call the shardings in a message.
+      real: whether they must be of devices that are here.
 
     Raises:
-      MismatchError: the structures differ, or a leaf is no sharding.
+      MismatchError: the structures differ, a leaf is no sharding, or a mesh has no devices.
     """
     leaves, made = jax.tree.flatten(like)
     treedef: Any = made
@@ -138,6 +139,11 @@ def spread(shardings: Any, like: Any, what: str) -> list[Any]:
         raise MismatchError(
             f"{what} have a {type(wrong[0]).__name__}, {wrong[0]!r}, where a jax.sharding.Sharding is "
             "expected. pt.shardings makes them from rules."
+        )
+    if real and any(isinstance(getattr(one, "mesh", None), AbstractMesh) for one in found):
+        raise MismatchError(
+            f"{what} are of an AbstractMesh, which has no devices: make them with pt.shardings of a "
+            "jax.sharding.Mesh."
         )
     marks = [
         leaf if (shape := shape_of(leaf)) is None else _Mark(shape, one)

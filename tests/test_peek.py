@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -132,6 +133,15 @@ class Counting:
 
         for module in ("heading", "safetensors"):
             monkeypatch.setattr(sys.modules[f"paramtree.io.{module}"], "open", opened, raising=False)
+        if hasattr(os, "preadv"):  # which passes the file object by
+            preadv = os.preadv
+
+            def counted(*args: Any) -> int:
+                found = preadv(*args)
+                counting.bytes += found
+                return found
+
+            monkeypatch.setattr(os, "preadv", counted)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz", "params"])

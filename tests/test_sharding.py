@@ -228,7 +228,9 @@ def test_a_whole_name_in_a_state_may_have_a_rule_of_its_own() -> None:
 
 
 def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = pt.abstract(NET, X)
+    # A structure of its own: it lives, with what it knows, as long as any tree of it.
+    net = nn.Sequential(known=nn.Dense(8), well=nn.Dense(16))
+    params = pt.abstract(net, X)
     first = pt.shardings(params, mesh(), RULES)
     seen = weakref.ref(first)
     with monkeypatch.context() as patch:
@@ -391,6 +393,11 @@ def test_shardings_of_another_tree_are_refused() -> None:
     with pytest.raises(pt.MismatchError, match="the shardings for init are not of the tree"):
         pt.init(NET, jax.random.key(0), X, shardings=placed)
     rules: Any = pt.map_named(lambda name, leaf: P(), pt.abstract(NET, X))
+    nowhere = pt.shardings(pt.abstract(NET, X), AbstractMesh((4,), ("model",)), RULES)
+    with pytest.raises(pt.MismatchError, match="are of an AbstractMesh, which has no devices"):
+        pt.init(NET, jax.random.key(0), X, shardings=nowhere)
+    with pytest.raises(pt.MismatchError, match="takes a tree of arrays or shapes, and found one of sh"):
+        pt.show_sharding(nowhere)
     with pytest.raises(pt.MismatchError, match=r"have a \w+, P\(\), where a jax.sharding.Sharding"):
         pt.init(NET, jax.random.key(0), X, shardings=rules)
 

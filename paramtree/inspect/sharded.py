@@ -4,8 +4,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jax.sharding import NamedSharding
+import jax
+from jax.sharding import NamedSharding, Sharding
 
+from paramtree.errors import MismatchError
 from paramtree.inspect.report import Column, Report, Table, bytes_text, plural
 from paramtree.leaf import dtype_of, join, shape_of, short
 from paramtree.names import named
@@ -109,11 +111,20 @@ class Places(Report):
 
 
 def places(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Places:
-    """Returns where the leaves of a tree lie; see ``show_sharding``, which prints it as well."""
+    """Returns where the leaves of a tree lie; see ``show_sharding``, which prints it as well.
+
+    Raises:
+      MismatchError: the shardings are those of another tree, or there are only shardings.
+    """
     source = named(tree, numbers=True).tree
     found: list[Any] = [getattr(leaf, "sharding", None) for leaf in source._leaves]
     if shardings is not None:
-        found = spread(shardings, tree, "the shardings to show")
+        found = spread(shardings, tree, "the shardings to show", real=False)
+    if any(isinstance(leaf, Sharding) for leaf in jax.tree.leaves(tree)):
+        raise MismatchError(
+            "show_sharding takes a tree of arrays or shapes, and found one of shardings: give them "
+            "beside it, as in pt.show_sharding(params, shardings)."
+        )
     leaves, total, full = [], 0, 0
     for path, leaf, sharding in zip(source._structure.canonical, source._leaves, found, strict=True):
         shape, dtype = shape_of(leaf), dtype_of(leaf)
@@ -145,7 +156,7 @@ def show_sharding(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Pl
       What was printed, as text with ``str`` and as plain values with ``.to_dict()``.
 
     Raises:
-      MismatchError: the shardings are those of another tree.
+      MismatchError: the shardings are those of another tree, or there are only shardings.
 
     Example:
       >>> import jax, paramtree as pt
