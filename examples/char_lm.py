@@ -163,21 +163,19 @@ def make_tx(lr: float) -> Any:
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-@partial(jax.jit, static_argnames=("net", "lr"), donate_argnames=("params", "state"))
-def train_step(
+def take_step(
     net: nn.Sequential, lr: float, params: Any, state: Any, tokens: Any, key: Any
 ) -> tuple[Any, Any, Any]:
-    """Returns new parameters, a new state of the optimiser, and the loss before.
-
-    The buffers of both that it takes are used for those that it returns. Networks are compared by
-    their settings, so all runs of equal ones share what is compiled here.
-    """
+    """Returns new parameters, a new state of the optimiser, and the loss before."""
     of_params = jax.value_and_grad(partial(loss_and_accuracy, net), has_aux=True)
     (loss, _), grads = of_params(params, tokens, key)
     updates, state = make_tx(lr).update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
 
+# The buffers of parameters and state that it takes are used for those that it returns. Networks are
+# compared by their settings, so all runs of equal ones share what is compiled here.
+train_step = jax.jit(take_step, static_argnames=("net", "lr"), donate_argnames=("params", "state"))
 measure = jax.jit(loss_and_accuracy, static_argnames="net")
 
 

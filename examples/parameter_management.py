@@ -145,7 +145,7 @@ def access_nested(key: jax.Array, x: jax.Array) -> None:
 def shapes_before_data() -> None:
     """Infers all shapes from that of an input; there is no data, and nothing is computed."""
     title("Shapes before any data")
-    x = jax.ShapeDtypeStruct((2, 20), jnp.float32)  # type: ignore[no-untyped-call]  # jax
+    x = jax.ShapeDtypeStruct((2, 20), jnp.float32)
     print(pt.abstract(mlp(), x))
 
 

@@ -88,7 +88,7 @@ def sharded(settings: char_lm.Settings, table: Table, lr: float, devices: Sequen
       RuleError: the devices do not divide the network as the table says.
     """
     mesh = Mesh(np.array(devices).reshape(table.mesh(len(devices))), ("data", "model"))
-    rows = NamedSharding(mesh, P("data"))  # type: ignore[no-untyped-call]  # jax
+    rows = NamedSharding(mesh, P("data"))
     # Without this the compiler may gather a batch, to multiply it with a part of a weight.
     keep_rows = nn.Lambda(partial(jax.lax.with_sharding_constraint, shardings=rows))
     net = char_lm.network(settings, between=keep_rows)
@@ -118,7 +118,7 @@ def make_step(where: Sharded, lr: float) -> Any:
     It is the step of ``char_lm``; all that is said of devices is where its results are to lie.
     """
     return jax.jit(
-        partial(char_lm.train_step.__wrapped__, where.net, lr, key=None),
+        partial(char_lm.take_step, where.net, lr, key=None),
         in_shardings=(where.params, where.state, where.batch),
         out_shardings=(where.params, where.state, None),
         donate_argnums=(0, 1),

@@ -9,5 +9,5 @@ from paramtree.command import main
 
 if __name__ == "__main__":
     if not os.environ.get("JAX_PLATFORMS"):  # who looks at a file need not take the accelerator
-        jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]  # jax
+        jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

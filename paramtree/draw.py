@@ -181,8 +181,8 @@ def _divide(value: Any, place: Any) -> Any:
     """Says inside a jitted function how an array is divided; a mesh may make that part of its type."""
     types = getattr(getattr(place, "mesh", None), "axis_types", ())
     if jax.sharding.AxisType.Explicit in types:
-        return jax.sharding.reshard(value, place)  # type: ignore[no-untyped-call]  # jax
-    return jax.lax.with_sharding_constraint(value, place)  # type: ignore[no-untyped-call]  # jax
+        return jax.sharding.reshard(value, place)
+    return jax.lax.with_sharding_constraint(value, place)
 
 
 def _held(place: Any, *call: Any) -> Any:

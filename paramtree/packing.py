@@ -171,7 +171,7 @@ def _split(buffer: Any, part: Part) -> list[Any]:
     before = have[:-1]
     if isinstance(buffer, jax.ShapeDtypeStruct):
         dtype = buffer.dtype
-        return [jax.ShapeDtypeStruct((*before, *shape), dtype) for shape in part.shapes]  # type: ignore[no-untyped-call]
+        return [jax.ShapeDtypeStruct((*before, *shape), dtype) for shape in part.shapes]
     starts = itertools.accumulate(sizes, initial=0)
     if isinstance(buffer, jax.core.Tracer):
         pieces: Any = jax.lax.split(buffer, sizes, axis=len(before))
@@ -247,7 +247,7 @@ def _canonical(dtype: Any) -> Any:
 def _joined(pieces: Sequence[Any], part: Part) -> Any:
     if all(isinstance(piece, jax.ShapeDtypeStruct) for piece in pieces):
         size = sum(math.prod(piece.shape) for piece in pieces)
-        return jax.ShapeDtypeStruct((size,), part.dtype)  # type: ignore[no-untyped-call]  # jax
+        return jax.ShapeDtypeStruct((size,), part.dtype)
     if not any(isinstance(piece, jax.core.Tracer) for piece in pieces):
         # On the host: compiled, joining hundreds of arrays takes XLA seconds.
         return jnp.asarray(np.concatenate([np.ravel(piece) for piece in pieces]), part.dtype)

@@ -223,7 +223,7 @@ def _in_dtype(leaf: Any, dtype: Any) -> Any:
     if dtype is None or have is None or not jnp.issubdtype(have, jnp.floating) or have == dtype:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)  # type: ignore[no-untyped-call]  # jax
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
     return leaf.astype(dtype)
 
 

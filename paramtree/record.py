@@ -43,7 +43,7 @@ class Spec(NamedTuple):
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)  # type: ignore[no-untyped-call]  # jax
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
 class _Run:

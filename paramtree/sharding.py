@@ -248,7 +248,7 @@ class _Work:
             parts.append(part)
         if odd and not self.replicate:
             return _Fit(None, f"{'; '.join(odd)} ({self.of(rule)})")
-        spec: Any = P(*parts)  # type: ignore[no-untyped-call]  # jax
+        spec: Any = P(*parts)
         return _Fit(NamedSharding(self.mesh, spec), note="; ".join(odd))
 
     def of(self, rule: int) -> str:

@@ -172,7 +172,7 @@ def _labelled(items: Sequence[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
 
 def _part(leaf: Any, i: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)  # type: ignore[no-untyped-call]  # jax
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     # A copy: a view of numpy's would keep all copies alive, and see them change.
     return np.array(leaf[i]) if isinstance(leaf, np.ndarray) else leaf[i]
 
@@ -181,5 +181,5 @@ def _together(leaves: Sequence[Any]) -> Any:
     first = leaves[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         shape = (len(leaves), *first.shape)
-        return jax.ShapeDtypeStruct(shape, first.dtype)  # type: ignore[no-untyped-call]  # jax
+        return jax.ShapeDtypeStruct(shape, first.dtype)
     return np.stack(leaves) if isinstance(first, np.ndarray) else jnp.stack(leaves)

@@ -244,7 +244,7 @@ def test_a_sharding_is_shown() -> None:
     assert "devices" not in repr(pt.show({"a": jax.device_put(jnp.ones(2), on_one)}))
     abstract = jax.sharding.AbstractMesh((4,), ("<b>",))
     spec = jax.sharding.NamedSharding(abstract, jax.sharding.PartitionSpec(None, "<b>"))
-    leaf = jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=spec)  # type: ignore[no-untyped-call]
+    leaf = jax.ShapeDtypeStruct((2, 8), jnp.float32, sharding=spec)
     assert "P(None, <b>)" in repr(pt.show({"a": leaf}))
     assert "P(None, <b>)" in checked(pt.show({"a": leaf})._repr_html_()).text
 

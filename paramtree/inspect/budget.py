@@ -69,7 +69,7 @@ class Plan(Report):
         """Returns the bytes and the collectives as text."""
         shape = ", ".join(f"{name}={size}" for name, size in self.axes.items())
         devices = plural(math.prod(self.axes.values()), "device", "devices")
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 name,
                 bytes_text(size),
@@ -163,7 +163,7 @@ def plan(
         "gradients": places(grads, placed(grads)),
         "optimiser": places(state, placed(state)),
     }
-    spec = P(next(iter(axis_sizes))) if batch is UNSET else batch  # type: ignore[no-untyped-call]  # jax
+    spec = P(next(iter(axis_sizes))) if batch is UNSET else batch
     data = tuple(_divided(a, mesh, spec) for a in inputs)
     found = _facts(step, (params, *inputs), (placed(params), *data), placed(grads), mesh, axis_sizes)
     per_device = {name: one.total for name, one in sizes.items()}
@@ -202,7 +202,7 @@ def _facts(step: Any, args: Any, ins: Any, grads: Any, mesh: Any, axes: dict[str
     def leaves(*flat: Any) -> Any:
         return tuple(jax.tree.leaves(step(*jax.tree.unflatten(treedef, flat))))
 
-    whole = NamedSharding(mesh, P())  # type: ignore[no-untyped-call]  # jax
+    whole = NamedSharding(mesh, P())
     outs = (whole, *jax.tree.leaves(grads))
     jitted = jax.jit(leaves, in_shardings=tuple(jax.tree.leaves(ins)), out_shardings=outs)
     if isinstance(mesh, Mesh):

@@ -150,7 +150,7 @@ def _main() -> None:
     ins: Any = exported.in_shardings_jax(mesh)
     outs: Any = exported.out_shardings_jax(mesh)
     shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
         for a, sharding in zip(exported.in_avals, ins, strict=True)
     ]
     print(json.dumps(facts(jax.jit(exported.call, out_shardings=outs).lower(*shapes).compile())))

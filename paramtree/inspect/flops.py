@@ -147,10 +147,7 @@ def _weight(counts: dict[int, float]) -> float:
 
 def _analysed(equations: Any) -> float:
     """Returns what XLA counts for the equations of a jaxpr."""
-    inputs = [
-        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # type: ignore[no-untyped-call]  # jax
-        for v in equations.invars
-    ]
+    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equations.invars]
     run = functools.partial(jax.core.eval_jaxpr, equations, ())
     try:
         # The backends of accelerators count only what they compiled; that of a CPU need not compile.

@@ -71,7 +71,7 @@ class Places(Report):
 
     def table(self) -> Table:
         """Returns the leaves and the total as text."""
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 leaf.name,
                 str(leaf.shape),

@@ -269,7 +269,7 @@ def _rows_of(leaves: list[Any], bins: int) -> list[tuple[Any, Any]]:
 
 def _waited(leaf: Any, bins: int) -> Any:
     row = _of_leaf(leaf, bins=bins, chunked=True, hurry=True)
-    return jax.block_until_ready(row)  # type: ignore[no-untyped-call]  # jax
+    return jax.block_until_ready(row)
 
 
 def _wide_types() -> Any:

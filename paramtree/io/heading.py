@@ -49,7 +49,7 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
     """
     with open_source(os.fspath(path)) as source:
         tree = arranged(source, items_of(source), sep)
-    shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in tree._leaves]  # type: ignore[no-untyped-call]  # jax
+    shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in tree._leaves]
     return _rebuild(tree._structure, shapes)
 
 

@@ -158,7 +158,7 @@ def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamT
 
 
 def _shape(item: Item) -> Any:
-    return jax.ShapeDtypeStruct(item.shape, item.dtype)  # type: ignore[no-untyped-call]  # jax
+    return jax.ShapeDtypeStruct(item.shape, item.dtype)
 
 
 class _Plan:

@@ -124,7 +124,7 @@ class _Checkpoint(Source):
             name = _name(key_path)
             if name not in wanted:
                 return ocp.PLACEHOLDER
-            return jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=wanted[name])  # type: ignore[no-untyped-call]
+            return jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=wanted[name])
 
         targets = jax.tree_util.tree_map_with_path(target, self.tree, is_leaf=_is_array)
         try:
@@ -154,7 +154,8 @@ def read(path: str) -> Source:
         fail(path, "", "is a folder without a finished Orbax checkpoint in it.")
     arrays: dict[str, Stored] = {}
     try:
-        own, tree = {}, None
+        own: dict[str, Any] = {}
+        tree: Any = None
         if os.path.isdir(os.path.join(at, _ITEM)):  # its manager keeps the arrays one level below
             with open(os.path.join(at, _MARK), encoding="utf-8") as file:
                 own = json.load(file).get("custom_metadata") or {}

@@ -66,13 +66,15 @@ class Placing:
           dtype: what to cast it to.
           place: its sharding.
         """
-        read_once = functools.cache(
-            lambda bounds: _in_dtype(read(tuple(itertools.starmap(slice, bounds))), dtype)
-        )
-        value = jax.make_array_from_callback(
-            shape, place, lambda index: read_once(tuple((s.start, s.stop) for s in index))
-        )
-        self._leaves.append(value)
+
+        @functools.cache
+        def read_once(bounds: tuple[tuple[int | None, int | None], ...]) -> Any:
+            return _in_dtype(read(tuple(itertools.starmap(slice, bounds))), dtype)
+
+        def part(index: Any) -> Any:  # a slice has no hash before Python 3.12
+            return read_once(tuple((one.start, one.stop) for one in index))
+
+        self._leaves.append(jax.make_array_from_callback(shape, place, part))
 
     def done(self) -> tuple[Any, ...]:
         """Returns the leaves, on their devices."""

@@ -105,7 +105,7 @@ def logical(shape: tuple[int, ...], dtype: Any, tag: str) -> tuple[tuple[int, ..
     if not tag:
         return shape, dtype
     if tag.startswith(_KEY):
-        data = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]  # jax
+        data = jax.ShapeDtypeStruct(shape, dtype)
         try:
             key = jax.eval_shape(
                 lambda bits: jax.random.wrap_key_data(bits, impl=tag[len(_KEY) :]), data

@@ -102,7 +102,7 @@ def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, A
 
     def mean(x: Any) -> Any:
         here = jnp.mean(x, axes, keepdims=True)
-        return here if axis_name is None else lax.pmean(here, axis_name)  # type: ignore[no-untyped-call]  # jax
+        return here if axis_name is None else lax.pmean(here, axis_name)
 
     # In two passes: E[x²] - E[x]² takes one, and loses all digits where the mean is large.
     center = mean(x)
