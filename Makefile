@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-step bench-command test-matrix clean
+.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-command test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -42,10 +42,6 @@ bench: $(VENV)/.bench
 # One round of one small size of everything, into nowhere: whether it runs.
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.suite --smoke
-
-# A training step beside one written by hand.
-bench-step: $(VENV)/.test
-	$(BIN)/python benchmarks/fashion_step.py
 
 # Listing the names in a file of 1 GB: time and memory.
 bench-command: $(VENV)/.test
