@@ -100,8 +100,6 @@ CASES = [
             "dict": by_dict,
             STRICT: by_strict_dict,
             "Equinox": peer(mlp.equinox_net),
-            "Linen": peer(mlp.linen_net),
-            "Haiku": peer(mlp.haiku_net),
         },
         bounds=tuple(
             Bound(f"{what}, traced", "dict", 1.1, why=why)
@@ -113,7 +111,7 @@ CASES = [
         slice=0.02,
         seconds=45,
         smoke=(2,),
-        packages=("equinox", "flax", "dm-haiku"),
+        packages=("equinox",),
         note=(
             "A function that reads every leaf of 1,000 layers and does nothing else, traced anew each "
             "time (a dict is read by its keys in both rows), and called by itself; and an MLP of as "
