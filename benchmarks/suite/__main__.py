@@ -56,6 +56,20 @@ def machine(cases: dict[str, Case]) -> dict[str, Any]:
     }
 
 
+def busy() -> tuple[int, int]:
+    """Returns how long the processors have worked, and how long others had what a host had promised."""
+    if not Path("/proc/stat").exists():
+        return 0, 0
+    times = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(times[:3]) + sum(times[5:7]), times[7]  # all but idle, waiting and stolen; stolen
+
+
+def stolen(before: tuple[int, int]) -> str:
+    """Returns the share of the time since then that a host took from this machine."""
+    worked, gone = (now - then for now, then in zip(busy(), before, strict=True))
+    return f"{100 * gone / max(1, worked + gone):.0f} % of what it asked for"
+
+
 def render(cases: dict[str, Case], folder: Path) -> None:
     """Writes the tables and plots from the results in a folder."""
     main = folder / "results.json"
@@ -116,6 +130,7 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
     path = folder / (f"results-{args.label}.json" if args.label else "results.json")
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     results["machine"] = machine(cases)
+    before = busy()
     failed = []
     began = time.monotonic()
     asked = {name: case for name, case in cases.items() if not args.only or name in args.only}
@@ -135,9 +150,13 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
             results["cases"] = {
                 name: results["cases"][name] for name in cases if name in results["cases"]
             }
+            results["machine"]["time that its host gave to others"] = stolen(before)
             path.write_text(json.dumps(results, separators=(",", ":")))  # as far as it came
+    taken = time.monotonic() - began
+    results["machine"]["minutes that it took"] = f"{taken / 60:.1f}"
+    path.write_text(json.dumps(results, separators=(",", ":")))
     render(cases, folder)
-    show(f"{time.monotonic() - began:.0f} s; written to {folder}")
+    show(f"{taken:.0f} s; written to {folder}")
     if failed:
         sys.exit(f"these failed: {'; '.join(failed)}")
 
