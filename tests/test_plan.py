@@ -21,8 +21,8 @@ TENSOR = {"dense0.*": P("model"), "dense1_weight": P(None, "model"), ".*": None}
 
 
 def test_the_bytes_are_those_of_the_arrays() -> None:
-    found = pt.plan(NET, X, {"data": 2, "model": 4}, TENSOR)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    found = pt.plan(NET, X, mesh, TENSOR)
     params = pt.init(NET, jax.random.key(0), X)
     placed = jax.device_put(params, pt.shardings(params, mesh, TENSOR))
     each = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
@@ -101,6 +101,8 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled() -> None:
         pt.RuleError, match=r"`input` \(33, 16\) dimension 0, of 33, is no multiple of 2"
     ):
         pt.plan(NET, odd, {"data": 2}, {".*": None})
+    with pytest.raises(TypeError, match=r"the axes of a mesh and their sizes, .* but found \(2, 4\)"):
+        pt.plan(NET, X, (2, 4), TENSOR)  # type: ignore[arg-type]
     tied = {"b/weight": "a/weight"}
     net = nn.Sequential(a=nn.Dense(16), b=nn.Dense(16))
     assert pt.plan(net, X, {"data": 2}, {".*": None}, ties=tied).count == 16 * 16 + 2 * 16

@@ -99,7 +99,7 @@ class Plan(Report):
 def plan(
     f: Callable[..., Any],
     x: Any,
-    mesh_shape: Mapping[str, int],
+    mesh_shape: Mapping[str, int] | Mesh | AbstractMesh,
     rules: Rules,
     *,
     loss: Callable[..., Any] | None = None,
@@ -117,7 +117,7 @@ def plan(
       x: the shape of its input, of the whole batch, as a ``jax.ShapeDtypeStruct`` or an array; or a
         tuple of several inputs.
       mesh_shape: the axes of the mesh and their sizes, as in ``{"data": 8, "model": 8}``. So many
-        devices need not be here: the step is then compiled for as many of a CPU.
+        devices need not be here: the step is then compiled for as many of a CPU. Or a mesh.
       rules: patterns to specs, as ``pt.shardings`` takes them, for parameters, gradients and the state
         of the optimiser.
       loss: a function ``loss(params, *inputs)`` of a scalar, in which the model is called; the mean of
@@ -131,6 +131,7 @@ def plan(
 
     Raises:
       RuleError: the rules do not fit the parameters, or the batch is not divided by its axis.
+      TypeError: ``mesh_shape`` is something else.
       ParamTreeError: the step cannot be compiled.
 
     Example:
@@ -143,6 +144,13 @@ def plan(
       (1632, 6432)
     """
     inputs = x if isinstance(x, tuple) else (x,)
+    if isinstance(mesh_shape, Mesh | AbstractMesh):
+        mesh_shape = mesh_shape.shape
+    if not isinstance(mesh_shape, Mapping) or not mesh_shape:
+        raise TypeError(
+            "plan takes the axes of a mesh and their sizes, as in {'data': 8}, but found "
+            f"{mesh_shape!r}."
+        )
     axis_sizes = {str(name): int(size) for name, size in mesh_shape.items()}
     mesh = _mesh(axis_sizes)
     how: dict[str, Any] = {"axes": axes, "default": default, "uneven": uneven}
@@ -164,7 +172,7 @@ def plan(
         "optimiser": places(state, placed(state)),
     }
     spec = P(next(iter(axis_sizes))) if batch is UNSET else batch
-    data = tuple(_divided(a, mesh, spec) for a in inputs)
+    data = tuple(_divided(a, mesh, spec, uneven) for a in inputs)
     found = _facts(step, (params, *inputs), (placed(params), *data), placed(grads), mesh, axis_sizes)
     per_device = {name: one.total for name, one in sizes.items()}
     per_device["activations"] = found["temporaries"]
@@ -188,11 +196,14 @@ def _mesh(axes: dict[str, int]) -> Any:
     return Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), tuple(axes))
 
 
-def _divided(value: Any, mesh: Any, spec: Any) -> Any:
+def _divided(value: Any, mesh: Any, spec: Any, uneven: str) -> Any:
     """Returns the shardings of an input, which may be any pytree; a number has nothing to divide."""
-    return jax.tree.map(
-        lambda a: shardings({"input": a}, mesh, {".*": spec if a.shape else None})["input"], value
-    )
+
+    def one(leaf: Any) -> Any:
+        rules = {".*": spec if leaf.shape else None}
+        return shardings({"input": leaf}, mesh, rules, uneven=uneven)["input"]
+
+    return jax.tree.map(one, value)
 
 
 def _facts(step: Any, args: Any, ins: Any, grads: Any, mesh: Any, axes: dict[str, int]) -> Any:
