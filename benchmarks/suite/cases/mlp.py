@@ -352,7 +352,7 @@ CASES = [
         ),
         size="layers",
         rounds=2,
-        turns=11,
+        turns=9,
         slice=0.02,
         smoke=(2,),
         packages=("equinox", "flax", "dm-haiku", "optax"),
@@ -393,14 +393,14 @@ CASES = [
         ),
         unit="x",
         size="layers",
-        rounds=4,
+        rounds=3,
         turns=3,
         seconds=60,
         smoke=(2,),
         packages=("optax",),
         cached=True,
         note=(
-            "Both are called in turns of some milliseconds in one process, in four processes. The "
+            "Both are called in turns of some milliseconds in one process, in three processes. The "
             "floor is the tuple: jax has nothing to do for its leaves but to pass them on."
         ),
     ),
