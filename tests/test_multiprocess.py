@@ -98,7 +98,7 @@ def test_each_process_makes_and_reads_its_own_parts(tmp_path: Path) -> None:
         net, x = pt.nn.Dense(8), jnp.ones((2, 4))
         places = pt.shardings(pt.abstract(net, x), mesh, {{".*": P("x")}})
         params = pt.init(net, jax.random.key(0), x, shardings=places)
-        print("sum", float(sum(jnp.sum(s.data) for s in params.weight.addressable_shards)))
+        print("sum", sum(float(s.data.sum()) for s in params.weight.addressable_shards))
         """
     )
     for output in outputs:
