@@ -70,8 +70,8 @@ def shardings(
       >>> params = pt.abstract(pt.nn.Dense(6), jax.ShapeDtypeStruct((2, 4), "float32"))
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
       >>> placed = pt.shardings(params, mesh, {".*weight": jax.P("model", None), ".*": None})
-      >>> placed.weight.spec, placed.bias.spec
-      (P('model', None), P())
+      >>> placed.weight.shard_shape((6, 4)), placed.bias.shard_shape((6,))
+      ((3, 4), (6,))
     """
     if uneven not in ("error", "replicate"):
         raise ValueError(f"uneven is 'error' or 'replicate', not {uneven!r}.")
