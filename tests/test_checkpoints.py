@@ -110,7 +110,16 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         pt.Checkpoints(tmp_path, keep=0)
     with pytest.raises(ValueError, match="mode is 'min' or 'max', not 'least'"):
         pt.Checkpoints(tmp_path, mode="least")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file: checkpoints are kept in a folder"):
+        pt.Checkpoints(file)
     with pt.Checkpoints(tmp_path / "run", best="loss") as checkpoints:
+        for wrong in ("1", -1, 1.5, True):
+            with pytest.raises(TypeError, match=f"a step is a whole number, 0 or more, not {wrong!r}"):
+                checkpoints.save(wrong, {"a": 1}, {"loss": 0.5})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="the metric `loss` is a number, not 'low'"):
+            checkpoints.save(1, {"a": 1}, {"loss": "low"})
         with pytest.raises(pt.LoadError, match="has no checkpoint: the steps there are none yet"):
             checkpoints.load({"a": 1})
         with pytest.raises(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from paramtree.errors import LoadError, ParamTreeError
 from paramtree.io import orbax
 from paramtree.io.loading import load
@@ -30,6 +32,7 @@ class Checkpoints:
 
     Raises:
       ValueError: ``keep`` is less than 1, or ``mode`` is something else.
+      NotADirectoryError: the folder is a file.
       ParamTreeError: Orbax is not installed.
 
     Example:
@@ -57,6 +60,8 @@ class Checkpoints:
             raise ValueError(f"mode is 'min' or 'max', not {mode!r}.")
         ocp = orbax.orbax()
         self.folder = os.path.abspath(os.fspath(folder))
+        if os.path.exists(self.folder) and not os.path.isdir(self.folder):
+            raise NotADirectoryError(f"{self.folder} is a file: checkpoints are kept in a folder.")
         self._best, self._mode = best, mode
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(keep)]
@@ -84,17 +89,25 @@ class Checkpoints:
           wait: whether to wait until it is on the disk.
 
         Raises:
+          TypeError: the step is no whole number of 0 or more, or a metric no number.
           ParamTreeError: there is a checkpoint of that step or a later one, or the metrics lack the
             one that says which is best.
           MismatchError: leaves that cannot be saved; all are listed.
         """
+        if not isinstance(step, int | np.integer) or isinstance(step, bool) or step < 0:
+            raise TypeError(f"a step is a whole number, 0 or more, not {step!r}.")
         last = self.latest
         if last is not None and step <= last:
             raise ParamTreeError(
                 f"{self.folder} has a checkpoint of step {last}, and the next one is of a later step, "
                 f"not {step}. A run that begins again needs a folder of its own."
             )
-        found = {name: float(value) for name, value in (metrics or {}).items()}
+        found = {}
+        for name, value in (metrics or {}).items():
+            try:
+                found[name] = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"the metric `{name}` is a number, not {value!r}.") from None
         if self._best is not None and self._best not in found:
             raise ParamTreeError(
                 f"`{self._best}` says which checkpoint is best, and the metrics of step {step} have "
@@ -104,7 +117,7 @@ class Checkpoints:
         arrays, layout = flattened(self.folder, run, ".", orbax.NATIVE)
         state, metadata = orbax.as_state(arrays, layout)
         self._manager.save(
-            step,
+            int(step),
             args=orbax.orbax().args.StandardSave(state),
             metrics=found or None,
             custom_metadata=metadata,
