@@ -20,31 +20,37 @@ def case(**changes: Any) -> Case:
     return dataclasses.replace(made, **changes)
 
 
-# Three rounds of three turns, of which one is disturbed.
+# Three rounds of three turns, some of which are disturbed.
 ROUNDS = [
-    {"1": values(paramtree=[2.0, 20.0, 2.0], a=[1.0, 10.0, 1.0], b=[4.0, 4.0, 4.0]), "2": values(paramtree=[6.0, 6.0, 6.0])},
+    {"1": values(paramtree=[2.0, 20.0, 2.0], a=[10.0, 1.0, 1.0], b=[4.0, 4.0, 4.0]), "2": values(paramtree=[6.0, 6.0, 6.0])},
     {"1": values(paramtree=[3.0, 3.0, 3.0], a=[1.0, 1.0, 1.0], b=[1.5, 1.5, 1.5]), "2": values(paramtree=[6.0, 6.0, 6.0])},
     {"1": values(paramtree=[4.0, 4.0, 4.0], a=[4.0, 4.0, 4.0], b=[2.0, 2.0, 2.0]), "2": values(paramtree=[6.0, 6.0, 6.0])},
 ]  # fmt: skip
 
 
-def test_a_ratio_is_of_turns_then_of_rounds() -> None:
-    assert report.ratio(ROUNDS, "m", 1, "paramtree", "a") == report.Spread(2.0, 1.0, 3.0)
+def test_a_ratio_is_of_the_least_times() -> None:
+    assert report.ratio(case(), ROUNDS, "m", 1, "paramtree", "a") == report.Spread(2.0, 1.0, 3.0)
+
+
+def test_of_what_is_no_time_the_median_counts() -> None:
+    memory = case(unit="x")
+    assert report.value(memory, ROUNDS, 1, "paramtree", "m") == report.Spread(3.0, 2.0, 4.0)
+    assert report.ratio(memory, ROUNDS, "m", 1, "paramtree", "b") == report.Spread(1.5, 0.5, 2.0)
 
 
 def test_the_best_of_several_is_that_of_the_round() -> None:
-    assert report.ratio(ROUNDS, "m", 1, "paramtree", ("a", "b")) == report.Spread(2.0, 2.0, 3.0)
+    assert report.ratio(case(), ROUNDS, "m", 1, "paramtree", ("a", "b")) == report.Spread(2.0, 2.0, 3.0)
 
 
 def test_growth_is_over_another_size_of_the_same_round() -> None:
-    assert report.ratio(ROUNDS, "m", 2, "paramtree", "paramtree", base=1) == report.Spread(
-        2.0, 1.5, 3.0
+    assert report.ratio(case(), ROUNDS, "m", 2, "paramtree", "paramtree", base=1) == report.Spread(
+        3.0, 1.5, 3.0
     )
 
 
 def test_what_was_not_measured_has_no_ratio_and_meets_nothing() -> None:
-    assert report.ratio(ROUNDS, "m", 2, "paramtree", "a") is None
-    assert report.value(ROUNDS, 1, "paramtree", "other") is None
+    assert report.ratio(case(), ROUNDS, "m", 2, "paramtree", "a") is None
+    assert report.value(case(), ROUNDS, 1, "paramtree", "other") is None
     [found] = report.verdicts(case(bounds=(Bound("m", "a", 9.0, when=lambda size: size == 2),)), ROUNDS)
     assert not found.met and found.answer == "not measured"
 
@@ -73,7 +79,7 @@ def test_the_document_has_every_contender_and_what_is_absent() -> None:
     machine = {"processor": "a | one"}
     cases = {"c": case(bounds=(Bound("m", "a", 2.0),), note="What it is.")}
     text = report.document(cases, [{"machine": machine, "cases": {"c": result}}], set())
-    assert "| 1 | paramtree | 3 s | 2 s to 4 s |  |" in text
+    assert "| 1 | paramtree | 2 s | 2 s to 4 s |  |" in text
     assert "| 1 | a | 1 s | 1 s to 4 s | 0.50 |" in text
     assert "Left out: b (not installed)." in text and "Failed: a, 2 (it fell over)." in text
     assert "What it is." in text and "- processor: a | one" in text

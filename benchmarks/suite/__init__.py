@@ -7,9 +7,11 @@ that everything runs with ``make bench-smoke``. It writes ``benchmarks/results.j
 How it measures
   Machines drift, so a time alone says little. In every round each contender of a case runs in a new
   process. All processes of a round first set up and warm up, and then take turns: a few milliseconds
-  of one, of the next, and so on, the order rotated from turn to turn and from round to round. A ratio
-  is taken within a turn, its median is that of the round, and what is reported is the median over the
-  rounds with the smallest and the largest of them.
+  of one, of the next, and so on, the order rotated from turn to turn and from round to round. What
+  else runs on a machine only ever adds time, so the least that was seen is what a call takes (as the
+  documentation of ``timeit`` advises), and a ratio is that of the least times. What is reported is the
+  least of all rounds, with the smallest and the largest round. What is no time (memory, a ratio) is
+  reported by its median.
 
 How to add a case
   Put a file into ``benchmarks/suite/cases`` which defines ``CASES``, a list of ``Case``. The import of

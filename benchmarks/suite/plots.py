@@ -40,14 +40,14 @@ def draw(
         others = iter(["#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#000000"] * 3)
         for name in case.contenders:
             color = COLORS.get(name) or next(others)
-            found = [(size, value(rounds, size, name, metric)) for size in sizes]
+            found = [(size, value(case, rounds, size, name, metric)) for size in sizes]
             here = [(size, spread) for size, spread in found if spread]
             if not here:
                 continue
             style = {"color": color, "label": name, "linewidth": 2.2 if name == "paramtree" else 1.2}
-            middle = [spread.median for _, spread in here]
-            low = [spread.median - spread.least for _, spread in here]
-            high = [spread.most - spread.median for _, spread in here]
+            middle = [spread.typical for _, spread in here]
+            low = [spread.typical - spread.least for _, spread in here]
+            high = [spread.most - spread.typical for _, spread in here]
             if lines:
                 axis.errorbar(
                     [size for size, _ in here], middle, [low, high], marker="o", ms=3, **style

@@ -1,4 +1,4 @@
-"""From the results to tables: medians, ratios within a turn, and which bounds are met."""
+"""From the results to tables: what counts of many turns, ratios, and which bounds are met."""
 
 import statistics
 from collections.abc import Iterable
@@ -12,31 +12,32 @@ Rounds = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median over rounds, with the smallest and the largest."""
+    """What counts of all rounds, with the smallest and the largest round."""
 
-    median: float
+    typical: float
     least: float
     most: float
 
-    @staticmethod
-    def of(values: Iterable[float]) -> "Spread | None":
-        """Returns the spread of some values, None if there are none."""
-        found = sorted(values)
-        return Spread(statistics.median(found), found[0], found[-1]) if found else None
+
+def typical(case: Case, values: Iterable[float]) -> float:
+    """Returns the least of times, as others can only add to them, and the median of all else."""
+    return min(values) if case.unit == "s" else statistics.median(values)
 
 
-def turns(rounds: Rounds, number: int, size: Size, name: str, metric: str) -> list[float] | None:
-    """Returns the values of a contender in one round, if it has any."""
-    return rounds[number].get(str(size), {}).get(name, {}).get(metric)
+def turns(rounds: Rounds, number: int, size: Size, name: str, metric: str) -> list[float]:
+    """Returns the values of a contender in one round, none if it took no part."""
+    return rounds[number].get(str(size), {}).get(name, {}).get(metric, [])
 
 
-def value(rounds: Rounds, size: Size, name: str, metric: str) -> Spread | None:
+def value(case: Case, rounds: Rounds, size: Size, name: str, metric: str) -> Spread | None:
     """Returns what a contender took."""
-    found = (turns(rounds, number, size, name, metric) for number in range(len(rounds)))
-    return Spread.of(statistics.median(values) for values in found if values)
+    every = (turns(rounds, number, size, name, metric) for number in range(len(rounds)))
+    found = [typical(case, values) for values in every if values]
+    return Spread(typical(case, found), min(found), max(found)) if found else None
 
 
 def ratio(
+    case: Case,
     rounds: Rounds,
     metric: str,
     size: Size,
@@ -44,26 +45,18 @@ def ratio(
     reference: str | tuple[str, ...],
     base: Size | None = None,
 ) -> Spread | None:
-    """Returns ours over the reference, in the same round, and in the same turn if there are as many."""
+    """Returns ours over the best of the references, of all rounds and within each."""
     names = (reference,) if isinstance(reference, str) else reference
-    found = []
-    for number in range(len(rounds)):
-        mine = turns(rounds, number, size, ours, metric)
-        others = [
-            values
-            for name in names
-            if (values := turns(rounds, number, size if base is None else base, name, metric))
-        ]
-        if not mine or not others:
-            continue
-        other = min(others, key=statistics.median)
-        if base is None and len(mine) == len(other):
-            pairs = [a / b for a, b in zip(mine, other, strict=True) if b]
-        else:
-            pairs = [statistics.median(mine) / statistics.median(other)]
-        if pairs:
-            found.append(statistics.median(pairs))
-    return Spread.of(found)
+    at = size if base is None else base
+
+    def over(some: Rounds) -> float | None:
+        mine = value(case, some, size, ours, metric)
+        others = [found.typical for name in names if (found := value(case, some, at, name, metric))]
+        return mine.typical / min(others) if mine and others else None
+
+    found = [one for each in rounds if (one := over([each])) is not None]
+    every = over(rounds)
+    return Spread(every, min(found), max(found)) if found and every is not None else None
 
 
 def shown(number: float, unit: str) -> str:
@@ -101,7 +94,7 @@ class Verdict:
     @property
     def met(self) -> bool:
         """Whether the bound is met."""
-        return self.found is not None and self.found.median <= self.bound.limit
+        return self.found is not None and self.found.typical <= self.bound.limit
 
     @property
     def asked(self) -> str:
@@ -121,7 +114,7 @@ class Verdict:
             return "not measured"
         if self.bound.reference is None:
             return span(self.found, self.unit)
-        return f"{self.found.median:.2f} ({self.found.least:.2f} to {self.found.most:.2f})"
+        return f"{self.found.typical:.2f} ({self.found.least:.2f} to {self.found.most:.2f})"
 
 
 def verdicts(case: Case, rounds: Rounds) -> list[Verdict]:
@@ -134,16 +127,16 @@ def verdicts(case: Case, rounds: Rounds) -> list[Verdict]:
             if not bound.when(size) or (bound.base is not None and bound.base not in measured):
                 continue
             if bound.reference is None:
-                have = value(rounds, size, bound.ours, bound.metric)
+                have = value(case, rounds, size, bound.ours, bound.metric)
             else:
-                have = ratio(rounds, bound.metric, size, bound.ours, bound.reference, bound.base)
+                have = ratio(case, rounds, bound.metric, size, bound.ours, bound.reference, bound.base)
             found.append(Verdict(bound, size, have, case.unit))
     return found
 
 
 def span(found: Spread, unit: str) -> str:
-    """Returns a median with its spread."""
-    return f"{shown(found.median, unit)} ({shown(found.least, unit)} to {shown(found.most, unit)})"
+    """Returns what counts, with its spread."""
+    return f"{shown(found.typical, unit)} ({shown(found.least, unit)} to {shown(found.most, unit)})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -165,18 +158,18 @@ def section(case: Case, result: dict[str, Any], plotted: bool, ratios: bool = Tr
         rows = []
         for size in sizes:
             for name in case.contenders:
-                found = value(rounds, size, name, metric)
+                found = value(case, rounds, size, name, metric)
                 if found is None:
                     continue
-                against = ratio(rounds, metric, size, name, "paramtree")
+                against = ratio(case, rounds, metric, size, name, "paramtree")
                 low_high = f"{shown(found.least, case.unit)} to {shown(found.most, case.unit)}"
-                cells = [size, name, shown(found.median, case.unit), low_high]
+                cells = [size, name, shown(found.typical, case.unit), low_high]
                 if ratios:
                     cells.append(
-                        "" if against is None or name == "paramtree" else f"{against.median:.2f}"
+                        "" if against is None or name == "paramtree" else f"{against.typical:.2f}"
                     )
                 rows.append(cells)
-        header = [case.size, "contender", f"{metric}, median", "from to"]
+        header = [case.size, "contender", metric, "its rounds"]
         parts.append(table([*header, "over paramtree"] if ratios else header, rows))
     if checked := verdicts(case, rounds):
         rows = [
@@ -210,9 +203,9 @@ def document(cases: dict[str, Case], results: list[dict[str, Any]], plotted: set
     parts = [
         "# Benchmarks",
         "Written by `make bench`; `benchmarks/suite` says how it measures. Numbers on shared machines "
-        "drift, so the ratios count: each is taken within a turn of a few milliseconds, and what is "
-        "given is the median over the rounds (in new processes each), with the smallest and the "
-        "largest round.",
+        "drift and are disturbed, so the ratios count, and of times the least: contenders take turns "
+        "of a few milliseconds, in new processes in every round, and what is given is the least of "
+        "all (of memory and of ratios the median), with the smallest and the largest round.",
         "## The machine",
         machine_text(first["machine"]),
         "## Which bounds are met",

@@ -1,14 +1,13 @@
 """One contender in a process of its own: ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``.
 
 It sets up and warms up, and then prints one line of JSON for each turn. By itself it takes some turns
-and prints their medians; with ``--live`` it prints a line when it is ready, and takes a turn for every
-line that it reads. With ``--smoke`` it takes a turn of one call of each contender that is named.
+and prints the least of each; with ``--live`` it prints a line when it is ready, and takes a turn for
+every line that it reads. With ``--smoke`` it takes a turn of one call of each contender that is named.
 """
 
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
 import traceback
@@ -47,7 +46,7 @@ def turn_of(what: Any, seconds: float) -> Callable[[], float]:
 
         each = max(once() for _ in range(2))
         count = max(1, min(5, int(seconds / max(each, 1e-9))))
-        return lambda: statistics.median(once() for _ in range(count))
+        return lambda: min(once() for _ in range(count))
     call = timed.call
 
     def many(count: int) -> float:
@@ -63,8 +62,7 @@ def turn_of(what: Any, seconds: float) -> Callable[[], float]:
     each = min(each, many(1), many(1))
     each = many(max(1, int(seconds / 3 / each)))
     count = max(1, int(seconds / 3 / each))
-    # Three spans, and their median: a stray interruption spoils but one.
-    return lambda: statistics.median(many(count) for _ in range(3))
+    return lambda: min(many(count) for _ in range(3))
 
 
 Turns = dict[str, Callable[[], float]]
@@ -132,7 +130,7 @@ def main() -> None:
         return
     count = 1 if case.alone else case.turns
     taken = [take(turns) for _ in range(count)]
-    values = {metric: statistics.median(turn[metric] for turn in taken) for metric in turns}
+    values = {metric: min(turn[metric] for turn in taken) for metric in turns}
     say({"values": values, "unit": case.unit, **about()})
 
 

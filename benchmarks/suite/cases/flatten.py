@@ -106,9 +106,9 @@ CASES = [
         ),
         smoke=(20,),
         packages=("equinox", "flax"),
-        rounds=3,
-        turns=11,
-        seconds=70,
+        rounds=2,
+        turns=9,
+        seconds=50,
         note=(
             "The floor is `least node`: a class registered with jax that only hands its tuple out and "
             "takes one. jax calls Python once to flatten such a class and once to unflatten it, "

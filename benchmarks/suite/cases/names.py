@@ -77,7 +77,7 @@ CASES = [
             )
         ),
         rounds=2,
-        turns=4,
+        turns=3,
         smoke=(400,),
         packages=("flax",),
         note=(
