@@ -465,3 +465,17 @@ def test_a_training_scope_reads_like_the_tree(key: jax.Array) -> None:
     y, same = pt.training(model)(params, X)
     np.testing.assert_array_equal(y, mlp(params, X))
     assert same._structure is params._structure and same.scale is params.scale
+
+
+def test_a_key_from_outside_of_a_traced_function() -> None:
+    net = pt.nn.Sequential(pt.nn.Dense(3), pt.nn.Dense(3, bias_initializer=pt.initializers.Constant(2)))
+    key = jax.random.key(0)
+    wanted = pt.collect(net.init(key, X))
+    for found in (
+        jax.jit(lambda x: net.init(key, x))(X),
+        jax.vmap(lambda x: net.init(key, x))(X[None]),
+    ):
+        for name, leaf in pt.collect(found).items():
+            np.testing.assert_allclose(leaf.reshape(wanted[name].shape), wanted[name], rtol=1e-6)
+    shapes = jax.eval_shape(lambda: net.init(key, X))
+    assert shapes.dense1.bias == jax.ShapeDtypeStruct((3,), jnp.float32)

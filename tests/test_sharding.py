@@ -331,6 +331,7 @@ def test_no_leaf_is_whole_on_one_device_while_it_is_made(monkeypatch: pytest.Mon
             temporary.append((memory.temp_size_in_bytes, value.nbytes))
             return value
 
+        call.lower = made.lower  # type: ignore[attr-defined]
         return call
 
     monkeypatch.setattr(draw, "_sharded", counted)
@@ -351,6 +352,36 @@ def test_leaves_that_are_alike_are_compiled_once() -> None:
     before = compiled._cache_size()
     pt.init(net, jax.random.key(1), X, shardings=placed)
     assert compiled._cache_size() == before == 1
+
+
+@pytest.mark.parametrize("place", [None, P("model")], ids=["whole", "divided"])
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_what_is_compiled_ahead_is_what_is_called(place: Any, make: Any) -> None:
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(about.get("fun_name", "")))
+
+    size = 104 + 8 * ["key", "PRNGKey"].index(make.__name__) + 16 * (place is None)  # not seen before
+    net = nn.Sequential(
+        *[nn.Dense(size, weight_initializer=pt.initializers.Xavier()) for _ in range(3)]
+    )
+    shapes = pt.abstract(net, X)
+    options = {} if place is None else {"shardings": pt.shardings(shapes, mesh(), {".*": place})}
+    pt.init(nn.Dense(1), make(0), X)  # what is made once
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        params = pt.init(net, make(0), X, **options)
+        first = list(compiled)
+        again = pt.init(net, make(1), X, **options)
+    finally:
+        # Older versions of jax cannot unregister one.
+        getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(listen)
+    # Two shapes of weights; biases are filled on the host where they are whole.
+    assert len([name for name in first if "_compute" in name]) == (2 if place is None else 3), first
+    assert compiled == first
+    assert not np.array_equal(params.dense0.weight, again.dense0.weight)
 
 
 def test_a_key_on_another_device_and_a_raw_key() -> None:

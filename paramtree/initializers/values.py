@@ -43,6 +43,8 @@ class Zero:
       Array([0., 0.], dtype=float32)
     """
 
+    fill = 0
+
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         return jax.nn.initializers.zeros(key, shape, dtype)
 
@@ -55,6 +57,8 @@ class One:
       >>> One()(jax.random.key(0), (2,), jnp.float32)
       Array([1., 1.], dtype=float32)
     """
+
+    fill = 1
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         return jax.nn.initializers.ones(key, shape, dtype)
@@ -81,6 +85,11 @@ class Constant:
     def eager(self) -> bool:
         """Whether it holds an array, which is better copied than compiled into a function."""
         return np.ndim(self.value) > 0
+
+    @property
+    def fill(self) -> Any:
+        """The number, None if it is an array or traced."""
+        return self.value if isinstance(self.value, bool | int | float | complex) else None
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(self.value, dtype), shape)
