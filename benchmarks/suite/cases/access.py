@@ -106,8 +106,8 @@ CASES = [
             for what, why in (("attributes", ""), ("paths", ""), ("model", "see the note"))
         ),
         size="layers",
-        rounds=3,
-        turns=2,
+        rounds=2,
+        turns=3,
         slice=0.02,
         seconds=45,
         smoke=(2,),

@@ -172,7 +172,7 @@ CASES = [
         ),
         size="arrays",
         rounds=2,
-        turns=3,
+        turns=2,
         seconds=60,
         smoke=(1,),
         packages=("safetensors", "orbax-checkpoint"),
