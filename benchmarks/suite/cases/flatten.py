@@ -100,7 +100,7 @@ CASES = [
             bound
             for metric in ("flatten", "unflatten", "tree_map")
             for bound in (
-                Bound(metric, "dict", 0.4, when=lambda size: size >= 200),
+                Bound(metric, "dict", 0.4, when=lambda size: size >= 200, why=FLOOR),
                 Bound(metric, "tuple", 1.1, why=FLOOR),
             )
         ),
