@@ -1,5 +1,6 @@
 """What a jitted call costs: deep nets of tiny layers, where arithmetic is next to nothing."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -300,12 +301,13 @@ def over(made: Metrics, references: dict[str, Metrics]) -> dict[str, Measured]:
             return time.perf_counter() - start
 
         several(call, 5)
-        count = max(2, int(TOGETHER / several(other, 5) * 5))
-        taken: dict[Callable[[], Any], list[float]] = {call: [], other: []}
-        for i in range(13):  # now one is first, now the other
-            for one in (call, other) if i % 2 else (other, call):
-                taken[one].append(several(one, count))
-        return min(taken[call]) / min(taken[other])
+        count = max(1, int(SPAN / several(other, 5) * 5))
+        found = []
+        for i in range(PAIRS):  # now one is first, now the other
+            order = (call, other) if i % 2 else (other, call)
+            taken = {one: several(one, count) for one in order}
+            found.append(taken[call] / taken[other])
+        return statistics.median(found)
 
     return {
         f"{metric}, of {name}": Measured(lambda a=made[metric], b=reference[metric]: ratio(a, b))
@@ -322,7 +324,7 @@ def together(size: int) -> dict[str, Measured]:
     return {**found, **{f"the tuple's {metric}": call for metric, call in floor.items()}}
 
 
-TOGETHER = 0.008  # seconds
+SPAN, PAIRS = 0.001, 101  # seconds; so many spans of each
 FLOOR = "the floor is the tuple's, by the same measure"
 NOISE = "two processes of one program differ by as much"
 When = Callable[[int], bool]
@@ -397,13 +399,13 @@ CASES = [
         unit="x",
         size="layers",
         rounds=3,
-        turns=3,
+        turns=1,
         seconds=60,
         smoke=(2,),
         packages=("optax",),
         cached=True,
         note=(
-            "Both are called in turns of some milliseconds in one process, in three processes. The "
+            "Both are called in turns of a millisecond in one process, in three processes. The "
             "floor is the tuple: jax has nothing to do for its leaves but to pass them on."
         ),
     ),
