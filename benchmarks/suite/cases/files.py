@@ -172,7 +172,7 @@ CASES = [
         ),
         size="arrays",
         rounds=2,
-        turns=2,
+        turns=3,
         seconds=60,
         smoke=(1,),
         packages=("safetensors", "orbax-checkpoint"),
