@@ -21,6 +21,9 @@ from benchmarks.suite.rounds import ROOT, run
 FIRST = ("mlp", "SGD step", "A jitted SGD step: what calling it costs")
 
 
+AGAIN = "measured again later"
+
+
 def show(text: str) -> None:
     """Prints at once."""
     print(text, flush=True)
@@ -129,7 +132,11 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
         return
     path = folder / (f"results-{args.label}.json" if args.label else "results.json")
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    results["machine"] = machine(cases)
+    whole = not args.only or not path.exists()
+    about = results["machine"] = machine(cases) if whole else results["machine"]
+    if not whole:  # what is said of the machine stays that of the whole run
+        again = {*about.get(AGAIN, "").split(", "), *args.only} - {""}
+        about[AGAIN] = ", ".join(name for name in cases if name in again)
     before = busy()
     failed = []
     began = time.monotonic()
@@ -140,7 +147,7 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
         runs = pool.map(lambda case: run(case, args.smoke, Path(caches), show), asked.values())
         for (name, case), result in zip(asked.items(), runs, strict=True):
             results["cases"][name] = result
-            results["machine"].update({k: v for k, v in result["about"].items() if k == "device"})
+            about.update({k: v for k, v in result["about"].items() if k == "device"})
             failed += [f"{name}: {who}" for who in result["errors"]]
             for who, why in result["absent"].items():
                 show(f"  left out: {who} ({why})")
@@ -150,10 +157,12 @@ def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> N
             results["cases"] = {
                 name: results["cases"][name] for name in cases if name in results["cases"]
             }
-            results["machine"]["time that its host gave to others"] = stolen(before)
+            if whole:
+                about["time that its host gave to others"] = stolen(before)
             path.write_text(json.dumps(results, separators=(",", ":")))  # as far as it came
     taken = time.monotonic() - began
-    results["machine"]["minutes that it took"] = f"{taken / 60:.1f}"
+    if whole:
+        about["minutes that it took"] = f"{taken / 60:.1f}"
     path.write_text(json.dumps(results, separators=(",", ":")))
     render(cases, folder)
     show(f"{taken:.0f} s; written to {folder}")
