@@ -116,6 +116,7 @@ def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
 
 
 WIDE = 512
+TOLD = "half of it is tracing the model for its shapes, which NNX and Equinox are told"
 KEPT = "some 35 MB of it is what malloc keeps of temporaries, whatever the size of the model"
 EAGER = tuple(PEERS)
 MOST = {"Linen": 24, "Haiku": 24}  # blocks; they take longer than the others
@@ -132,7 +133,7 @@ CASES = [
             **{name: timed(PEERS[name.split()[0]], True, 4) for name in JITTED},
         },
         bounds=(
-            Bound("init", (*EAGER, *JITTED), 0.7),
+            Bound("init", (*EAGER, *JITTED), 0.7, why=TOLD),
             Bound("init", JITTED, 0.7, ours="paramtree jitted", when=lambda size: size <= 4),
             Bound("init", "paramtree", 4.0, base=24, when=lambda size: size == 96),
         ),
