@@ -165,9 +165,9 @@ def _compile_ahead(
     key: jax.Array,
     places: Sequence[Any],
 ) -> None:
-    """Compiles what computes some groups of leaves, several at a time; the calls then find it.
+    """Compiles what computes each group of leaves, while the next is lowered; the calls then find it.
 
-    What goes wrong in a thread goes wrong again, and is told, when the function is called.
+    What goes wrong in the thread goes wrong again, and is told, when the function is called.
     """
     new = []
     for first in (members[0] for members in groups):
