@@ -19,7 +19,7 @@ test-slow: $(VENV)/.test
 
 # 200,000 damaged files of each format; the tests read a few thousand.
 fuzz: $(VENV)/.test
-	$(BIN)/python tests/fuzz_files.py --format all --inputs 200000
+	$(BIN)/python tests/io/fuzz_files.py --format all --inputs 200000
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check

@@ -7,7 +7,7 @@ needs, the tree itself, which registers it with jax; the rest is loaded when it 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from paramtree.tree import ParamTree as ParamTree
+from paramtree.core.tree import ParamTree as ParamTree
 
 if TYPE_CHECKING:
     from paramtree.api import *  # noqa: F403  # one list of names, for type checkers as for users
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     api = importlib.import_module("paramtree.api")  # an import statement would ask this function
     if not hasattr(api, name):
-        from paramtree.errors import suggest
+        from paramtree.core.errors import suggest
 
         hint = suggest(name, __dir__())
         raise AttributeError(f"module 'paramtree' has no attribute {name!r}.{hint}")

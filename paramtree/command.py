@@ -16,11 +16,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from paramtree.errors import ParamTreeError, RuleError
-from paramtree.leaf import clip, printable
-from paramtree.names import compiled, from_tree
-from paramtree.structure import build, picker
-from paramtree.tree import ParamTree, _rebuild
+from paramtree.core.arrays import clip, printable
+from paramtree.core.errors import ParamTreeError, RuleError
+from paramtree.core.names import compiled, from_tree
+from paramtree.core.structure import build, picker
+from paramtree.core.tree import ParamTree, _rebuild
 
 __all__ = ["main"]
 
@@ -135,12 +135,12 @@ def _run(arguments: argparse.Namespace) -> int:
         return _FINE
     status = _FINE
     if arguments.diff is not None:
-        from paramtree.inspect.changes import diff
+        from paramtree.inspect.diff import diff
 
         shown: Any = diff(*_both(arguments))
         status = _DIFFERENT if shown else _FINE
     elif arguments.stats:
-        from paramtree.inspect.statistics import stats
+        from paramtree.inspect.stats import stats
 
         shown = stats(_values(arguments.file, arguments.match))
     else:
@@ -161,13 +161,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _values(path: str, pattern: re.Pattern[str] | None) -> ParamTree:
     """Returns the leaves of a file that match, with their values; no other is read."""
-    from paramtree.io.loading import load_part
+    from paramtree.io.load import load_part
 
     return _matched(load_part(path, _selecting(pattern)), pattern)
 
 
 def _selecting(pattern: re.Pattern[str] | None) -> Callable[[ParamTree], ParamTree]:
-    from paramtree.parts import select
+    from paramtree.verbs.parts import select
 
     def choose(tree: ParamTree) -> ParamTree:
         if pattern is None:
@@ -208,7 +208,7 @@ def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
 
 def _check_apart(out: str, inputs: Sequence[str]) -> None:
     """Raises ParamTreeError if writing a file would destroy what is read."""
-    from paramtree.io.heading import open_source
+    from paramtree.io.peek import open_source
 
     if not os.path.exists(out):
         return
@@ -227,9 +227,9 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from paramtree.io.heading import open_source
-    from paramtree.io.loading import load_part
-    from paramtree.io.saving import save
+    from paramtree.io.load import load_part
+    from paramtree.io.peek import open_source
+    from paramtree.io.save import save
 
     with open_source(arguments.file) as source:
         sep = "." if source.layout is None else source.layout.sep  # the names stay as they are
@@ -270,7 +270,7 @@ def _lines(shown: Any) -> Iterable[str]:
 
 def _page(arguments: argparse.Namespace, shown: Any) -> str:
     """Returns a page of HTML around what a notebook would show. Nothing in it runs or is fetched."""
-    from paramtree.inspect.page import show
+    from paramtree.inspect.show import show
 
     files = [arguments.file, *([] if arguments.diff is None else [arguments.diff])]
     title = html.escape(printable(" and ".join(files)))

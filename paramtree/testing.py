@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.compare import Pair, compare, differences, lines
-from paramtree.inspect.changes import check_readable, check_tolerances, only_shape
+from paramtree.core.arrays import describe, dtype_of, join, short
+from paramtree.core.names import Pattern, named
+from paramtree.inspect.diff import check_readable, check_tolerances, only_shape
 from paramtree.inspect.distance import Distance, comparable, distances, numeric
 from paramtree.inspect.report import float_text
-from paramtree.inspect.statistics import find_nonfinite
-from paramtree.leaf import describe, dtype_of, join, short
-from paramtree.names import Pattern, named
-from paramtree.parts import choose, taken
+from paramtree.inspect.stats import find_nonfinite
+from paramtree.verbs.compare import Pair, compare, differences, lines
+from paramtree.verbs.parts import choose, taken
 
 __all__ = [
     "assert_all_finite",

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 import paramtree as pt
-from paramtree.structure import build
-from paramtree.tree import _rebuild
+from paramtree.core.structure import build
+from paramtree.core.tree import _rebuild
 
 
 def leaf(i: int, shape: tuple[int, ...] = (2,)) -> Any:

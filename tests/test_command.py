@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_opened_exits_with_2(
     def refuse(path: str, *args: Any) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(sys.modules["paramtree.io.heading"], "open", refuse, raising=False)
+    monkeypatch.setattr(sys.modules["paramtree.io.peek"], "open", refuse, raising=False)
     assert run(path).err == f"python -m paramtree: {path}: Permission denied\n"
 
 
@@ -225,7 +225,7 @@ def test_too_little_memory_exits_with_2(
     def fail(*args: Any) -> None:
         raise MemoryError("Unable to allocate 1.00 PiB")
 
-    monkeypatch.setattr("paramtree.io.safetensors.read_span", fail)
+    monkeypatch.setattr("paramtree.io.formats.safetensors.read_span", fail)
     path = saved(tmp_path / "a.safetensors", values())
     assert run(path).code == 0
     ran = run(path, "--convert", tmp_path / "b.npz")
@@ -588,7 +588,7 @@ def test_what_goes_wrong_unexpectedly_is_no_difference(
     def fail(*args: Any) -> None:
         raise RuntimeError("of a kind that nobody thought of")
 
-    monkeypatch.setattr("paramtree.inspect.changes.diff", fail)
+    monkeypatch.setattr("paramtree.inspect.diff.diff", fail)
     path = saved(tmp_path / "a.npz", values())
     ran = run(path, "--diff", path)
     assert (ran.code, ran.out) == (2, "")
@@ -599,7 +599,7 @@ def test_an_interrupt_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paramtree.io.heading.open_source", interrupt)
+    monkeypatch.setattr("paramtree.io.peek.open_source", interrupt)
     ran = run(saved(tmp_path / "a.npz", values()))
     assert (ran.code, ran.out, ran.err) == (130, "", "")
 

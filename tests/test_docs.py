@@ -89,7 +89,7 @@ def test_any_room_can_be_imported_first() -> None:
         import importlib, sys
         for room in sys.argv[1:]:
             for name in [name for name in sys.modules if name.startswith("paramtree")]:
-                if name != "paramtree.tree":  # it registers its classes, which jax allows but once
+                if name != "paramtree.core.tree":  # it registers its classes, which jax allows but once
                     del sys.modules[name]
             importlib.import_module(room)
     """

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import paramtree as pt
-from paramtree.packing import Packed
-from paramtree.tree import whole
+from paramtree.core.tree import whole
+from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
 
 

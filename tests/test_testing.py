@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import paramtree as pt
 from paramtree import testing
 from tests.catalogue import leaf, siblings, tied, trees
-from tests.test_diff import CHANGES, form
+from tests.verbs.test_diff import CHANGES, form
 
 
 def failure(call: Any) -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.errors import ParamTreeError, RuleError
+from paramtree.core.errors import ParamTreeError, RuleError
 from paramtree.initializers.values import (
     Bilinear,
     Constant,

@@ -19,7 +19,7 @@ import jax.export
 import numpy as np
 from jax.sharding import Mesh
 
-from paramtree.errors import ParamTreeError
+from paramtree.core.errors import ParamTreeError
 
 __all__ = ["collectives", "facts", "facts_elsewhere"]
 

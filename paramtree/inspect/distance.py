@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.leaf import dtype_of, shape_of
+from paramtree.core.arrays import dtype_of, shape_of
 
 __all__ = ["Distance", "comparable", "distances", "numeric"]
 

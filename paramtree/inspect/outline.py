@@ -1,6 +1,6 @@
 """A tree as a reader sees it: levels with their totals, leaves, ties, holes; and all that as text.
 
-The outline is made once and drawn as text here and as HTML in ``paramtree.inspect.page``. A leaf
+The outline is made once and drawn as text here and as HTML in ``paramtree.inspect.show``. A leaf
 counts where its canonical name is, so the children of a level add up to its totals and what is tied
 counts once. No value of an array is read.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from paramtree.core.arrays import describe, dtype_of, join, printable, shape_of, short
+from paramtree.core.names import from_tree
+from paramtree.core.structure import HOLE, STATE, Node
+from paramtree.core.tree import ParamTree, whole
 from paramtree.inspect.report import bytes_text, count_text, plural
-from paramtree.leaf import describe, dtype_of, join, printable, shape_of, short
-from paramtree.names import from_tree
-from paramtree.structure import HOLE, STATE, Node
-from paramtree.tree import ParamTree, whole
 
 __all__ = [
     "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "text", "title",

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.errors import MismatchError, RuleError, suggest
+from paramtree.core.arrays import absent, describe, dtype_of, join, shape_of, short
+from paramtree.core.errors import MismatchError, RuleError, suggest
+from paramtree.core.names import Pattern, from_tree
+from paramtree.core.tree import ParamTree
 from paramtree.inspect.distance import numeric
-from paramtree.inspect.ratios import flat
-from paramtree.leaf import absent, describe, dtype_of, join, shape_of, short
-from paramtree.names import Pattern, from_tree
-from paramtree.parts import taken
-from paramtree.selection import collect
-from paramtree.tree import ParamTree
+from paramtree.inspect.update_ratios import flat
+from paramtree.verbs.parts import taken
+from paramtree.verbs.selection import collect
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

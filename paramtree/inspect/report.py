@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramtree.leaf import short
+from paramtree.core.arrays import short
 
 __all__ = [
     "Column", "Report", "Table", "bytes_text", "count_text", "float_text", "plural", "rendered",

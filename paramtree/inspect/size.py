@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from paramtree.leaf import dtype_of, shape_of
-from paramtree.names import Pattern, named
-from paramtree.parts import choose
+from paramtree.core.arrays import dtype_of, shape_of
+from paramtree.core.names import Pattern, named
+from paramtree.verbs.parts import choose
 
 __all__ = ["count", "nbytes"]
 

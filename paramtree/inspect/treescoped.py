@@ -7,9 +7,9 @@ places as text.
 from collections.abc import Callable
 from typing import Any
 
-from paramtree.leaf import join, short
-from paramtree.structure import HOLE, Node
-from paramtree.tree import ParamTree
+from paramtree.core.arrays import join, short
+from paramtree.core.structure import HOLE, Node
+from paramtree.core.tree import ParamTree
 
 __all__ = ["treescoped"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from paramtree.errors import LoadError, ParamTreeError
-from paramtree.io import orbax
-from paramtree.io.loading import load
-from paramtree.io.saving import flattened
+from paramtree.core.errors import LoadError, ParamTreeError
+from paramtree.io.formats import orbax
+from paramtree.io.load import load
+from paramtree.io.save import flattened
 
 __all__ = ["Checkpoints"]
 

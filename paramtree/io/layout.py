@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from paramtree.errors import ParamTreeError
-from paramtree.structure import EMPTY, PARAM, STATE, Path, Structure, build
+from paramtree.core.errors import ParamTreeError
+from paramtree.core.structure import EMPTY, PARAM, STATE, Path, Structure, build
 
 __all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout", "odd_parts"]
 

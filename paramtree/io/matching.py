@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paramtree.errors import RuleError, close_names
-from paramtree.leaf import join
-from paramtree.names import compiled, no_match
-from paramtree.structure import Node, Path, Structure
+from paramtree.core.arrays import join
+from paramtree.core.errors import RuleError, close_names
+from paramtree.core.names import compiled, no_match
+from paramtree.core.structure import Node, Path, Structure
 
 __all__ = ["Item", "Lookup", "Rename", "rename_all"]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.io.wire import is_key
-from paramtree.sharding import scatter
+from paramtree.sharding.shardings import scatter
 
 __all__ = ["Placing", "divides"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from paramtree.errors import LoadError
+from paramtree.core.arrays import casts, dtype_of, join, printable, shape_of
+from paramtree.core.errors import LoadError
+from paramtree.core.names import compiled
+from paramtree.core.structure import Path, Structure
 from paramtree.io.matching import Item, closest
-from paramtree.leaf import casts, dtype_of, join, printable, shape_of
-from paramtree.names import compiled
-from paramtree.structure import Path, Structure
 
 __all__ = ["Problems"]
 

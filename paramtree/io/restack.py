@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from paramtree.core.structure import Path
 from paramtree.io.matching import Item, Lookup
-from paramtree.structure import Path
 
 __all__ = ["restack"]
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from paramtree.errors import LoadError
+from paramtree.core.arrays import printable
+from paramtree.core.errors import LoadError
 from paramtree.io.layout import CLIMBS, DEEPEST, Layout, decode_layout
-from paramtree.leaf import printable
 
 __all__ = [
     "Source", "Stored", "check_name", "check_shape", "fail", "read_into", "read_layout", "read_part",

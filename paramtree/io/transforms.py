@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from paramtree.errors import RuleError
+from paramtree.core.arrays import dtype_of, shape_of
+from paramtree.core.errors import RuleError
+from paramtree.core.names import Rules, compiled, no_match
 from paramtree.io.matching import Item
-from paramtree.leaf import dtype_of, shape_of
-from paramtree.names import Rules, compiled, no_match
 
 __all__ = ["natural", "transform_all"]
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from paramtree.errors import ParamTreeError
-from paramtree.leaf import dtype_of
+from paramtree.core.arrays import dtype_of
+from paramtree.core.errors import ParamTreeError
 
 __all__ = [
     "NUMBERS",

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paramtree.core.tree import check_scope
 from paramtree.initializers import Constant, Initializer, get
 from paramtree.nn.layer import Layer
 from paramtree.nn.spatial import whole
-from paramtree.tree import check_scope
 
 __all__ = ["ELU", "GELU", "SELU", "LeakyReLU", "PReLU", "SiLU", "Swish"]
 

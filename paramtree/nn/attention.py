@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paramtree.core.tree import check_scope, child
 from paramtree.initializers import Initializer, Uniform, Zero, get
 from paramtree.nn.basic import Dense, _size
 from paramtree.nn.layer import Layer
-from paramtree.tree import check_scope, child
 
 __all__ = ["MultiHeadAttention", "rotate"]
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.errors import suggest
+from paramtree.core.errors import suggest
+from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.nn.layer import Layer
-from paramtree.tree import check_scope
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
 

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.errors import MismatchError
-from paramtree.leaf import join, shape_of
+from paramtree.core.arrays import join, shape_of
+from paramtree.core.errors import MismatchError
+from paramtree.core.structure import STATE
+from paramtree.core.tree import ParamTree, _flatten, check_scope, child
+from paramtree.model.record import Recorder, tie_in_recorder
+from paramtree.model.training import TrainingScope, training
 from paramtree.nn.layer import Layer, Sequential, _as_layer
-from paramtree.record import Recorder, tie_in_recorder
-from paramtree.structure import STATE
-from paramtree.train import TrainingScope, training
-from paramtree.tree import ParamTree, _flatten, check_scope, child
 
 __all__ = ["Parallel", "Repeat", "Residual"]
 

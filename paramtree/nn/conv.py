@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.nn.basic import _activation, _shown
 from paramtree.nn.layer import Layer
@@ -22,7 +23,6 @@ from paramtree.nn.spatial import (
     spatial_axes,
     whole,
 )
-from paramtree.tree import check_scope
 
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from paramtree.errors import suggest
-from paramtree.model import init
-from paramtree.names import Rules
-from paramtree.observe import announced
-from paramtree.record import tie_in_recorder
-from paramtree.tree import ParamTree, child
+from paramtree.core.errors import suggest
+from paramtree.core.names import Rules
+from paramtree.core.tree import ParamTree, child
+from paramtree.model.init import init
+from paramtree.model.observe import announced
+from paramtree.model.record import tie_in_recorder
 
 __all__ = ["Lambda", "Layer", "Sequential"]
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, get
 from paramtree.nn.basic import _size
 from paramtree.nn.layer import Layer
-from paramtree.tree import check_scope
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.nn.basic import Dropout, _activation, _size
 from paramtree.nn.layer import Layer
-from paramtree.tree import check_scope
 
 __all__ = ["GRU", "LSTM", "RNN"]
 

@@ -1,0 +1,207 @@
+"""Orbax, for trees that are sharded over devices and processes, or too large for one of them.
+
+A ``.orbax`` path is a folder with a numbered checkpoint in it. A save writes the next number and
+then deletes the one before, so that there is always a whole one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from paramtree.core.errors import LoadError, ParamTreeError
+from paramtree.io.atomic import sync
+from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout
+from paramtree.io.wire import NUMBERS, to_dtype
+
+__all__ = ["NATIVE", "as_state", "orbax", "read", "write"]
+
+NATIVE = NUMBERS | {
+    "bfloat16",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+}
+_LAYOUT, _EMPTY = "paramtree", "paramtree_empty"
+_MARK = "_CHECKPOINT_METADATA"
+_ITEM = "default"  # the folder of the arrays in a step that Orbax's manager wrote
+
+
+def orbax() -> Any:
+    """Returns Orbax.
+
+    Raises:
+      ParamTreeError: it is not installed.
+    """
+    try:
+        import orbax.checkpoint  # type: ignore[import-untyped]
+    except ImportError:
+        raise ParamTreeError(
+            "a .orbax checkpoint needs Orbax: pip install 'paramtree[orbax]', or save as .safetensors."
+        ) from None
+    return orbax.checkpoint
+
+
+def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
+    """Writes arrays, each process its own part, and the layout as metadata."""
+    ocp = orbax()
+    os.makedirs(path, exist_ok=True)
+    numbers = _numbers(path)
+    new = os.path.abspath(os.path.join(path, str(max(numbers, default=-1) + 1)))
+    state, metadata = as_state(arrays, layout)
+    with ocp.StandardCheckpointer() as checkpointer:
+        unfinished = f"{new}.unfinished"
+        checkpointer.save(unfinished, state, force=True, custom_metadata=metadata)
+        checkpointer.wait_until_finished()
+    if jax.process_index() == 0:
+        _sync(unfinished)
+        os.rename(unfinished, new)
+        sync(path)
+        for number in numbers:
+            shutil.rmtree(os.path.join(path, str(number)), ignore_errors=True)
+    if jax.process_count() > 1:  # nobody may read, or look for the next number, before it is there
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(new)
+
+
+def as_state(arrays: Mapping[str, Any], layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what Orbax is to write: arrays, and what it keeps beside them."""
+    # Orbax has no way to write an array without elements, nor a tree without arrays.
+    full = {name: array for name, array in arrays.items() if np.size(array)} or {"": np.zeros(1)}
+    empty = {
+        name: [np.dtype(array.dtype).name, list(array.shape)]
+        for name, array in arrays.items()
+        if not np.size(array)
+    }
+    state = {name: a if hasattr(a, "dtype") else np.asarray(a) for name, a in full.items()}
+    return state, {_LAYOUT: layout, _EMPTY: empty}
+
+
+def _sync(folder: str) -> None:
+    """Waits until everything in a folder is on the disk."""
+    for root, _, files in os.walk(folder):
+        for file in files:
+            sync(os.path.join(root, file))
+        sync(root)
+
+
+def _numbers(path: str) -> list[int]:
+    return [
+        int(name)
+        for name in os.listdir(path)
+        if name.isascii() and name.isdigit() and os.path.exists(os.path.join(path, name, _MARK))
+    ]
+
+
+@dataclass(frozen=True)
+class _Checkpoint(Source):
+    """A checkpoint, whose arrays are read all in one go, each straight onto its devices."""
+
+    at: str = ""
+    tree: Any = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str) -> Any:
+        stored = self.arrays[name]
+        if not stored.nbytes:
+            return stored.read()
+        if name not in self.values:
+            self.prepare({name: None})
+        return self.values.pop(name)
+
+    def prepare(self, wanted: Mapping[str, Any]) -> None:
+        ocp = orbax()
+
+        def target(key_path: Any, meta: Any) -> Any:
+            name = _name(key_path)
+            if name not in wanted:
+                return ocp.PLACEHOLDER
+            return jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=wanted[name])
+
+        targets = jax.tree_util.tree_map_with_path(target, self.tree, is_leaf=_is_array)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                args = ocp.checkpoint_utils.construct_restore_args(targets)
+                found = checkpointer.restore(
+                    self.at, args=ocp.args.PyTreeRestore(item=targets, restore_args=args)
+                )
+        except Exception as error:  # of tensorstore, protobuf, json or Orbax itself
+            fail(self.path, "", f"cannot be read: {_first_line(error)}.")
+        flat, _ = jax.tree_util.tree_flatten_with_path(found)
+        self.values.update((_name(k), value) for k, value in flat if _name(k) in wanted)
+
+
+def read(path: str) -> Source:
+    """Returns what a checkpoint holds; one that Orbax's own checkpointers wrote will do as well.
+
+    Raises:
+      LoadError: the folder holds no checkpoint, or a damaged one.
+    """
+    ocp = orbax()
+    from etils import epath  # type: ignore[import-untyped]  # Orbax's own
+
+    numbers = _numbers(path)
+    at = os.path.abspath(os.path.join(path, str(max(numbers)))) if numbers else os.path.abspath(path)
+    if not os.path.exists(os.path.join(at, _MARK)):
+        fail(path, "", "is a folder without a finished Orbax checkpoint in it.")
+    arrays: dict[str, Stored] = {}
+    try:
+        own: dict[str, Any] = {}
+        tree: Any = None
+        if os.path.isdir(os.path.join(at, _ITEM)):  # its manager keeps the arrays one level below
+            with open(os.path.join(at, _MARK), encoding="utf-8") as file:
+                own = json.load(file).get("custom_metadata") or {}
+            at = os.path.join(at, _ITEM)
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
+        else:
+            with ocp.StandardCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata(at)
+            own, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
+        for key_path, meta in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]:
+            name = _name(key_path)
+            if name == "":
+                continue
+            check_name(path, name)
+            dtype = np.dtype(meta.dtype)
+            check_shape(path, repr(name), tuple(meta.shape), dtype)
+            arrays[name] = _stored(meta.shape, dtype)
+        for name, (code, shape) in own.get(_EMPTY, {}).items():
+            check_name(path, name)
+            dtype = to_dtype(code)
+            if check_shape(path, repr(name), tuple(shape), dtype):
+                fail(path, repr(name), "is said to be empty, and is not.")
+            arrays[name] = _stored(shape, dtype)
+        text = own.get(_LAYOUT)
+    except LoadError:
+        raise
+    except Exception as error:  # of tensorstore, protobuf, json or Orbax itself
+        fail(path, "", f"is no Orbax checkpoint, or a damaged one: {_first_line(error)}.")
+    layout = read_layout(path, f"the metadata {_LAYOUT!r}", text, arrays)
+    return _Checkpoint(path, "orbax", arrays, layout, at=at, tree=tree)
+
+
+def _stored(shape: Any, dtype: Any) -> Stored:
+    # Only what is empty is read like this, the rest through the checkpoint.
+    return Stored(tuple(shape), dtype, lambda: np.zeros(shape, dtype))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape")
+
+
+def _name(key_path: Any) -> str:
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""Models: scopes and runs, initialising, training, gradients."""

@@ -1,0 +1,369 @@
+"""Computing leaves: a key of its own for each, and one compiled function for all that are alike.
+
+A leaf's key depends only on the root key and on its path, by a 64-bit hash. With 32 bits, two of a
+hundred thousand leaves would more likely than not draw the same numbers.
+"""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramtree.core.arrays import join
+from paramtree.core.errors import MismatchError
+from paramtree.core.structure import Path
+from paramtree.initializers import Initializer
+from paramtree.model.record import Spec
+from paramtree.sharding.shardings import scatter
+
+__all__ = ["check_key", "draw", "path_key", "path_words"]
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError if ``key`` is not a PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise TypeError(
+            f"expected a PRNG key, such as jax.random.key(0), but found {type(key).__name__}. The "
+            "order is pt.init(model, key, *inputs)."
+        )
+
+
+def path_words(path: Path) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Returns the 64-bit hash of a path as two words, uint32[2], the same in every process.
+
+    The segments are joined with "/", which none of them holds, so ("a", "bc") and ("ab", "c") differ.
+    """
+    digest = hashlib.blake2b("/".join(path).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.frombuffer(digest, dtype=">u4").astype(np.uint32)
+
+
+def path_key(key: jax.Array, words: Any) -> jax.Array:
+    """Returns the key of a leaf: both words of its path's hash, folded into the root key."""
+    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+
+@jax.jit
+def _path_key(key: jax.Array, words: jax.Array) -> jax.Array:
+    """Returns what ``path_key`` does; a loop compiles in half the time of two calls."""
+    return jax.lax.fori_loop(0, 2, lambda i, key: jax.random.fold_in(key, words[i]), key)
+
+
+def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Any:
+    value = jnp.asarray(initializer(key, shape, dtype))
+    floats = jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
+    if value.shape != shape or (value.dtype != dtype and not floats):
+        raise MismatchError(
+            f"the initializer {initializer!r} gave {value.dtype}{value.shape}, but "
+            f"{jnp.dtype(dtype).name}{shape} was asked for."
+        )
+    return value.astype(dtype)
+
+
+def _compute_stack(initializer: Initializer, shapes: tuple[Any, Any], dtype: Any, keys: Any) -> Any:
+    """Returns a stack, (*lead, *one), of an array for each of some keys; ``shapes`` is (lead, one)."""
+    lead, one = shapes
+    return jax.vmap(functools.partial(_compute, initializer, one, dtype))(keys).reshape(lead + one)
+
+
+# One compiled function for all leaves that share initializer, shape and dtype. Deriving the key is
+# another, as it is the same for all.
+_compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
+_path_keys = jax.jit(jax.vmap(_path_key, in_axes=(None, 0)))
+
+
+@functools.lru_cache(maxsize=256)
+def _sharded(compute: Any, sharding: Any) -> Any:
+    """Returns a compiled function of which every device computes its own part of the result.
+
+    jax's threefry makes each random number from its place in the array, so that the values do not
+    depend on how the array is divided.
+    """
+    return jax.jit(compute, static_argnums=(0, 1, 2), out_shardings=sharding)
+
+
+def draw(
+    paths: Sequence[Path],
+    specs: Sequence[Spec],
+    key: jax.Array,
+    shardings: Sequence[Any] | None = None,
+) -> tuple[Any, ...]:
+    """Returns the values of some leaves, computed from their specs and the keys of their paths.
+
+    Args:
+      paths: where the leaves are.
+      specs: what to compute.
+      key: the root key.
+      shardings: where each leaf is to be, None for the default device.
+
+    Raises:
+      MismatchError: an initializer gave another shape or dtype than it was asked for; it and any
+        other error of an initializer names the leaf.
+    """
+    traced = _traced(key)
+    if shardings is not None and not traced:
+        key = _free(key)
+    places = [None] * len(specs) if shardings is None else list(shardings)
+    if any(spec.copies for spec in specs):
+        return _stacked(paths, specs, key, places)
+    specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
+    leaves: list[Any] = [None] * len(specs)
+    window = _Window()
+    groups = list(_alike(specs, places))
+    if not traced:
+        _compile_ahead(groups, paths, specs, key, places)
+    for members in groups:
+        first, place = specs[members[0]], places[members[0]]
+        call = first.initializer, first.shape, first.dtype
+        words = [path_words(paths[i]) for i in members]
+        with _naming(paths[members[0]], first):
+            if traced and len(members) > 1 and _uses_key(*call, key):
+                # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
+                one = functools.partial(_compute_at, place, *call)
+                values = list(
+                    jax.lax.map(lambda two, one=one: one(_path_key(key, two)), np.stack(words))
+                )
+            elif traced and place is not None:
+                values = [_compute_at(place, *call, _path_key(key, two)) for two in words]
+            elif not traced and _is_filled(first, place):
+                values = [_filled(*call) for _ in words]
+            elif not _compilable(first.initializer):
+                values = [_held(place, *call, _path_key(key, two)) for two in words]
+            else:
+                compiled = _computing(place)
+                values = []
+                for two in words:
+                    window.wait_for(first.shape, first.dtype)
+                    values.append(window.add(compiled(*call, _path_key(key, two))))
+        for i, value in zip(members, values, strict=True):
+            leaves[i] = value
+    return tuple(leaves)
+
+
+def _traced(key: Any) -> bool:
+    """Whether what is computed now is traced: the key is, or all is, as in a jitted function."""
+    return isinstance(key, jax.core.Tracer) or isinstance(jnp.asarray(0), jax.core.Tracer)
+
+
+def _computing(place: Any) -> Any:
+    """Returns the compiled function of the leaves that are to be at one place."""
+    return _compiled if place is None else _sharded(_compute, place)
+
+
+def _compile_ahead(
+    groups: Sequence[list[int]],
+    paths: Sequence[Path],
+    specs: Sequence[Spec],
+    key: jax.Array,
+    places: Sequence[Any],
+) -> None:
+    """Compiles what computes each group of leaves, while the next is lowered; the calls then find it.
+
+    What goes wrong in the thread goes wrong again, and is told, when the function is called.
+    """
+    new = []
+    for first in (members[0] for members in groups):
+        spec = specs[first]
+        call = spec.initializer, spec.shape, spec.dtype
+        if _is_filled(spec, places[first]) or not _compilable(spec.initializer):
+            continue
+        if mark := _uncompiled(places[first], *call):
+            mark.clear()
+            new.append((first, call))
+    if not new or jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # set at run time
+        return
+    # XLA uses the other cores itself; with more threads here, malloc keeps more memory to itself, a
+    # tenth of the parameters of a model of 600 MB.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_path_key.lower(key, path_words(())).compile)
+        for first, call in new:
+            with _naming(paths[first], specs[first]):
+                lowered = _computing(places[first]).lower(*call, key)
+            thread.submit(lowered.compile)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _uncompiled(*call: Any) -> list[None]:
+    """Returns a list for leaves that are alike, always the same one: emptied when they are compiled."""
+    return [None]
+
+
+class _Window:
+    """The leaves that are being computed: no more of them than what they need can be had.
+
+    While it is computed, a leaf takes some times its memory. jax would begin with dozens at a time.
+    """
+
+    MOST = 2**24  # bytes of leaves; one that is larger is computed by itself
+
+    def __init__(self) -> None:
+        self._begun: collections.deque[Any] = collections.deque()
+        self._bytes = 0
+
+    def wait_for(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Waits until there is room for a leaf."""
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        while self._begun and self._bytes + size > self.MOST:
+            self._bytes -= jax.block_until_ready(self._begun.popleft()).nbytes
+
+    def add(self, leaf: Any) -> Any:
+        """Returns a leaf that is being computed, and takes note of it."""
+        if not isinstance(leaf, jax.core.Tracer):
+            self._begun.append(leaf)
+            self._bytes += leaf.nbytes
+        return leaf
+
+
+def _free(key: jax.Array) -> jax.Array:
+    """Returns a key that is bound to no device, as the devices of a leaf may be others."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jnp.asarray(np.asarray(key))
+    data = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def _compute_at(place: Any, *call: Any) -> Any:
+    """Computes a leaf inside a jitted function, in parts if it has a place."""
+    value = _compute(*call)
+    return value if place is None else _divide(value, place)
+
+
+def _divide(value: Any, place: Any) -> Any:
+    """Says inside a jitted function how an array is divided; a mesh may make that part of its type."""
+    types = getattr(getattr(place, "mesh", None), "axis_types", ())
+    if jax.sharding.AxisType.Explicit in types:
+        return jax.sharding.reshard(value, place)
+    return jax.lax.with_sharding_constraint(value, place)
+
+
+def _is_filled(spec: Spec, place: Any) -> bool:
+    """Whether a leaf is so small and simple that compiling for its shape would be most of the time."""
+    fill = getattr(spec.initializer, "fill", None)
+    return fill is not None and place is None and math.prod(spec.shape) < 2**16
+
+
+def _filled(initializer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Makes a leaf of one value on the host; not in a buffer of numpy's, which cannot be donated."""
+    return jax.device_put(np.full(shape, jnp.asarray(initializer.fill, dtype)), may_alias=False)
+
+
+def _held(place: Any, *call: Any) -> Any:
+    """Computes a leaf of an initializer that holds it, as an array: nothing is compiled."""
+    if place is None:
+        return jnp.array(_compute(*call))  # a copy: two leaves must never share a buffer
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return scatter(_compute(*call), place)
+
+
+def _stacked(
+    paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array, places: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Computes every copy as the leaf that it would be if it were not in a stack."""
+    names: list[Path] = []
+    singles: list[Spec] = []
+    at: list[Any] = []
+    divided: dict[int, Any] = {}  # the stacks that no device may hold whole
+    for i, (path, spec, place) in enumerate(zip(paths, specs, places, strict=True)):
+        one = spec._replace(shape=spec.shape[len(spec.copies) :], copies=())
+        copies = _copies(path, spec)
+        if spec.copies and place is not None:
+            divided[i] = _divided(copies, one, spec, key, place)
+        else:
+            names += copies
+            singles += [one] * len(copies)
+            at += [place] * len(copies)
+    values = iter(draw(names, singles, key, at))
+    leaves = []
+    for i, spec in enumerate(specs):
+        if i in divided:
+            leaves.append(divided[i])
+        elif not spec.copies:
+            leaves.append(next(values))
+        else:
+            count = math.prod(spec.shape[: len(spec.copies)])
+            leaves.append(jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape))
+    return tuple(leaves)
+
+
+def _copies(path: Path, spec: Spec) -> list[Path]:
+    """Returns the path that each copy in a stack would have if it were not in one."""
+    paths = []
+    for numbers in np.ndindex(*spec.shape[: len(spec.copies)]):
+        name = list(path)
+        for number, (_, place) in reversed(list(zip(numbers, spec.copies, strict=True))):
+            name.insert(place, str(number))
+        paths.append(tuple(name))
+    return paths
+
+
+def _divided(copies: Sequence[Path], one: Spec, stack: Spec, key: jax.Array, place: Any) -> Any:
+    """Computes a stack of copies of which every device makes its own part."""
+    specs = [_for_name(one, path) for path in copies]
+    traced = _traced(key)
+    if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(specs[0].initializer):
+        words = np.stack([path_words(path) for path in copies])
+        call = specs[0].initializer, (stack.shape[: len(stack.copies)], one.shape), one.dtype
+        keys = _path_keys(key, words)
+        if traced:
+            return _divide(_compute_stack(*call, keys), place)
+        return _sharded(_compute_stack, place)(*call, keys)
+    if traced:
+        value = jnp.stack(draw(copies, specs, key)).reshape(stack.shape)
+        return _divide(value, place)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # each copy has its own initializer
+        values = [np.asarray(value) for value in draw(copies, specs, key)]
+    return scatter(np.stack(values).reshape(stack.shape), place)
+
+
+def _for_name(spec: Spec, path: Path) -> Spec:
+    """Returns the spec with an initializer that goes by name replaced by the one for this name."""
+    while for_name := getattr(spec.initializer, "for_name", None):
+        spec = spec._replace(initializer=for_name(join(path)))
+    return spec
+
+
+def _alike(specs: Sequence[Spec], places: Sequence[Any]) -> Iterator[list[int]]:
+    """Yields the positions of specs that one function can compute."""
+    groups: dict[Any, list[int]] = {}
+    for i, (spec, place) in enumerate(zip(specs, places, strict=True)):
+        call: Any = i
+        if _compilable(spec.initializer):
+            call = spec.initializer, spec.shape, spec.dtype, place
+        groups.setdefault(call, []).append(i)
+    yield from groups.values()
+
+
+def _compilable(initializer: Initializer) -> bool:
+    """Whether the initializer is a static argument of a compiled function."""
+    if getattr(initializer, "eager", False):  # holds an array that compiled code would hold as well
+        return False
+    try:
+        hash(initializer)
+    except TypeError:
+        return False
+    return True
+
+
+def _uses_key(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> bool:
+    """Whether the values depend on the key; those of biases mostly do not, and need no loop."""
+    jaxpr = jax.make_jaxpr(lambda key: initializer(key, shape, dtype))(key).jaxpr
+    return any(var is jaxpr.invars[0] for eqn in jaxpr.eqns for var in eqn.invars)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, spec: Spec) -> Iterator[None]:
+    try:
+        yield
+    except MismatchError as error:
+        raise MismatchError(f"`{join(path)}`: {error}") from None
+    except Exception as error:
+        error.add_note(f"While initialising `{join(path)}`, {spec.shape}, by {spec.initializer!r}.")
+        raise

@@ -1,0 +1,103 @@
+"""Gradients by name: what is not differentiated costs no backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paramtree.core.arrays import dtype_of, join
+from paramtree.core.errors import RuleError
+from paramtree.core.names import Pattern, named
+from paramtree.core.structure import PARAM
+from paramtree.verbs.parts import choose, divide, merge, part
+
+__all__ = ["grad", "value_and_grad"]
+
+
+def value_and_grad(
+    fn: Callable[..., Any], wrt: Pattern | list[Pattern] | None = None, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Returns a function for the value of ``fn`` and its gradient by its first argument.
+
+    ``fn(params, *args, **kwargs)`` sees the whole tree. Only the leaves in question are inputs of
+    the differentiation, so the others are constants to it: no backward pass, no memory.
+
+    Args:
+      fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
+      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained:
+        state never is. None for all that are of floating point.
+      has_aux: whether ``fn`` returns a pair.
+
+    Returns:
+      A function of the same arguments that returns ``(value, gradient)``. The gradient is what
+      ``pt.select`` gives for these leaves: holes, or None in another pytree, for all else.
+
+    Raises:
+      RuleError: on calling: a pattern matches nothing that is trained, or a leaf that is not of
+        floating point.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"body": {"w": jnp.float32(2)}, "head": {"w": jnp.float32(3)}})
+      >>> value, grads = pt.value_and_grad(lambda p: p.body.w * p.head.w, wrt="head.*")(params)
+      >>> float(value), pt.collect(grads).to_dict()
+      (6.0, {'head_w': Array(2., dtype=float32)})
+    """
+
+    def value_and_gradient(params: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen, rest = _differentiable(params, wrt)
+
+        def of_chosen(chosen: Any) -> Any:
+            return fn(merge(chosen, rest), *args, **kwargs)
+
+        return jax.value_and_grad(of_chosen, has_aux=has_aux)(chosen)
+
+    return value_and_gradient
+
+
+def grad(
+    fn: Callable[..., Any], wrt: Pattern | list[Pattern] | None = None, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Returns a function for the gradient of ``fn`` by its first argument, as ``value_and_grad``.
+
+    Args:
+      fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
+      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained.
+        None for all that are of floating point.
+      has_aux: whether ``fn`` returns a pair; the result is then ``(gradient, aux)``.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"w": jnp.float32(3), "steps": jnp.int32(7)})
+      >>> pt.grad(lambda p: p.w**2)(params)
+      Parameter w (shape=(), dtype=float32)
+      (1 hole)
+    """
+    both = value_and_grad(fn, wrt, has_aux)
+
+    def gradient(params: Any, *args: Any, **kwargs: Any) -> Any:
+        value, grads = both(params, *args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
+    """Returns the leaves to differentiate by, and the rest."""
+    source = named(params)
+    structure, leaves = source.tree._structure, source.tree._leaves
+    taken, left = choose(structure, wrt, PARAM, "grad")  # state is never trained, by whatever pattern
+    dtypes = {slot: dtype_of(leaves[slot]) for slot in taken.slots}
+    fixed = [
+        slot for slot, dtype in dtypes.items() if not (dtype and jnp.issubdtype(dtype, jnp.inexact))
+    ]
+    if fixed and wrt is not None:
+        shown = ", ".join(f"{join(structure.canonical[slot])} ({dtypes[slot]})" for slot in fixed)
+        raise RuleError(
+            f"grad: {shown} cannot be differentiated by, as only floating-point leaves can. Give a "
+            "pattern that leaves them out, or none to take all trained floating-point leaves."
+        )
+    if fixed:
+        taken, left = divide(structure, set(taken.slots) - set(fixed))
+    return part(source, taken), part(source, left, rest=True)

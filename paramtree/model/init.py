@@ -1,0 +1,161 @@
+"""Making and remaking the parameters of a model.
+
+A model is a function of a scope and inputs. ``init`` records what it asks for and computes every
+leaf; ``reinit`` computes some anew, by the same rules and from the same keys.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from paramtree.core.arrays import dtype_of, join, shape_of
+from paramtree.core.errors import MismatchError, RuleError
+from paramtree.core.names import Rules, named, resolve
+from paramtree.core.structure import Structure
+from paramtree.core.tree import ParamTree, _rebuild
+from paramtree.initializers import get
+from paramtree.model.draw import check_key, draw
+from paramtree.model.record import Spec, record
+from paramtree.sharding.shardings import spread
+
+__all__ = ["abstract", "init", "reinit"]
+
+T = TypeVar("T")
+
+
+def abstract(
+    f: Callable[..., Any], *inputs: Any, ties: Mapping[str, str] | None = None, **kwargs: Any
+) -> ParamTree:
+    """Returns the shapes and dtypes of the parameters that a model has for some inputs.
+
+    Args:
+      f: a model, ``f(scope, *inputs, **kwargs)``.
+      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else the model takes.
+      ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
+      **kwargs: passed on to the model.
+
+    Returns:
+      The tree that ``pt.init`` would give, of ``jax.ShapeDtypeStruct``s. Nothing is computed.
+
+    Example:
+      >>> import paramtree as pt
+      >>> pt.abstract(pt.nn.Dense(3), jax.ShapeDtypeStruct((2, 20), "float32"))
+      Parameter weight (shape=(3, 20), dtype=float32)
+      Parameter bias (shape=(3,), dtype=float32)
+    """
+    tree = record(f, inputs, kwargs, ties)
+    leaves = tuple(spec.abstract() for spec in tree._leaves)
+    return _rebuild(tree._structure, leaves)
+
+
+def init(
+    f: Callable[..., Any],
+    key: jax.Array,
+    *inputs: Any,
+    rules: Rules | None = None,
+    ties: Mapping[str, str] | None = None,
+    shardings: Any = None,
+    **kwargs: Any,
+) -> ParamTree:
+    """Returns freshly initialised parameters for a model; sizes are inferred from the inputs.
+
+    The model is traced, not run. Every leaf's key comes from ``key`` and the leaf's path alone, so
+    adding, removing or reordering other layers never changes it. Works under ``jax.jit`` and
+    ``jax.vmap`` too.
+
+    Args:
+      f: a model, ``f(scope, *inputs, **kwargs)``.
+      key: a PRNG key, from ``jax.random.key``.
+      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else the model takes.
+      rules: patterns to initializers, for leaves that are not to use their layer's own.
+      ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
+      shardings: where the leaves are to be: what ``pt.shardings`` makes for ``pt.abstract`` of the
+        model, or one sharding for all. Every device computes its own part, and the values are the
+        same for every mesh. (Orthogonal, which has no parts, is computed whole.)
+      **kwargs: passed on to the model.
+
+    Raises:
+      TypeError: ``key`` is not a PRNG key.
+      RuleError: a rule matches nothing, or is not an initializer.
+      MismatchError: the model declares one leaf in two ways, an initializer returns something else
+        than it was asked for, or the shardings are of another tree.
+
+    Example:
+      >>> import paramtree as pt, jax.numpy as jnp
+      >>> net = pt.nn.Sequential(pt.nn.Dense(4, activation="relu"), pt.nn.Dense(2))
+      >>> x = jnp.ones((5, 3))
+      >>> params = pt.init(net, jax.random.key(0), x, rules={".*bias": pt.initializers.One()})
+      >>> params
+      Parameter dense0_weight (shape=(4, 3), dtype=float32)
+      Parameter dense0_bias (shape=(4,), dtype=float32)
+      Parameter dense1_weight (shape=(2, 4), dtype=float32)
+      Parameter dense1_bias (shape=(2,), dtype=float32)
+      >>> params.dense1.bias
+      Array([1., 1.], dtype=float32)
+    """
+    check_key(key)
+    tree = record(f, inputs, kwargs, ties)
+    specs: Sequence[Spec] = tree._leaves
+    if rules is not None:
+        chosen = _initializers(tree._structure, rules)
+        specs = [
+            s._replace(initializer=rule or s.initializer) for s, rule in zip(specs, chosen, strict=True)
+        ]
+    places = None
+    if shardings is not None:
+        shapes = _rebuild(tree._structure, tuple(spec.abstract() for spec in tree._leaves))
+        places = spread(shardings, shapes, "the shardings for init")
+    return _rebuild(tree._structure, draw(tree._structure.canonical, specs, key, places))
+
+
+def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
+    """Returns the tree with new values for the leaves whose names match; the others stay.
+
+    Gives exactly the values that ``pt.init`` with the same key and these rules gives to them.
+
+    Args:
+      tree: a parameter tree, or any other pytree.
+      key: a PRNG key, from ``jax.random.key``.
+      rules: patterns to initializers; the first that matches a name counts.
+
+    Raises:
+      RuleError: a pattern matches nothing or has no initializer.
+
+    Example:
+      >>> import paramtree as pt, jax.numpy as jnp
+      >>> params = pt.from_tree({"dense0": {"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}})
+      >>> params = pt.reinit(params, jax.random.key(0), {".*bias": pt.initializers.Constant(42)})
+      >>> params.dense0.bias
+      Array([42., 42.], dtype=float32)
+    """
+    check_key(key)
+    source, restore, _ = named(tree)
+    chosen = _initializers(source._structure, rules)
+    leaves = list(source._leaves)
+    slots = [slot for slot, rule in enumerate(chosen) if rule is not None]
+    specs = []
+    for slot in slots:
+        shape, dtype = shape_of(leaves[slot]), dtype_of(leaves[slot])
+        if shape is None or dtype is None:
+            name = join(source._structure.canonical[slot])
+            raise MismatchError(f"reinit: `{name}` is a {type(leaves[slot]).__name__}, no array.")
+        specs.append(Spec(shape, dtype, source._structure.kinds[slot], chosen[slot]))
+    paths = [source._structure.canonical[slot] for slot in slots]
+    for slot, leaf in zip(slots, draw(paths, specs, key), strict=True):
+        leaves[slot] = leaf
+    return restore(tuple(leaves))
+
+
+def _initializers(structure: Structure, rules: Rules) -> tuple[Any, ...]:
+    """Returns the initializer that the rules give to each slot, None where they give none."""
+    chosen = resolve(structure, rules, default=None, what="the initializer rules")
+    wrong = [
+        f"{p!r} gives {v!r}" for p, v in rules.items() if not callable(v) and not isinstance(v, str)
+    ]
+    if wrong:
+        raise RuleError(
+            f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
+            "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
+        )
+    return tuple(None if rule is None else get(rule) for rule in chosen)

@@ -1,0 +1,1 @@
+"""Rules to shardings, and arrays onto devices."""

@@ -1,0 +1,1 @@
+"""The verbs: functions from trees to trees, a file a family."""
