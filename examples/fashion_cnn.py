@@ -1,8 +1,8 @@
-"""Fashion-MNIST with a convolutional network that keeps state and draws random numbers.
+"""Fashion-MNIST with a convolutional network that has BatchNorm state and dropout.
 
-BatchNorm's running statistics are leaves of kind "state" in the tree of the parameters. A training step
-differentiates and moves only the leaves of kind "param", and takes the state as the model left it. What
-a step changes is one pytree: it is donated to the step, and saved and loaded whole, optimiser and all.
+BatchNorm's running statistics are leaves of kind "state" in the parameter tree. A training step
+differentiates and updates only leaves of kind "param", and takes the new state from the model. All that
+a step changes is one pytree, which is donated to the step, and saved and loaded in one piece.
 
 Run it with ``python -m examples.fashion_cnn``; ``--help`` lists the options.
 """
@@ -27,18 +27,18 @@ from paramtree import nn
 
 
 class Run(NamedTuple):
-    """What a training step changes."""
+    """Everything that a training step changes."""
 
-    params: pt.ParamTree  # with the running statistics
+    params: pt.ParamTree  # including the running statistics
     slots: Any  # the optimiser's state, for the leaves of kind "param" only
-    steps: Any  # how many there were, an int32; dropout's keys depend on it
+    steps: Any  # steps so far, an int32; dropout keys depend on it
 
 
 def network(channels: int = 16) -> nn.Sequential:
-    """Returns two convolutions with norms, the second of twice the channels, and two dense layers."""
+    """Returns two convolutions with BatchNorm, and two dense layers."""
 
     def convolution(channels: int, size: int, strides: int) -> nn.Conv2D:
-        # A bias would have no effect, as BatchNorm takes the mean away.
+        # BatchNorm subtracts the mean, so a bias would have no effect.
         return nn.Conv2D(channels, kernel_size=size, strides=strides, padding="same", use_bias=False)
 
     return nn.Sequential(
@@ -49,23 +49,23 @@ def network(channels: int = 16) -> nn.Sequential:
 
 
 def optimiser(lr: float, steps: int) -> optax.GradientTransformation:
-    """Returns SGD with momentum, at a rate that falls to 0.6 of itself in so many steps.
+    """Returns SGD with momentum, whose rate decays by a factor of 0.6 every ``steps`` steps.
 
-    It counts them in its own state, so that a run that goes on does so at the rate it had come to.
+    The optimiser's state counts the steps, so a resumed run continues at the same rate.
     """
     return optax.sgd(optax.exponential_decay(lr, steps, 0.6), momentum=0.9)
 
 
 def start(net: nn.Sequential, tx: optax.GradientTransformation, key: Any, x: Any) -> Run:
-    """Returns a run before its first step."""
+    """Returns a new run at step 0."""
     params = pt.init(net, key, x)
     return Run(params, tx.init(pt.select(params, kind="param")), jnp.zeros((), jnp.int32))
 
 
 def loss_and_state(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any, key: Any) -> Any:
-    """Returns a batch's mean cross-entropy, and beside it the new state and the share that is right.
+    """Returns a batch's mean cross-entropy, with the new state and the accuracy as auxiliary output.
 
-    The model runs in training: with dropout, and with statistics of this batch that it also writes.
+    The model runs in training: it applies dropout, and normalizes by batch statistics and records them.
     """
     logits, params = pt.training(net)(params, x, key=key)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -75,12 +75,12 @@ def loss_and_state(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any, key
 def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """Returns the compiled step, ``(run, x, y, key) -> (run, loss, accuracy)``.
 
-    The key is the same one for all steps. The buffers of the run are used for the one it returns.
+    The step folds its number into ``key``, so all steps take the same key. It donates ``run``.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def step(run: Run, x: Any, y: Any, key: Any) -> tuple[Run, Any, Any]:
-        # pt.value_and_grad, unlike jax.value_and_grad, differentiates by no state.
+        # Unlike jax.value_and_grad, pt.value_and_grad does not differentiate by state.
         value_and_grad = pt.value_and_grad(partial(loss_and_state, net), has_aux=True)
         key = jax.random.fold_in(key, run.steps)
         (loss, (state, accuracy)), grads = value_and_grad(run.params, x, y, key)
@@ -93,23 +93,23 @@ def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[
 
 
 def make_evaluate(net: nn.Sequential, batch_size: int = 1000) -> Callable[..., float]:
-    """Returns ``(params, x, y) -> accuracy``: inference, batch by batch, with running statistics."""
+    """Returns ``(params, x, y) -> accuracy``, which runs inference in batches."""
 
     @jax.jit
-    def right(params: pt.ParamTree, x: Any, y: Any) -> Any:
+    def correct(params: pt.ParamTree, x: Any, y: Any) -> Any:
         return jnp.sum(jnp.argmax(net(params, x), axis=-1) == y)
 
     def evaluate(params: pt.ParamTree, x: Any, y: Any) -> float:
         batches = [slice(i, i + batch_size) for i in range(0, len(y), batch_size)]
-        return sum(right(params, x[rows], y[rows]).item() for rows in batches) / len(y)
+        return sum(correct(params, x[rows], y[rows]).item() for rows in batches) / len(y)
 
     return evaluate
 
 
 def load_images(folder: Path | None) -> Data:
-    """Returns what ``fashion_mnist.load_data`` does, with images of (height, width, 1)."""
+    """Returns the data of ``fashion_mnist.load_data``, with images of (height, width, 1)."""
     if folder is None and not fashion_mnist.DEBIAN.is_dir():
-        print("Fashion-MNIST is not here: `make data` gets it, or --data names a folder that has it.")
+        print("Fashion-MNIST not found: run `make data`, or pass its folder to --data.")
         print("Training on scikit-learn's digits instead.")
         data = fashion_mnist.load_digits()
     else:
@@ -120,16 +120,16 @@ def load_images(folder: Path | None) -> Data:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Epoch]:
-    """Trains, prints, and returns what came of each epoch."""
+    """Trains, prints, and returns the metrics of each epoch."""
     parser = argparse.ArgumentParser(description="Trains a convolutional network on Fashion-MNIST.")
-    parser.add_argument("--seed", type=int, default=0, help="with --resume it is that of the first run")
-    parser.add_argument("--epochs", type=int, default=5, help="in all, with those before --resume")
+    parser.add_argument("--seed", type=int, default=0, help="ignored with --resume")
+    parser.add_argument("--epochs", type=int, default=5, help="total, counting resumed epochs")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.05, help="the learning rate at first")
-    parser.add_argument("--channels", type=int, default=16, help="of the first convolution")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the four idx.gz files")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="to write every epoch")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="to go on from")
+    parser.add_argument("--lr", type=float, default=0.05, help="initial learning rate")
+    parser.add_argument("--channels", type=int, default=16, help="channels of the first convolution")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the four idx.gz files")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after every epoch")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="checkpoint to continue from")
     args = parser.parse_args(argv)
     done, batch_size = 0, args.batch_size
     try:
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
         tx = optimiser(args.lr, size // batch_size)
         begin = partial(start, net, tx, x=data.x[:1])
         if args.resume:
-            run = jax.eval_shape(begin, jax.random.key(0))  # its shapes; nothing is computed
+            run = jax.eval_shape(begin, jax.random.key(0))  # shapes only; nothing is computed
             saved = pt.load(args.resume, like={"run": run, "epoch": 0, "seed": 0})
             run, done, args.seed = saved["run"], saved["epoch"], saved["seed"]
     except (OSError, ValueError) as error:
@@ -159,13 +159,13 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
     step, evaluate = make_step(net, tx), make_evaluate(net)
     results: list[Epoch] = []
     for epoch in range(done + 1, args.epochs + 1):
-        begun, measured = time.perf_counter(), []
+        begun, metrics = time.perf_counter(), []
         order = np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), size))
-        batches = order[: size - size % batch_size].reshape(-1, batch_size)  # some are left over
+        batches = order[: size - size % batch_size].reshape(-1, batch_size)  # drops the remainder
         for rows in progress(batches, f"epoch {epoch}"):
-            run, *both = step(run, data.x[rows], data.y[rows], dropout_key)
-            measured.append(both)  # to be read at the end, so that no step waits for it
-        loss, accuracy = np.mean(jax.device_get(measured), axis=0).tolist()
+            run, *loss_and_accuracy = step(run, data.x[rows], data.y[rows], dropout_key)
+            metrics.append(loss_and_accuracy)  # on the device, so that no step waits
+        loss, accuracy = np.mean(jax.device_get(metrics), axis=0).tolist()
         test_accuracy = evaluate(run.params, data.test_x, data.test_y)
         results.append(Epoch(epoch, loss, accuracy, test_accuracy, time.perf_counter() - begun))
         print("{:5} {:8.3f} {:8.3f} {:8.3f} {:8.1f}".format(*results[-1]), flush=True)

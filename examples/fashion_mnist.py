@@ -1,8 +1,8 @@
 """Fashion-MNIST with a tied layer: the network of an exercise in Dive into Deep Learning.
 
-The network is 784 -> 256 -> 256 -> 256 -> 10, where the two layers from 256 to 256 are one and the
-same: two names and one array. The tie is part of the tree, so gradients are sums over both uses, and
-neither the optimiser nor donation nor a checkpoint has to know about it. ``--help`` lists the options.
+The network is 784 -> 256 -> 256 -> 256 -> 10, and its two 256 -> 256 layers are tied: two names, one
+array. The tie is part of the tree, so gradients sum over both uses, and the optimiser, donation and
+checkpoints need no special handling. ``--help`` lists the options.
 """
 
 import argparse
@@ -26,14 +26,14 @@ import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 TRAIN = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 WEIGHTS: dict[str, init.Initializer] = {"normal": init.Normal(0.01), "xavier": init.Xavier()}
 
 
 class Data(NamedTuple):
-    """Images, (n, pixels) float32 in [0, 1], and labels, (n,) of int32, to train and to test with."""
+    """Training and test images, (n, pixels) float32 in [0, 1], and their labels, (n,) int32."""
 
     name: str
     x: Any
@@ -43,7 +43,7 @@ class Data(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What came of an epoch. Loss and training accuracy are means over its steps."""
+    """Metrics of an epoch; loss and training accuracy are means over its steps."""
 
     epoch: int
     loss: float
@@ -56,12 +56,12 @@ class Epoch(NamedTuple):
 
 
 def load_data(folder: Path | None = None) -> Data:
-    """Returns Fashion-MNIST from a folder or else from Debian's package; without both, the digits.
+    """Returns Fashion-MNIST from a folder or from Debian's package; if there is neither, the digits.
 
-    Raises OSError for files that are not there, and ValueError for one that is not what its name says.
+    Raises OSError for missing files, and ValueError for a file that is not in the expected format.
     """
     if folder is None and not DEBIAN.is_dir():
-        print("Fashion-MNIST is not here: `make data` gets it, or --data names a folder that has it.")
+        print("Fashion-MNIST not found: run `make data`, or pass its folder to --data.")
         print("Training on scikit-learn's digits instead; try them with --init xavier --epochs 60.")
         return load_digits()
     folder = folder or DEBIAN
@@ -72,7 +72,7 @@ def load_data(folder: Path | None = None) -> Data:
 
 
 def load_pair(folder: Path, image_file: str, label_file: str) -> tuple[Any, Any]:
-    """Returns the images of one file and their labels of another."""
+    """Returns the images and labels of a pair of files."""
     images, labels = read_idx(folder / image_file, 3), read_idx(folder / label_file, 1)
     if len(images) != len(labels):
         raise ValueError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels.")
@@ -82,12 +82,12 @@ def load_pair(folder: Path, image_file: str, label_file: str) -> tuple[Any, Any]
 
 
 def read_idx(path: Path, ndim: int) -> Any:
-    """Returns the array of bytes, of ``ndim`` dimensions, that an idx.gz file holds."""
+    """Returns the ``ndim``-dimensional array of bytes in an idx.gz file."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or no gzip file: {error}. Get it again.") from error
-    start = 4 + 4 * ndim  # two zeros, the code of the type, ndim, and the sizes
+        raise ValueError(f"{path} is truncated or no gzip file: {error}. Download it again.") from error
+    start = 4 + 4 * ndim  # two zeros, a type code, ndim, and the sizes
     if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < start:
         raise ValueError(f"{path} is no idx file of bytes in {ndim} dimensions: {content[:4]!r}.")
     shape = tuple(np.frombuffer(content, ">i4", ndim, 4).tolist())
@@ -97,27 +97,27 @@ def read_idx(path: Path, ndim: int) -> Any:
 
 
 def load_digits() -> Data:
-    """Returns scikit-learn's 1,797 digits of 8 x 8, a fifth of them to test with."""
+    """Returns scikit-learn's 1,797 digits of 8 x 8 pixels; a fifth of them are for testing."""
     if importlib.util.find_spec("sklearn") is None:
         raise FileNotFoundError("There are no digits either: `pip install scikit-learn` brings them.")
     images, labels = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order].astype(np.float32) / 16, labels[order].astype(np.int32)
-    first = len(labels) * 4 // 5
-    return Data("digits", images[:first], labels[:first], images[first:], labels[first:])
+    split = len(labels) * 4 // 5
+    return Data("digits", images[:split], labels[:split], images[split:], labels[split:])
 
 
 # The network and its training
 
 
 def network(tie: bool = True) -> nn.Sequential:
-    """Returns the network, of which the second and the third layer are the same one, or are not."""
+    """Returns the network; ``tie`` makes its second and third layers the same layer."""
     first, second, third = (nn.Dense(256, activation="relu") for _ in range(3))
     return nn.Sequential(first, second, second if tie else third, nn.Dense(10))
 
 
 def loss_and_accuracy(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> tuple[Any, Any]:
-    """Returns the mean cross-entropy of a batch, and how much of the batch is right."""
+    """Returns the mean cross-entropy and the accuracy of a batch."""
     logits = net(params, x)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     return loss, jnp.mean(jnp.argmax(logits, axis=-1) == y)
@@ -126,13 +126,13 @@ def loss_and_accuracy(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) 
 def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """Returns the compiled step, ``(params, state, x, y) -> (params, state, loss, accuracy)``.
 
-    The buffers of the parameters and of the state that it takes are used for those that it returns.
+    The step donates its parameters and state.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: pt.ParamTree, state: Any, x: Any, y: Any) -> tuple[Any, ...]:
-        of_params = partial(loss_and_accuracy, net)
-        (loss, accuracy), grads = jax.value_and_grad(of_params, has_aux=True)(params, x, y)
+        value_and_grad = jax.value_and_grad(partial(loss_and_accuracy, net), has_aux=True)
+        (loss, accuracy), grads = value_and_grad(params, x, y)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, accuracy
 
@@ -140,7 +140,7 @@ def make_step(net: nn.Sequential, tx: optax.GradientTransformation) -> Callable[
 
 
 def progress(steps: Any, title: str) -> Any:
-    """Returns the steps behind a progress bar, if there is a terminal, and rich to draw it."""
+    """Returns the steps, with a progress bar if stderr is a terminal and rich is installed."""
     if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
         return steps
     console = importlib.import_module("rich.console").Console(stderr=True)
@@ -149,7 +149,7 @@ def progress(steps: Any, title: str) -> Any:
 
 
 def report(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> None:
-    """Prints every parameter beside its gradient; a tied one is there once, with all its names."""
+    """Prints a line for each parameter and its gradient; a tied parameter has one line."""
     grads, _ = jax.jit(jax.grad(partial(loss_and_accuracy, net), has_aux=True))(params, x, y)
     flat, aliases = pt.collect(grads), pt.ties(params)
     print(f"\n{'parameter':31} {'shape':>10} {'mean':>9} {'std':>9} {'|gradient|':>10}")
@@ -163,22 +163,22 @@ def report(net: nn.Sequential, params: pt.ParamTree, x: Any, y: Any) -> None:
 
 
 def checkpoint(params: pt.ParamTree, epoch: int, seed: int) -> pt.ParamTree:
-    """Returns all that the rest of a run depends on, as a tree to save; plain SGD has no state."""
+    """Returns a tree from which a run can resume; plain SGD has no state."""
     return pt.from_tree({"params": params, "epoch": epoch, "seed": seed})
 
 
 def main(argv: Sequence[str] | None = None) -> list[Epoch]:
-    """Trains, prints, and returns what came of each epoch."""
+    """Trains, prints, and returns the metrics of each epoch."""
     parser = argparse.ArgumentParser(description="Trains a network with a tied layer on Fashion-MNIST.")
-    parser.add_argument("--seed", type=int, default=0, help="with --resume it is that of the first run")
-    parser.add_argument("--epochs", type=int, default=5, help="in all, with those before --resume")
+    parser.add_argument("--seed", type=int, default=0, help="ignored with --resume")
+    parser.add_argument("--epochs", type=int, default=5, help="total, counting resumed epochs")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=0.5, help="the learning rate")
     parser.add_argument("--init", choices=WEIGHTS, default="normal")
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with the four idx.gz files")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="to write every epoch")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="to go on from")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the four idx.gz files")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after every epoch")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="checkpoint to continue from")
     args = parser.parse_args(argv)
     net, tx, done = network(args.tie), optax.sgd(args.lr), 0
     try:
@@ -204,13 +204,13 @@ def main(argv: Sequence[str] | None = None) -> list[Epoch]:
     evaluate = jax.jit(partial(loss_and_accuracy, net))
     results: list[Epoch] = []
     for epoch in range(done + 1, args.epochs + 1):
-        start, measured = time.perf_counter(), []
+        start, metrics = time.perf_counter(), []
         order = np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), size))
-        batches = order[: size - size % batch_size].reshape(-1, batch_size)  # some are left over
+        batches = order[: size - size % batch_size].reshape(-1, batch_size)  # drops the remainder
         for rows in progress(batches, f"epoch {epoch}"):
             params, state, *both = step(params, state, data.x[rows], data.y[rows])
-            measured.append(both)  # to be read at the end, so that no step waits for it
-        loss, accuracy = np.mean(jax.device_get(measured), axis=0).tolist()
+            metrics.append(both)  # on the device, so that no step waits
+        loss, accuracy = np.mean(jax.device_get(metrics), axis=0).tolist()
         test_accuracy = evaluate(params, data.test_x, data.test_y)[1].item()
         results.append(Epoch(epoch, loss, accuracy, test_accuracy, time.perf_counter() - start))
         print("{:5} {:8.3f} {:8.3f} {:8.3f} {:8.1f}".format(*results[-1]))

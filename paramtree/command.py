@@ -1,8 +1,8 @@
-"""The command ``python -m paramtree``: what is in a checkpoint, for people and for scripts.
+"""The command ``python -m paramtree``: prints what is in a checkpoint.
 
-It lists from headers alone; values are read where they are asked for, and of a part only that. The
-exit code tells a script how it went, and an error is one line. Nothing in a file is trusted: names are
-printed with control characters spelled out, and never as HTML.
+Listing reads only headers; other jobs read only the leaves that they need. The exit code is meant for
+scripts, and an error is one line. Files are not trusted: control characters in names are escaped, and
+so is HTML.
 """
 
 import argparse
@@ -18,33 +18,34 @@ from typing import Any
 
 from paramtree.core.arrays import clip, printable
 from paramtree.core.errors import ParamTreeError, RuleError
-from paramtree.core.names import compiled, from_tree
-from paramtree.core.structure import build, picker
-from paramtree.core.tree import ParamTree, _rebuild
+from paramtree.core.rules import compiled
+from paramtree.core.tree import ParamTree
+from paramtree.verbs.assemble import take_apart
+from paramtree.verbs.from_tree import from_tree
 
 __all__ = ["main"]
 
-_FINE, _DIFFERENT, _WRONG = 0, 1, 2
-_INTERRUPTED, _NO_READER = 130, 141  # as shells have it for SIGINT and SIGPIPE
+_OK, _DIFFERENT, _ERROR = 0, 1, 2
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as in shells, for SIGINT and SIGPIPE
 
 _CODES = """\
 exit codes:
-  0    fine; with --diff, nothing differs
-  1    with --diff, something differs; with --match, no name matches
+  0    success; with --diff, no differences
+  1    with --diff, differences; with --match, no name matches
   2    wrong usage, or a file that cannot be read or written
   130  interrupted
-  141  whoever read the output has gone, as with `| head`
+  141  broken pipe, as with `| head`
 
-Formats: safetensors, also the .index.json of several files; MXNet's .params; numpy's
-.npz; Orbax folders. Which one a file is shows from its content; never a pickle.
+Reads safetensors (or an .index.json of several files), MXNet's .params, numpy's .npz
+and Orbax folders, recognized from their content. Never reads a pickle.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command, and returns its exit code.
+    """Runs the command and returns its exit code.
 
     Args:
-      argv: the arguments; those of the process if None.
+      argv: the arguments; by default those of the process.
 
     Example:
       >>> import numpy as np, paramtree as pt, tempfile
@@ -58,30 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parsed(argv)
-    except SystemExit as stop:  # after printing the help, or what is wrong
+    except SystemExit as stop:  # argparse has printed the help or an error
         return int(stop.code or 0)
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        return _NO_READER
+        return _BROKEN_PIPE
     except _NoMatchError as error:
-        return _complain(f"--match: {error}", _DIFFERENT)
+        return _fail(f"--match: {error}", _DIFFERENT)
     except OSError as error:
         known = error.filename is not None and error.strerror
-        return _complain(f"{os.fspath(error.filename)}: {error.strerror}" if known else str(error))
+        return _fail(f"{os.fspath(error.filename)}: {error.strerror}" if known else str(error))
     except MemoryError as error:
-        return _complain(f"{arguments.file}: there is not enough memory. {error}")
+        return _fail(f"{arguments.file}: not enough memory. {error}")
     except ParamTreeError as error:
-        return _complain(str(error))
-    except Exception:  # Python's own exit code for it, 1, would say that something differs
+        return _fail(str(error))
+    except Exception:  # Python would exit with 1, which means that the files differ
         traceback.print_exc()
-        return _WRONG
+        return _ERROR
 
 
 class _NoMatchError(Exception):
-    """No name matches the pattern."""
+    """The pattern matches no name."""
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,7 +98,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--match",
         metavar="REGEX",
         type=_pattern,
-        help="only the leaves whose whole names, such as dense0_weight, match",
+        help="only leaves whose full name, such as dense0_weight, matches",
     )
     jobs = parser.add_mutually_exclusive_group()
     jobs.add_argument("--stats", action="store_true", help="print statistics of the values instead")
@@ -105,17 +106,17 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     jobs.add_argument(
         "--convert",
         metavar="OUT",
-        help="write the tree, with its ties and kinds, to a file in the format that its name ends in: "
-        ".npz, .params, .orbax, or else safetensors; what --match leaves out is a hole",
+        help="write the tree, with its ties and kinds, to a file in the format of its extension: "
+        ".npz, .params, .orbax, otherwise safetensors; leaves that --match leaves out become holes",
     )
     parser.add_argument(
         "--html",
         metavar="OUT",
-        help="write what would be printed as a page of HTML, which needs no other file; - prints it",
+        help="write the output as a self-contained HTML page instead; - prints the page",
     )
     arguments = parser.parse_args(argv)
     if arguments.convert is not None and arguments.html is not None:
-        parser.error("argument --html: not allowed with argument --convert, which prints nothing")
+        parser.error("argument --html: not allowed with argument --convert, which has no output")
     return arguments
 
 
@@ -132,42 +133,42 @@ def _run(arguments: argparse.Namespace) -> int:
         _check_apart(out, [path for path in (arguments.file, arguments.diff) if path is not None])
     if arguments.convert is not None:
         _convert(arguments)
-        return _FINE
-    status = _FINE
+        return _OK
+    status = _OK
     if arguments.diff is not None:
         from paramtree.inspect.diff import diff
 
-        shown: Any = diff(*_both(arguments))
-        status = _DIFFERENT if shown else _FINE
+        report: Any = diff(*_both(arguments))
+        status = _DIFFERENT if report else _OK
     elif arguments.stats:
         from paramtree.inspect.stats import stats
 
-        shown = stats(_values(arguments.file, arguments.match))
+        report = stats(_values(arguments.file, arguments.match))
     else:
-        from paramtree.io import peek
+        from paramtree.io.peek import peek
 
-        shown = _matched(_selecting(arguments.match)(peek(arguments.file)), arguments.match)
+        report = _matched(_selecting(arguments.match)(peek(arguments.file)), arguments.match)
     if arguments.html is None:
-        lines = _lines(shown)
-        del shown  # a tree of thousands of names is large, and the lines no longer need it
+        lines = _lines(report)
+        del report  # frees a large tree, which the lines no longer need
         _print(lines)
     else:
-        _write_page(arguments, shown)
+        _write_page(arguments, report)
     return status
 
 
-# What is read
+# Reading
 
 
 def _values(path: str, pattern: re.Pattern[str] | None) -> ParamTree:
-    """Returns the leaves of a file that match, with their values; no other is read."""
+    """Reads the matching leaves of a file, and no others."""
     from paramtree.io.load import load_part
 
     return _matched(load_part(path, _selecting(pattern)), pattern)
 
 
 def _selecting(pattern: re.Pattern[str] | None) -> Callable[[ParamTree], ParamTree]:
-    from paramtree.verbs.parts import select
+    from paramtree.verbs.split import select
 
     def choose(tree: ParamTree) -> ParamTree:
         if pattern is None:
@@ -181,15 +182,15 @@ def _selecting(pattern: re.Pattern[str] | None) -> Callable[[ParamTree], ParamTr
 
 
 def _matched(tree: ParamTree, pattern: re.Pattern[str] | None) -> ParamTree:
-    """Returns what a pattern left of a tree, without holes; those of the file are shown without one."""
+    """Returns a selection without its holes; without a pattern, the tree with the holes of the file."""
     if pattern is None:
         return tree
-    structure, order = build(tree._structure.entries(), tree._structure.kinds)
-    return _rebuild(structure, picker(order)(tree._leaves))
+    parts = take_apart(tree)
+    return parts.assembled(entry for entry in parts.entries if entry.label in parts.leaves)
 
 
 def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
-    """Returns the trees to compare. A pattern may match in one of them only: that is a difference."""
+    """Returns the trees to compare. A pattern that matches in only one of them is a difference."""
     trees = []
     unmatched = []
     for path in (arguments.file, arguments.diff):
@@ -203,11 +204,11 @@ def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
     return trees[0], trees[1]
 
 
-# What is written
+# Writing
 
 
 def _check_apart(out: str, inputs: Sequence[str]) -> None:
-    """Raises ParamTreeError if writing a file would destroy what is read."""
+    """Raises ParamTreeError if writing a file would overwrite an input."""
     from paramtree.io.peek import open_source
 
     if not os.path.exists(out):
@@ -217,13 +218,12 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
         with open_source(path) as source:
             parts = source.parts
         for part in (path, *parts):
-            # A checkpoint of Orbax is a folder, in which a new one takes the place of those before.
+            # An Orbax checkpoint is a folder, and a save deletes the earlier checkpoints in it.
             read = pathlib.Path(part).resolve()
             nested = read.is_relative_to(target) or target.is_relative_to(read)
             if nested or os.path.samefile(out, part):
-                raise ParamTreeError(
-                    f"{out} was not written: it is, or holds, {part}, which is read. Name another file."
-                )
+                problem = f"it is or contains the input {part}"
+                raise ParamTreeError(f"{out} was not written: {problem}. Write to another file.")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -232,16 +232,16 @@ def _convert(arguments: argparse.Namespace) -> None:
     from paramtree.io.save import save
 
     with open_source(arguments.file) as source:
-        sep = "." if source.layout is None else source.layout.sep  # the names stay as they are
+        sep = "." if source.layout is None else source.layout.sep  # keeps the names
     tree = load_part(arguments.file, _selecting(arguments.match))
     with _writing(arguments.convert):
         save(arguments.convert, tree, sep=sep)
 
 
-def _write_page(arguments: argparse.Namespace, shown: Any) -> None:
+def _write_page(arguments: argparse.Namespace, report: Any) -> None:
     from paramtree.io.atomic import replacing
 
-    page = _page(arguments, shown)
+    page = _page(arguments, report)
     if arguments.html == "-":
         _print([page], "xmlcharrefreplace")
         return
@@ -253,28 +253,28 @@ def _write_page(arguments: argparse.Namespace, shown: Any) -> None:
 def _writing(path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # which may name the new file beside it, and nobody knows that one
+    except OSError as error:  # it may name the temporary file, which would puzzle users
         raise ParamTreeError(f"{path} was not written: {error.strerror or error}.") from error
 
 
-# What is shown
+# Printing
 
 
-def _lines(shown: Any) -> Iterable[str]:
+def _lines(report: Any) -> Iterable[str]:
     from paramtree.inspect import outline
 
-    if isinstance(shown, ParamTree):
-        return outline.lines(outline.outline(shown))
-    return [shown.table().text(most=None)]
+    if isinstance(report, ParamTree):
+        return outline.lines(outline.outline(report))
+    return [report.table().text(most=None)]
 
 
-def _page(arguments: argparse.Namespace, shown: Any) -> str:
-    """Returns a page of HTML around what a notebook would show. Nothing in it runs or is fetched."""
+def _page(arguments: argparse.Namespace, report: Any) -> str:
+    """Returns an HTML page with the report as in a notebook. It has no scripts and fetches nothing."""
     from paramtree.inspect.show import show
 
     files = [arguments.file, *([] if arguments.diff is None else [arguments.diff])]
     title = html.escape(printable(" and ".join(files)))
-    body = (show(shown) if isinstance(shown, ParamTree) else shown)._repr_html_()
+    body = (show(report) if isinstance(report, ParamTree) else report)._repr_html_()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="color-scheme" content="light dark">\n'
@@ -284,14 +284,14 @@ def _page(arguments: argparse.Namespace, shown: Any) -> str:
     )
 
 
-_LONGEST = 4000  # characters of an error: it may list names, and a name may be as long as a file
+_LONGEST = 4000  # characters of an error, which may quote a name as long as the file
 _PLAIN = str.maketrans("├└│─", "|`|-")
 
 
 def _print(lines: Iterable[str], spelling: str = "backslashreplace") -> None:
-    """Prints lines, with spellings of characters that the output does not have."""
+    """Prints lines, escaping characters that the output encoding lacks."""
     out = sys.stdout
-    if out is None:  # closed by whoever started this
+    if out is None:  # closed by the parent process
         return
     encoding = out.encoding or "utf-8"
     try:
@@ -303,15 +303,15 @@ def _print(lines: Iterable[str], spelling: str = "backslashreplace") -> None:
             print(line, file=out)
         out.flush()
     except OSError as error:
-        # The rest would be written, and fail again, when Python ends.
+        # Otherwise Python would flush the rest at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if isinstance(error, BrokenPipeError):
             raise
         raise ParamTreeError(f"the output could not be written: {error.strerror}.") from error
 
 
-def _complain(message: str, code: int = _WRONG) -> int:
+def _fail(message: str, code: int = _ERROR) -> int:
     line = printable(clip(" ".join(message.splitlines()), _LONGEST))
-    with contextlib.suppress(OSError):  # the exit code still tells
+    with contextlib.suppress(OSError):  # the exit code still reports it
         print(f"python -m paramtree: {line}", file=sys.stderr)
     return code

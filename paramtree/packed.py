@@ -1,15 +1,14 @@
-"""Packed trees: the small leaves of a tree in one buffer for each dtype, under the same names.
+"""Packed trees: the small leaves of a tree in one buffer for each dtype and kind, under the same names.
 
-A jitted call pays for every array that goes in and comes out, and an optimiser starts some
-arithmetic for each; a net of hundreds of biases and norms spends its time on that. Packed, its
-small leaves are one array to both. The model sees the tree that it knows: when a leaf is first
-read, the buffer is taken apart by one ``split``, whose transpose is one concatenation, so the
-gradient comes out packed as well.
+A jitted call pays for every array that goes in and comes out, and an optimizer starts some arithmetic for
+each; a net of hundreds of biases and norms spends its time on that. Packed, its small leaves are one array
+to both. A model sees the tree that it knows: reading a leaf splits its buffer, and the transpose of a
+split is one concatenation, so the gradient comes out packed as well.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from paramtree.core.arrays import describe, dtype_of, shape_of
-from paramtree.core.errors import MismatchError
-from paramtree.core.names import named
+from paramtree.core.arrays import describe, dtype_of, join, shape_of
+from paramtree.core.errors import MismatchError, ScopeError
+from paramtree.core.pytrees import Opened, is_array, open_tree
 from paramtree.core.structure import Path, Structure
-from paramtree.core.tree import ParamTree, _rebuild, register, whole
+from paramtree.core.tree import ParamTree, flatten, unflatten
+from paramtree.model.scope import Scope
 from paramtree.model.training import trace_state
 
 __all__ = ["Packed", "pack", "unpack"]
 
 MAX_BYTES = 65536  # see benchmarks/RESULTS.md
+
+Likeness = tuple[tuple[Any, Any], ...]  # the shape and dtype of each leaf
 
 
 class Part(NamedTuple):
@@ -35,186 +37,238 @@ class Part(NamedTuple):
     key: DictKey
     slots: list[int]
     shapes: list[tuple[int, ...]] | None
-    dtype: Any
 
 
-class Plan:
-    """How the leaves of a tree are laid out; made once for a structure and what its leaves are like."""
+class Layout:
+    """Which leaves share a buffer; equal for equal structures, shapes and dtypes."""
 
-    __slots__ = ("key", "parts", "structure")
+    __slots__ = ("_hash", "like", "max_bytes", "parts", "structure")
 
-    def __init__(self, structure: Structure, key: Any) -> None:
-        alike, most = key
-        self.structure, self.key = structure, key
+    def __init__(self, structure: Structure, like: Likeness, max_bytes: int) -> None:
+        self.structure, self.like, self.max_bytes = structure, like, max_bytes
+        self._hash = hash((structure, like, max_bytes))
         self.parts: list[Part] = []
         buffers: dict[Any, Part] = {}
-        for slot, (shape, dtype) in enumerate(alike):
-            kind = structure.kinds[slot]
-            if not _fits(shape, dtype, most):
+        for slot, (shape, dtype) in enumerate(like):
+            if not _fits(shape, dtype, max_bytes):
                 path = DictKey("/".join(structure.canonical[slot]))
-                self.parts.append(Part(path, [slot], None, dtype))
+                self.parts.append(Part(path, [slot], None))
                 continue
-            # What is trained and what is not are apart, so an optimiser can be given either.
+            # Trained leaves and state are apart, so that an optimizer can be given either.
+            kind = structure.kinds[slot]
             if (dtype, kind) not in buffers:
-                buffers[dtype, kind] = Part(DictKey(f"packed {kind} {dtype}"), [], [], dtype)
+                buffers[dtype, kind] = Part(DictKey(f"packed {kind} {dtype}"), [], [])
                 self.parts.append(buffers[dtype, kind])
             part = buffers[dtype, kind]
             assert part.shapes is not None  # it is a buffer
             part.slots.append(slot)
             part.shapes.append(shape)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Layout)
+            and (self.structure, self.like, self.max_bytes)
+            == (other.structure, other.like, other.max_bytes)
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
     def __reduce__(self) -> Any:
-        return _plan, (self.structure, self.key)
+        return _layout, (self.structure, self.like, self.max_bytes)
 
     def __repr__(self) -> str:
         return f"packed {self.structure!r}"
 
 
-def _fits(shape: Any, dtype: Any, most: int) -> bool:
+def _fits(shape: Any, dtype: Any, max_bytes: int) -> bool:
     if shape is None or dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
-        return False  # PRNG keys and other objects stay as they are
-    return bool(math.prod(shape) * dtype.itemsize < most)
+        return False  # PRNG keys and other objects keep a place of their own
+    return bool(math.prod(shape) * dtype.itemsize < max_bytes)
 
 
-def _plan(structure: Structure, key: Any) -> Plan:
-    cached = ("pack", key)
-    if cached not in structure.cache:
-        structure.cache[cached] = Plan(structure, key)
-    found: Plan = structure.cache[cached]
-    return found
+def _layout(structure: Structure, like: Likeness, max_bytes: int) -> Layout:
+    layout: Layout = structure.cached(
+        ("pack", like, max_bytes), lambda: Layout(structure, like, max_bytes)
+    )
+    return layout
 
 
-class Packed(ParamTree):
-    """A parameter tree whose small leaves lie in one buffer for each dtype; made by ``pt.pack``.
+class Packed:
+    """A tree whose small leaves share buffers, made by ``pt.pack``; a pytree of its own.
 
-    It reads like the tree it was made from. As a pytree its leaves are the buffers and the large
-    leaves, so ``jit``, ``grad``, ``tree.map`` and optax work on these.
+    It reads like the tree it was made from. As a pytree its leaves are the buffers and the large leaves,
+    so ``jit``, ``grad``, ``tree.map`` and optax work on these.
     """
 
-    __slots__ = ("_arrays", "_plan", "_taken")
+    __slots__ = ("__weakref__", "_arrays", "_layout", "_place", "_split")
 
-    _plan: Plan
-    _arrays: tuple[Any, ...]  # one for each part of the plan
-    _taken: tuple[Any, Any] | None  # the trace in which the leaves were taken out, and they
+    _layout: Layout
+    _arrays: tuple[Any, ...]  # one for each part of the layout
+    _place: Path
+    _split: tuple[Any, Any] | None  # the trace in which the buffers were split, and the leaves
 
     @staticmethod
-    def make(plan: Plan, arrays: Sequence[Any], place: Path = ()) -> "Packed":
-        """Returns a packed tree of some arrays, one for each part of its plan."""
+    def make(layout: Layout, arrays: Sequence[Any], place: Path = (), leaves: Any = None) -> "Packed":
+        """Returns a packed tree of some arrays, one for each part of its layout."""
         tree = object.__new__(Packed)
-        for name, value in (
-            ("_plan", plan),
-            ("_arrays", tuple(arrays)),
-            ("_structure", plan.structure),
-            ("_node", None),
-            ("_place", place),
-            ("_taken", None),
-        ):
+        split = None if leaves is None else (_trace(arrays), tuple(leaves))
+        fields = (("_layout", layout), ("_arrays", tuple(arrays)), ("_place", place), ("_split", split))
+        for name, value in fields:
             object.__setattr__(tree, name, value)
         return tree
 
-    @property
-    def _leaves(self) -> tuple[Any, ...]:  # type: ignore[override]  # a field of other trees
-        if any(isinstance(array, jax.core.Tracer) for array in self._arrays):
-            # What was taken out in one trace must not be used in another, even if the tree itself can.
-            trace = trace_state()
-            if self._taken is None or self._taken[0] != trace:
-                self._keep(trace, self._take())
-        elif self._taken is None:
-            # At once, also while something else is being traced: what is traced could not be kept.
-            with jax.ensure_compile_time_eval():
-                self._keep(None, self._take())
-        assert self._taken is not None
-        leaves: tuple[Any, ...] = self._taken[1]
-        return leaves
-
-    def _keep(self, trace: Any, leaves: tuple[Any, ...]) -> None:
-        object.__setattr__(self, "_taken", (trace, leaves))
+    def _leaves(self) -> tuple[Any, ...]:
+        # Leaves that were split in one trace must not be used in another, even if the tree can.
+        trace = _trace(self._arrays)
+        if self._split is None or self._split[0] != trace:
+            if trace is None:
+                # At once, also while something else is being traced: a tracer could not be kept.
+                with jax.ensure_compile_time_eval():
+                    leaves = self._take()
+            else:
+                leaves = self._take()
+            object.__setattr__(self, "_split", (trace, leaves))
+        assert self._split is not None
+        split: tuple[Any, ...] = self._split[1]
+        return split
 
     def _take(self) -> tuple[Any, ...]:
-        leaves: list[Any] = [None] * len(self._structure.kinds)
-        for part, array in zip(self._plan.parts, self._arrays, strict=True):
-            pieces = [array] if part.shapes is None else _split(array, part)
+        leaves: list[Any] = [None] * len(self._layout.like)
+        for part, array in zip(self._layout.parts, self._arrays, strict=True):
+            pieces = [array] if part.shapes is None else _pieces(array, part)
             for slot, piece in zip(part.slots, pieces, strict=True):
                 leaves[slot] = piece
         return tuple(leaves)
 
-    def _with(self, leaves: Sequence[Any]) -> ParamTree:
-        """Returns a tree of other leaves, packed by the same bound."""
-        if self._taken is not None and all(a is b for a, b in zip(leaves, self._taken[1], strict=True)):
-            return self
-        return pack(_rebuild(self._structure, leaves, self._place), max_bytes=self._plan.key[1])
+    def _tree(self) -> ParamTree:
+        return unflatten(self._layout.structure, self._leaves(), self._place)
 
-    def _view(self, node: Any) -> ParamTree:
-        return _unpacked(self)._view(node)
+    # It reads as the tree does
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in Packed.__slots__:  # Python probes for protocols
+            raise AttributeError(name)
+        return getattr(self._tree(), name)
+
+    def __getitem__(self, key: str | int) -> Any:
+        return self._tree()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tree()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree())
+
+    def __len__(self) -> int:
+        return len(self._tree())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(unflatten(self._layout.structure, self._layout.like, self._place), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(unflatten(self._layout.structure, self._layout.like, self._place), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(self._tree())
+
+    def __repr__(self) -> str:
+        return f"{self._tree()!r}\n(packed into {len(self._arrays)} arrays)"
+
+    def _repr_html_(self) -> str:
+        return self._tree()._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Packed.make, (self._plan, self._arrays, self._place)
+        return Packed.make, (self._layout, self._arrays, self._place)
+
+    # The walker, merge and layers
+
+    def __open__(self) -> Opened:
+        def rebuild(part: Structure, leaves: Sequence[Any], _: Any) -> Packed:
+            return _packed(part, tuple(leaves), self._layout.max_bytes, self._place, (self,))
+
+        structure = self._layout.structure
+        return Opened(structure, self._leaves(), rebuild, structure.kinds, self._place)
+
+    @staticmethod
+    def __merge__(parts: "Sequence[Packed]", merged: ParamTree) -> "Packed":
+        return _packed(*flatten(merged), parts[0]._layout.max_bytes, parts[0]._place, parts)
+
+    def __scope__(self) -> ParamTree:
+        return self._tree()
 
 
-def _unpacked(tree: Any) -> Any:
-    if not isinstance(tree, Packed):
-        return tree
-    return _rebuild(tree._structure, tree._leaves, tree._place)
+def _trace(arrays: Sequence[Any]) -> Any:
+    """Returns the current trace if any of the arrays is a tracer."""
+    return trace_state() if any(isinstance(array, jax.core.Tracer) for array in arrays) else None
 
 
-def _split(buffer: Any, part: Part) -> list[Any]:
+def _pieces(buffer: Any, part: Part) -> list[Any]:
     """Returns the leaves in a buffer; under ``vmap`` and the like it has more axes, before the last."""
     assert part.shapes is not None
     sizes = [math.prod(shape) for shape in part.shapes]
     have = shape_of(buffer)
     if not have or have[-1] != sum(sizes):
+        if not is_array(buffer):
+            return [buffer] * len(sizes)  # one mask, label or sharding for all
         raise MismatchError(
-            f"the buffer `{part.key.key}` of a packed tree has {sum(sizes)} values, and there is "
-            f"{describe(buffer)} in its place, so its leaves cannot be read: masks and labels go by "
-            "leaf, so pt.partition the tree first and pt.pack each part, or pt.unpack it."
+            f"the buffer `{part.key.key}` of a packed tree has {sum(sizes)} values, but found "
+            f"{describe(buffer)}, so its leaves cannot be read: pt.unpack the tree before what changes "
+            "the shape of a leaf."
         )
-    before = have[:-1]
+    lead = have[:-1]
     if isinstance(buffer, jax.ShapeDtypeStruct):
-        dtype = buffer.dtype
-        return [jax.ShapeDtypeStruct((*before, *shape), dtype) for shape in part.shapes]
+        return [jax.ShapeDtypeStruct((*lead, *shape), buffer.dtype) for shape in part.shapes]
     starts = itertools.accumulate(sizes, initial=0)
     if isinstance(buffer, jax.core.Tracer):
-        pieces: Any = jax.lax.split(buffer, sizes, axis=len(before))
+        pieces: Any = jax.lax.split(buffer, sizes, axis=len(lead))
     elif isinstance(buffer, np.ndarray):
         pieces = (buffer[..., start : start + size] for start, size in zip(starts, sizes, strict=False))
     else:  # compiled, one split into hundreds takes XLA seconds; this compiles once for each size
         pieces = (
-            jax.lax.dynamic_slice_in_dim(buffer, start, size, len(before))
+            jax.lax.dynamic_slice_in_dim(buffer, start, size, len(lead))
             for start, size in zip(starts, sizes, strict=False)
         )
-    return [piece.reshape(*before, *shape) for piece, shape in zip(pieces, part.shapes, strict=True)]
+    return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, part.shapes, strict=True)]
 
 
-def _flatten(tree: Packed) -> tuple[tuple[Any, ...], Plan]:
-    return tree._arrays, tree._plan
+def _flatten_with_keys(tree: Packed) -> tuple[list[tuple[DictKey, Any]], Layout]:
+    keys = [part.key for part in tree._layout.parts]
+    return list(zip(keys, tree._arrays, strict=True)), tree._layout
 
 
-def _flatten_with_keys(tree: Packed) -> tuple[list[tuple[DictKey, Any]], Plan]:
-    keys = [part.key for part in tree._plan.parts]
-    return list(zip(keys, tree._arrays, strict=True)), tree._plan
-
-
-register(Packed, _flatten, _flatten_with_keys, Packed.make)
+jax.tree_util.register_pytree_with_keys(
+    Packed, _flatten_with_keys, Packed.make, lambda tree: (tree._arrays, tree._layout)
+)
 
 
 def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
     """Returns the tree with its small leaves in one buffer for each dtype and kind.
 
-    The names, kinds and ties stay, and so does how it is read: ``net(packed, x)``, ``jax.grad``,
-    ``pt.collect`` and ``pt.save`` work on it. To jit and to an optimiser it has a few arrays where
-    the tree has hundreds. A leaf as large as the bound would gain nothing and stays as it is. What
-    goes by leaf, such as a mask for optax, does not fit a buffer: ``pt.partition`` the tree and
-    pack each part.
+    Names, kinds, ties and stacks stay, and so does reading: ``net(packed, x)``, ``jax.grad``,
+    ``pt.training``, ``pt.collect`` and ``pt.save`` work on it. To jit and to an optimizer it has a few
+    arrays where the tree has hundreds. A leaf of ``max_bytes`` or more would gain nothing and stays apart.
+
+    Verbs that return a tree return a packed one: ``select`` and ``partition`` pack the part, and
+    ``merge`` gives the packed tree back. A mask, label or sharding must be the same for all leaves of a
+    buffer, or the verb raises; partition the tree first and pack each part.
+
+    An optimizer sees a buffer as one vector. Those that treat every number alike give the same result:
+    ``sgd``, ``adam``, ``adamw``, ``rmsprop``, ``lion``, clipping by value or by global norm. Those that
+    use the shape or norm of a leaf give other numbers, so unpack the tree for them: ``lamb``, ``lars``,
+    ``fromage``, ``muon``, ``adafactor``, ``sm3``, ``shampoo``-like preconditioners, ``adaptive_grad_clip``,
+    ``clip_by_block_rms``, ``scale_by_trust_ratio``, and masks by ``ndim``.
 
     Args:
-      tree: a parameter tree of arrays, or any other pytree.
+      tree: a parameter tree of arrays, or any other pytree, whose names are kept.
       max_bytes: a leaf is packed if it has fewer bytes than this.
 
     Returns:
       A tree of another treedef than ``tree``; its gradient is packed in the same way.
 
     Raises:
-      ValueError: ``max_bytes`` is no whole number of 0 or more.
+      ValueError: ``max_bytes`` is not a non-negative integer.
+      ScopeError: it is the scope of a model that is being run.
 
     Example:
       >>> import paramtree as pt
@@ -227,15 +281,71 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
     """
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
         raise ValueError(f"pack: max_bytes is a number of bytes, 0 or more, but found {max_bytes!r}.")
-    source = whole(tree) if isinstance(tree, ParamTree) else named(tree).tree
-    structure, leaves = source._structure, source._leaves
-    alike = tuple((shape_of(leaf), _canonical(dtype_of(leaf))) for leaf in leaves)
-    plan = _plan(structure, (alike, max_bytes))
+    if isinstance(tree, Scope):
+        raise ScopeError(
+            "pack: a scope cannot be packed in the model. Pack the tree that is given to it."
+        )
+    source = open_tree(tree)
+    return _packed(source.structure, source.leaves, max_bytes, source.place, ())
+
+
+def _packed(
+    structure: Structure, leaves: Sequence[Any], max_bytes: int, place: Path, sources: Sequence[Packed]
+) -> Packed:
+    """Returns leaves packed; a buffer of the sources whose leaves are all there is taken as it is."""
+    if sources and not all(map(is_array, leaves)):
+        return _of_values(structure, leaves, sources[0])
+    like = tuple((shape_of(leaf), _canonical(dtype_of(leaf))) for leaf in leaves)
+    layout = _layout(structure, like, max_bytes)
+    kept = structure.kept
+    known = {
+        (part.key, tuple(source._layout.structure.kept[slot] for slot in part.slots)): (
+            array,
+            part,
+            source,
+        )
+        for source in sources
+        for part, array in zip(source._layout.parts, source._arrays, strict=True)
+        if part.shapes is not None
+    }
     arrays = []
-    for part in plan.parts:
+    for part in layout.parts:
         pieces = [leaves[slot] for slot in part.slots]
-        arrays.append(pieces[0] if part.shapes is None else _joined(pieces, part))
-    return Packed.make(plan, arrays, source._place)
+        array, old, source = known.get(
+            (part.key, tuple(kept[slot] for slot in part.slots)), (None,) * 3
+        )
+        if old is not None and source is not None:
+            split = source._leaves()
+            if all(piece is split[slot] for piece, slot in zip(pieces, old.slots, strict=True)):
+                arrays.append(array)
+                continue
+        arrays.append(pieces[0] if part.shapes is None else _joined(pieces, like[part.slots[0]][1]))
+    return Packed.make(layout, arrays, place, leaves)
+
+
+def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> Packed:
+    """Returns values that are not arrays, such as a mask, as a tree packed like another one.
+
+    Raises:
+      MismatchError: the leaves of a buffer have different values.
+    """
+    full = source._layout.structure.kept
+    slot_of = {slot: i for i, slot in enumerate(full)}
+    like = tuple(source._layout.like[slot_of[slot]] for slot in structure.kept)
+    layout = _layout(structure, like, source._layout.max_bytes)
+    arrays = []
+    for part in layout.parts:
+        first = values[part.slots[0]]
+        unlike = [slot for slot in part.slots if values[slot] is not first and values[slot] != first]
+        if unlike:
+            names = [join(structure.canonical[slot]) for slot in (part.slots[0], unlike[0])]
+            raise MismatchError(
+                f"`{names[0]}` and `{names[1]}` share the buffer `{part.key.key}` of a packed tree, and "
+                f"get different values, {first!r} and {values[unlike[0]]!r}: pt.partition the tree first "
+                "and pt.pack each part, or pt.unpack it."
+            )
+        arrays.append(first)
+    return Packed.make(layout, arrays, source._place)
 
 
 def _canonical(dtype: Any) -> Any:
@@ -244,21 +354,21 @@ def _canonical(dtype: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
-def _joined(pieces: Sequence[Any], part: Part) -> Any:
+def _joined(pieces: Sequence[Any], dtype: Any) -> Any:
     if all(isinstance(piece, jax.ShapeDtypeStruct) for piece in pieces):
         size = sum(math.prod(piece.shape) for piece in pieces)
-        return jax.ShapeDtypeStruct((size,), part.dtype)
+        return jax.ShapeDtypeStruct((size,), dtype)
     if not any(isinstance(piece, jax.core.Tracer) for piece in pieces):
         # On the host: compiled, joining hundreds of arrays takes XLA seconds.
-        return jnp.asarray(np.concatenate([np.ravel(piece) for piece in pieces]), part.dtype)
-    return jnp.concatenate([jnp.ravel(jnp.asarray(piece, part.dtype)) for piece in pieces])
+        return jnp.asarray(np.concatenate([np.ravel(piece) for piece in pieces]), dtype)
+    return jnp.concatenate([jnp.ravel(jnp.asarray(piece, dtype)) for piece in pieces])
 
 
 def unpack(tree: Any) -> Any:
-    """Returns the tree with every leaf an array of its own; one that is not packed as it is.
+    """Returns the tree with every leaf an array of its own; a tree that is not packed is unchanged.
 
     Args:
-      tree: a packed tree, or anything that holds some, such as an optimiser's state.
+      tree: a packed tree, or any container of some, such as an optimizer state.
 
     Example:
       >>> import paramtree as pt
@@ -266,4 +376,10 @@ def unpack(tree: Any) -> Any:
       >>> jax.tree.structure(pt.unpack(pt.pack(params))) == jax.tree.structure(params)
       True
     """
-    return jax.tree.map(_unpacked, tree, is_leaf=lambda value: isinstance(value, Packed))
+    if isinstance(tree, Scope):
+        return tree
+    return jax.tree.map(
+        lambda value: value._tree() if isinstance(value, Packed) else value,
+        tree,
+        is_leaf=lambda value: isinstance(value, Packed),
+    )

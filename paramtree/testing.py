@@ -1,8 +1,8 @@
-"""Assertions for tests of models: each names every leaf that is not as it should be.
+"""Assertions for tests of models; each names every leaf that fails.
 
-They are those of chex, with names. Within a jitted function under ``chex.chexify``, values are
-checked by chex itself; ``chex.disable_asserts()`` turns these off as well. A test that passes two
-trees says what it expects last, as in chex and numpy.
+They mirror those of chex, with names. Inside a jitted function under ``chex.chexify``, chex checks the
+values; ``chex.disable_asserts()`` disables these assertions too. The expected tree comes second, as in
+chex and numpy.
 """
 
 from typing import Any
@@ -12,38 +12,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import describe, dtype_of, join, short
-from paramtree.core.names import Pattern, named
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import Patterns, select_slots
 from paramtree.inspect.diff import check_readable, check_tolerances, only_shape
 from paramtree.inspect.distance import Distance, comparable, distances, numeric
 from paramtree.inspect.report import float_text
 from paramtree.inspect.stats import find_nonfinite
+from paramtree.verbs.collect import collect_matching
 from paramtree.verbs.compare import Pair, compare, differences, lines
-from paramtree.verbs.parts import choose, taken
 
 __all__ = [
-    "assert_all_finite",
-    "assert_only_changed",
-    "assert_shapes_match",
-    "assert_trees_close",
+    "assert_all_finite", "assert_only_changed", "assert_shapes_match", "assert_trees_close",
     "assert_trees_equal",
-]
+]  # fmt: skip
 
 
 def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-6, atol: float = 0.0) -> None:
-    """Asserts that two trees are alike, and their values nearly equal.
+    """Asserts that two trees have the same structure and nearly equal values.
 
-    Structure, shapes and dtypes must be the same, as in ``pt.check_match``. An element is off if
-    ``|actual - expected| > atol + rtol * |expected|``; a NaN is equal to a NaN in the same place, but
-    for traced values, which chex compares. What is no number must be equal.
+    Structure, shapes and dtypes must match, as in ``pt.check_match``. An element is off if
+    ``|actual - expected| > atol + rtol * |expected|``; NaNs in the same position are equal, except in
+    traced values, which chex compares. Non-numeric leaves must be equal.
 
     Args:
       actual: a parameter tree or any other pytree.
-      expected: what it should be.
-      rtol: what is tolerated in relation to what is expected.
-      atol: what is tolerated.
+      expected: the expected tree.
+      rtol: the tolerance relative to the expected value.
+      atol: the absolute tolerance.
 
     Raises:
-      AssertionError: they differ; every leaf that does is listed, with its largest difference.
+      AssertionError: the trees differ; every differing leaf is listed, with its largest difference.
 
     Example:
       >>> import paramtree as pt
@@ -56,20 +54,21 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-6, atol: 
         `dense0_bias`: 1 of 2 elements off, largest difference 0.5; at [1] it is 0.0, expected 0.5.
     """
     __tracebackhide__ = True
-    _assert_alike("assert_trees_close", actual, expected, rtol, atol)
+    _assert_close("assert_trees_close", actual, expected, rtol, atol)
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """Asserts that two trees are alike, and their values equal.
+    """Asserts that two trees have the same structure and equal values.
 
-    As ``assert_trees_close`` with no tolerance: NaNs in the same place are equal, and so are 0 and -0.
+    Like ``assert_trees_close`` with zero tolerance: NaNs in the same position are equal, and so are 0
+    and -0.
 
     Args:
       actual: a parameter tree or any other pytree.
-      expected: what it should be.
+      expected: the expected tree.
 
     Raises:
-      AssertionError: they differ; every leaf that does is listed, with its largest difference.
+      AssertionError: the trees differ; every differing leaf is listed, with its largest difference.
 
     Example:
       >>> import paramtree as pt
@@ -77,20 +76,20 @@ def assert_trees_equal(actual: Any, expected: Any) -> None:
       >>> pt.testing.assert_trees_equal(jax.tree.map(lambda leaf: leaf + 0, params), params)
     """
     __tracebackhide__ = True
-    _assert_alike("assert_trees_equal", actual, expected, 0.0, 0.0)
+    _assert_close("assert_trees_equal", actual, expected, 0.0, 0.0)
 
 
 def assert_shapes_match(actual: Any, expected: Any) -> None:
-    """Asserts that two trees have one structure, and leaves of the same shapes and dtypes.
+    """Asserts that two trees have the same structure, shapes and dtypes.
 
-    ``pt.check_match`` as an assertion; values are not looked at, so either may be of shapes only.
+    ``pt.check_match`` as an assertion. Values are not read, so either tree may hold only shapes.
 
     Args:
       actual: a parameter tree or any other pytree.
-      expected: what it should be like.
+      expected: a tree with the expected structure.
 
     Raises:
-      AssertionError: they differ; all that does is listed.
+      AssertionError: the trees differ; all differences are listed.
 
     Example:
       >>> import paramtree as pt
@@ -100,18 +99,19 @@ def assert_shapes_match(actual: Any, expected: Any) -> None:
     """
     __tracebackhide__ = True
     if _enabled():
-        _fail("assert_shapes_match: actual is not like expected", lines(differences(expected, actual)))
+        head = "assert_shapes_match: actual does not match expected"
+        _fail(head, lines(differences(expected, actual)))
 
 
-def assert_all_finite(tree: Any, pattern: Pattern | None = None) -> None:
+def assert_all_finite(tree: Any, pattern: Patterns = None) -> None:
     """Asserts that no leaf holds NaN or infinity.
 
     Args:
       tree: a parameter tree, gradients, or any other pytree.
-      pattern: a regular expression for whole names; None checks all.
+      pattern: a regular expression that matches full names; None checks all leaves.
 
     Raises:
-      AssertionError: some do; every leaf is listed, with how many.
+      AssertionError: some do; every such leaf is listed, with counts.
       RuleError: the pattern matches nothing.
 
     Example:
@@ -124,34 +124,33 @@ def assert_all_finite(tree: Any, pattern: Pattern | None = None) -> None:
     __tracebackhide__ = True
     if not _enabled():
         return
-    flat = taken("assert_all_finite", tree, pattern)
+    flat = collect_matching("assert_all_finite", tree, pattern)
     if _traced(flat):
         _chex().assert_tree_all_finite({name: leaf for name, leaf in flat.items() if numeric(leaf)})
         return
-    found = find_nonfinite(tree, pattern)
+    report = find_nonfinite(tree, pattern)
     _fail(
-        f"assert_all_finite: {len(found.found)} of {found.searched} leaves are not finite",
+        f"assert_all_finite: {len(report.found)} of {report.searched} leaves are not finite",
         [
             f"  {_name(name)}: {row['nan']} NaN and {row['inf']} infinite of {row['size']}."
-            for name, row in found.found.items()
+            for name, row in report.found.items()
         ],
     )
 
 
-def assert_only_changed(
-    before: Any, after: Any, pattern: Pattern | list[Pattern] | None = None
-) -> None:
-    """Asserts that the leaves whose names match have changed, each in some value, and no others.
+def assert_only_changed(before: Any, after: Any, pattern: Patterns = None) -> None:
+    """Asserts that every leaf that matches has changed in some value, and that no other leaf has.
 
-    What a test of a training step asks: that what is trained moves, and that what is frozen does not.
+    This tests a training step: trained parameters move, and frozen ones do not.
 
     Args:
       before: a parameter tree or any other pytree.
       after: the tree after the step.
-      pattern: a regular expression for whole names, or several; None for all.
+      pattern: a regular expression that matches full names, or several; None for all leaves.
 
     Raises:
-      AssertionError: one has not changed, or another has, or the trees are not alike; all are listed.
+      AssertionError: a matching leaf has not changed, another leaf has, or the structures differ; all
+        are listed.
       RuleError: a pattern matches nothing.
 
     Example:
@@ -164,58 +163,57 @@ def assert_only_changed(
     if not _enabled():
         return
     verb = "assert_only_changed"
-    _fail(f"{verb}: after is not like before", lines(differences(before, after)))
-    first, second = (named(tree).tree for tree in (before, after))
-    structure = first._structure
-    names = [join(path) for path in structure.canonical]
-    chosen = set(choose(structure, pattern, None, verb)[0].slots)
-    pairs = list(map(Pair, names, first._leaves, second._leaves))
-    wrong = []
-    for slot, (pair, distance) in enumerate(_apart(verb, pairs)):  # alike, so none is left out
+    _fail(f"{verb}: after does not match before", lines(differences(before, after)))
+    first, second = open_tree(before), open_tree(after)
+    names = [join(path) for path in first.structure.canonical]
+    chosen = set(select_slots(first, pattern, None, verb)[0].slots)
+    pairs = list(map(Pair, names, first.leaves, second.leaves))
+    failures = []
+    for slot, (pair, distance) in enumerate(_compared(verb, pairs)):  # all pairs are comparable here
         if slot in chosen and distance is None:
-            wrong.append(f"  {_name(pair.name)} has not changed.")
+            failures.append(f"  {_name(pair.name)} has not changed.")
         elif slot not in chosen and distance is not None:
-            wrong.append(f"  {_name(pair.name)} has changed: {_off(distance)}.")
-    meant = "all leaves" if pattern is None else f"exactly the leaves that match {pattern!r}"
-    _fail(f"{verb}: expected {meant} to change", wrong)
+            failures.append(f"  {_name(pair.name)} has changed: {_off(distance)}.")
+    expected = "all leaves" if pattern is None else f"exactly the leaves that match {pattern!r}"
+    _fail(f"{verb}: expected {expected} to change", failures)
 
 
-def _assert_alike(verb: str, actual: Any, expected: Any, rtol: float, atol: float) -> None:
+def _assert_close(verb: str, actual: Any, expected: Any, rtol: float, atol: float) -> None:
     __tracebackhide__ = True
     check_tolerances(rtol, atol)
     if not _enabled():
         return
     tolerated = f" (rtol={rtol:g}, atol={atol:g})" if rtol or atol else ""
     head = f"{verb}: actual is not what was expected{tolerated}"
-    wrong = lines(differences(expected, actual))
+    failures = lines(differences(expected, actual))
     pairs = compare(actual, expected)[1]
     traced = [pair for pair in pairs if _traced(pair.first, pair.second)]
     known = [pair for pair in pairs if not _traced(pair.first, pair.second)]
-    wrong += [
+    failures += [
         f"  {_name(pair.name)}: {_off(distance)}{_worst(pair, rtol)}."
-        for pair, distance in _apart(verb, known, rtol, atol)
+        for pair, distance in _compared(verb, known, rtol, atol)
         if distance is not None
     ]
-    _fail(head, wrong)
+    _fail(head, failures)
     if traced:
-        first, second = ({pair.name: _words(pair[i]) for pair in traced} for i in (1, 2))
+        first, second = ({pair.name: _array(pair[i]) for pair in traced} for i in (1, 2))
         _chex().assert_trees_all_close(first, second, rtol=rtol, atol=atol)
 
 
-def _apart(
+def _compared(
     verb: str, pairs: list[Pair], rtol: float = 0.0, atol: float = 0.0
 ) -> list[tuple[Pair, Distance | None]]:
-    """Returns leaves that can be compared, with how far apart they are; all must have values."""
+    """Returns the comparable pairs with their distances; fails if a leaf is only a shape."""
     __tracebackhide__ = True
     check_readable(verb, [(pair.name, leaf) for pair in pairs for leaf in (pair.first, pair.second)])
     shapes = [pair.name for pair in pairs if only_shape(pair)]
     _fail(
-        f"{verb}: there are only shapes, which pt.testing.assert_shapes_match compares",
+        f"{verb}: some leaves are only shapes; pt.testing.assert_shapes_match compares those",
         [f"  {_name(name)} has no values." for name in shapes],
     )
     pairs = [pair for pair in pairs if comparable(pair.first, pair.second)]
-    found = distances([(pair.first, pair.second) for pair in pairs], float(rtol), float(atol))
-    return list(zip(pairs, found, strict=True))
+    measured = distances([(pair.first, pair.second) for pair in pairs], float(rtol), float(atol))
+    return list(zip(pairs, measured, strict=True))
 
 
 def _chex() -> Any:
@@ -225,7 +223,7 @@ def _chex() -> Any:
 
 
 def _enabled() -> bool:
-    """Whether chex has not been told to disable assertions."""
+    """Whether the assertions of chex are enabled."""
     try:
         _chex().assert_equal(0, 1)
     except AssertionError:
@@ -233,18 +231,18 @@ def _enabled() -> bool:
     return False
 
 
-def _fail(head: str, wrong: list[str]) -> None:
+def _fail(head: str, failures: list[str]) -> None:
     __tracebackhide__ = True
-    if wrong:
-        raise AssertionError("\n".join([f"{head}:", *wrong]))
+    if failures:
+        raise AssertionError("\n".join([f"{head}:", *failures]))
 
 
 def _traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def _words(leaf: Any) -> Any:
-    """Returns an array, of a key its data."""
+def _array(leaf: Any) -> Any:
+    """Returns a leaf as an array that chex can compare: for a PRNG key, its data."""
     dtype = dtype_of(leaf)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
@@ -262,13 +260,13 @@ def _off(distance: Distance) -> str:
 
 
 def _worst(pair: Pair, rtol: float) -> str:
-    """Returns where two leaves are off by most, in terms of what is tolerated, and by what."""
+    """Returns the element that exceeds the tolerance most, as text."""
     if not numeric(pair.first):
-        one, other = (describe(leaf) for leaf in pair[1:])
-        return f"; it is {one}, expected {other}" if dtype_of(pair.first) is None else ""
+        actual, expected = (describe(leaf) for leaf in pair[1:])
+        return f"; it is {actual}, expected {expected}" if dtype_of(pair.first) is None else ""
     x, y = (np.asarray(leaf) for leaf in pair[1:])
     with np.errstate(all="ignore"):
-        a, b = (each.astype(np.complex128 if each.dtype.kind == "c" else np.float64) for each in (x, y))
+        a, b = (v.astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (x, y))
         excess = np.where(
             (a == b) | (np.isnan(a) & np.isnan(b)), -np.inf, np.abs(a - b) - rtol * np.abs(b)
         )

@@ -1,4 +1,4 @@
-"""The benchmark suite: what it makes of numbers, and that its processes take turns. No times are judged."""
+"""The benchmark suite: its statistics, and that its processes take turns. No times are judged."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ def case(**changes: Any) -> Case:
     return dataclasses.replace(made, **changes)
 
 
-# Three rounds of three turns, some of which are disturbed.
+# Three rounds of three turns, some with outliers.
 ROUNDS = [
     {"1": values(paramtree=[2.0, 20.0, 2.0], a=[10.0, 1.0, 1.0], b=[4.0, 4.0, 4.0]), "2": values(paramtree=[6.0, 6.0, 6.0])},
     {"1": values(paramtree=[3.0, 3.0, 3.0], a=[1.0, 1.0, 1.0], b=[1.5, 1.5, 1.5]), "2": values(paramtree=[6.0, 6.0, 6.0])},
@@ -111,14 +111,14 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     names = list(one.contenders)
     found, out, about = one_round(one, 400, names, 1, environment(one, tmp_path))
     assert not out and about["jax"]
-    assert list(found) == names[1:] + names[:1]  # the second begins in the second round
+    assert list(found) == names[1:] + names[:1]  # the order rotates by one in the second round
     for metrics in found.values():
         assert set(metrics) >= {"collect, first", "mask, again"}
         assert all(len(taken) == 2 and min(taken) > 0 for taken in metrics.values())
 
 
 def test_a_contender_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
-    # The processes know the cases by name, and no case of this name has this contender.
+    # Workers load the case by name, and the real case does not have this contender.
     one = dataclasses.replace(
         load()["imports"], contenders={"paramtree": dict, "nobody": dict}, rounds=1
     )

@@ -122,7 +122,7 @@ def test_what_is_equal_to_what() -> None:
         lambda: testing.assert_trees_equal(siblings(), siblings().to_dict())
     )
     for bad in (-1.0, float("nan"), "1"):
-        with pytest.raises(ValueError, match="^rtol is a number of 0 or more"):
+        with pytest.raises(ValueError, match="^rtol must be a non-negative number"):
             testing.assert_trees_close({}, {}, rtol=bad)
 
 
@@ -130,7 +130,7 @@ def test_values_are_not_taken_for_equal_where_there_are_only_shapes() -> None:
     shapes = jax.eval_shape(lambda: tied())
     for call in (testing.assert_trees_close, testing.assert_trees_equal, testing.assert_only_changed):
         message = failure(lambda call=call: call(shapes, shapes))
-        assert "there are only shapes, which pt.testing.assert_shapes_match compares" in message
+        assert "some leaves are only shapes; pt.testing.assert_shapes_match compares those" in message
         assert "  `block_a_w` has no values." in message
     testing.assert_shapes_match(shapes, tied())  # as advised
 
@@ -170,7 +170,7 @@ def test_only_what_is_trained_changes() -> None:
     assert failure(lambda: testing.assert_only_changed(params, after)) == (
         "assert_only_changed: expected all leaves to change:\n  `embed_weight` has not changed."
     )
-    assert "after is not like before:\n  `decoder_bias`: expected shape" in failure(
+    assert "after does not match before:\n  `decoder_bias`: expected shape" in failure(
         lambda: testing.assert_only_changed(
             params, pt.map_named(lambda name, x: jnp.ones(9), params, "decoder_bias")
         )
@@ -178,9 +178,7 @@ def test_only_what_is_trained_changes() -> None:
     testing.assert_only_changed({"a": leaf(0), "b": leaf(1)}, {"a": leaf(0), "b": leaf(2)}, "b")
     with pytest.raises(pt.RuleError, match="'nothing' matches no name"):
         testing.assert_only_changed(params, after, "nothing")
-    with pytest.raises(
-        TypeError, match="assert_only_changed compares values, which are not known while"
-    ):
+    with pytest.raises(TypeError, match="assert_only_changed compares values, which are unknown while"):
         jax.jit(lambda p: testing.assert_only_changed(p, p))(params)
 
 

@@ -1,21 +1,20 @@
-"""The benchmark suite: paramtree beside every peer that can do the same, as ratios within one run.
+"""The benchmark suite: paramtree against every peer with the same feature, as ratios within one run.
 
-Run all of it with ``make bench``, one case with ``python -m benchmarks.suite --only flatten``, and see
-that everything runs with ``make bench-smoke``. It writes ``benchmarks/results.json`` (every number),
+Run it with ``make bench``, one case with ``python -m benchmarks.suite --only flatten``, and check that
+everything runs with ``make bench-smoke``. It writes ``benchmarks/results.json`` (all numbers),
 ``benchmarks/RESULTS.md`` (the tables) and ``benchmarks/plots``.
 
 How it measures
-  Machines drift, so a time alone says little. In every round each contender of a case runs in a new
-  process. All processes of a round first set up and warm up, and then take turns: a few milliseconds
-  of one, of the next, and so on, the order rotated from turn to turn and from round to round. What
-  else runs on a machine only ever adds time, so the least that was seen is what a call takes (as the
-  documentation of ``timeit`` advises), and a ratio is that of the least times. What is reported is the
-  least of all rounds, with the smallest and the largest round. What is no time (memory, a ratio) is
-  reported by its median.
+  Machine speed drifts, so absolute times say little. In each round, every contender of a case runs in a
+  new process. The processes set up and warm up, then take turns of a few milliseconds; the order
+  rotates from turn to turn and from round to round. Other load only adds time, so the minimum is the
+  best estimate (as the documentation of ``timeit`` advises), and a ratio is a ratio of minima. Times
+  are reported as the minimum of all rounds, other values (memory, ratios) as the median, each with the
+  smallest and the largest round.
 
 How to add a case
-  Put a file into ``benchmarks/suite/cases`` which defines ``CASES``, a list of ``Case``. The import of
-  that file must be light: import jax, paramtree and the peers inside the functions only. ::
+  Add a file to ``benchmarks/suite/cases`` that defines ``CASES``, a list of ``Case``. Keep its import
+  light: import jax, paramtree and the peers only inside functions. ::
 
       from benchmarks.suite.case import Bound, Case
 
@@ -41,26 +40,26 @@ How to add a case
           )
       ]
 
-  A contender is a function of a size that sets up and returns ``{metric: what}``, where ``what`` is
+  A contender is a function of a size that sets up and returns ``{metric: work}``, where ``work`` is
 
-  * a function: it is called again and again and timed; it must block until its result is there;
-  * ``Timed(call, before=...)``: ``before()`` is called without being timed before each ``call(made)``;
-  * ``Measured(call)``: ``call()`` returns the value itself, at every turn;
-  * a number: what the set-up itself has measured (a cold start, a peak of memory). A case of which
-    that is all should say ``alone=True``: its processes then run one after the other, one turn each.
+  * a function, called repeatedly and timed; it must block until its result is ready;
+  * ``Timed(call, before=...)``: ``call(before())``, of which only ``call`` is timed;
+  * ``Measured(call)``: ``call()`` returns the value at each turn;
+  * a number that the set-up measured (a cold start, a memory peak). A case with only such metrics
+    should set ``alone=True``: its processes run one after the other, one turn each.
 
-  A contender may return fewer metrics than others. One whose package is absent is left out, and so is
-  one that raises ``Absent("why")``; both are said in the tables. Any other exception is an error: the
-  suite goes on, shows it and ends with status 1.
+  A contender may return fewer metrics than others. A contender whose package is not installed, or that
+  raises ``Absent("why")``, is left out, and the tables say so. Any other exception is an error: the
+  suite continues, shows it and exits with status 1.
 
-  A ``Bound`` names a metric, the reference (a contender, a tuple of contenders of which the best
-  counts in each round, or None for a limit in the case's unit) and the limit. ``ours`` is the
-  contender that it holds for, ``when`` the sizes. With ``base=24`` the reference is taken at that size
-  instead, which bounds growth. ``note`` of a case is text for its section of the tables: what the
-  contenders do, and where a bound is not met, the floor.
+  A ``Bound`` names a metric, a reference (a contender, a tuple of contenders whose best counts in each
+  round, or None for a limit in the case's unit) and a limit. ``ours`` is the contender it applies to,
+  ``when`` selects the sizes. ``base=24`` takes the reference at that size, which bounds growth. A
+  case's ``note`` is text for its section of the tables: what the contenders do, and the floor where a
+  bound is not met.
 
-  Try a contender by itself with ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``: it prints
-  one line of JSON. ``cached=True`` lets processes reuse what XLA compiled in an earlier round, for
-  cases that do not measure compilation. ``seconds`` is what a case may take: no new round begins
-  after that, but two rounds are always taken.
+  Run one contender with ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``: it prints one line
+  of JSON. ``cached=True`` lets processes reuse XLA's compilation cache from earlier rounds, for cases
+  that do not measure compilation. ``seconds`` is the time budget of a case: no round starts after it,
+  except that there are always two.
 """

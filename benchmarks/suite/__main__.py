@@ -1,4 +1,4 @@
-"""Runs the suite: ``python -m benchmarks.suite``. The package's docstring says how it measures."""
+"""Runs the suite: ``python -m benchmarks.suite``. The package docstring says how it measures."""
 
 import argparse
 import datetime
@@ -25,12 +25,12 @@ AGAIN = "measured again later"
 
 
 def show(text: str) -> None:
-    """Prints at once."""
+    """Prints and flushes."""
     print(text, flush=True)
 
 
 def machine(cases: dict[str, Case]) -> dict[str, Any]:
-    """Describes where this runs, with the version of everything that is compared."""
+    """Describes the machine and the versions of all packages compared."""
     cpu, memory = platform.processor() or platform.machine(), 0
     if Path("/proc/cpuinfo").exists():
         names = [
@@ -55,22 +55,22 @@ def machine(cases: dict[str, Case]) -> dict[str, Any]:
         "Python": platform.python_version(),
         "packages": ", ".join(versions),
         "date": datetime.date.today().isoformat(),
-        "load before it began": f"{load_average:.1f}",
+        "load at the start": f"{load_average:.1f}",
     }
 
 
 def busy() -> tuple[int, int]:
-    """Returns how long the processors have worked, and how long others had what a host had promised."""
+    """Returns the busy and the stolen CPU time so far, in clock ticks."""
     if not Path("/proc/stat").exists():
         return 0, 0
     times = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    return sum(times[:3]) + sum(times[5:7]), times[7]  # all but idle, waiting and stolen; stolen
+    return sum(times[:3]) + sum(times[5:7]), times[7]  # without idle and iowait; steal
 
 
 def stolen(before: tuple[int, int]) -> str:
-    """Returns the share of the time since then that a host took from this machine."""
+    """Returns the share of CPU time that the host took from this machine since ``before``."""
     worked, gone = (now - then for now, then in zip(busy(), before, strict=True))
-    return f"{100 * gone / max(1, worked + gone):.0f} % of what it asked for"
+    return f"{100 * gone / max(1, worked + gone):.0f} %"
 
 
 def render(cases: dict[str, Case], folder: Path) -> None:
@@ -93,22 +93,20 @@ def render(cases: dict[str, Case], folder: Path) -> None:
 
 
 def main() -> None:
-    """Runs the cases that are asked for, and writes the results."""
+    """Runs the selected cases and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", nargs="+", metavar="CASE", help="some cases; the results of others stay"
+        "--only", nargs="+", metavar="CASE", help="run only these cases; keep the other results"
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="one round of one small size of everything"
+        "--smoke", action="store_true", help="run one round of each case at its smallest size"
     )
-    parser.add_argument("--list", action="store_true", help="list the cases and end")
+    parser.add_argument("--list", action="store_true", help="list the cases and exit")
     parser.add_argument(
-        "--render", action="store_true", help="write tables and plots of the results again"
+        "--render", action="store_true", help="write tables and plots from existing results"
     )
-    parser.add_argument(
-        "--label", default="", help="write results-LABEL.json: those of another machine"
-    )
-    parser.add_argument("--out", type=Path, help="the folder to write to; benchmarks/ if not given")
+    parser.add_argument("--label", default="", help="write results-LABEL.json, for another machine")
+    parser.add_argument("--out", type=Path, help="the folder to write to; benchmarks/ by default")
     args = parser.parse_args()
     cases = load()
     if args.list:
@@ -116,7 +114,7 @@ def main() -> None:
             show(f"{case.name:16} {case.title}: {', '.join(case.contenders)}")
         return
     if unknown := set(args.only or ()) - set(cases):
-        parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
+        parser.error(f"unknown cases: {', '.join(sorted(unknown))}; the cases are {', '.join(cases)}")
     if args.smoke and not args.out:
         with tempfile.TemporaryDirectory() as folder:
             measure(cases, args, Path(folder))
@@ -125,49 +123,51 @@ def main() -> None:
 
 
 def measure(cases: dict[str, Case], args: argparse.Namespace, folder: Path) -> None:
-    """Runs cases, and writes the results into a folder."""
+    """Runs the selected cases and writes the results to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if args.render:
         render(cases, folder)
         return
     path = folder / (f"results-{args.label}.json" if args.label else "results.json")
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    whole = not args.only or not path.exists()
-    about = results["machine"] = machine(cases) if whole else results["machine"]
-    if not whole:  # what is said of the machine stays that of the whole run
+    full = not args.only or not path.exists()
+    about = results["machine"] = machine(cases) if full else results["machine"]
+    if not full:  # the description of the machine stays that of the full run
         again = {*about.get(AGAIN, "").split(", "), *args.only} - {""}
         about[AGAIN] = ", ".join(name for name in cases if name in again)
     before = busy()
     failed = []
     began = time.monotonic()
-    asked = {name: case for name, case in cases.items() if not args.only or name in args.only}
-    # Times are not looked at in a smoke run, so two cases may run at once.
+    selected = {name: case for name, case in cases.items() if not args.only or name in args.only}
+    # A smoke run does not judge times, so two cases may run at once.
     pool = ThreadPoolExecutor(2 if args.smoke else 1)
     with tempfile.TemporaryDirectory() as caches, pool:
-        runs = pool.map(lambda case: run(case, args.smoke, Path(caches), show), asked.values())
-        for (name, case), result in zip(asked.items(), runs, strict=True):
+        runs = pool.map(lambda case: run(case, args.smoke, Path(caches), show), selected.values())
+        for (name, case), result in zip(selected.items(), runs, strict=True):
             results["cases"][name] = result
             about.update({k: v for k, v in result["about"].items() if k == "device"})
             failed += [f"{name}: {who}" for who in result["errors"]]
             for who, why in result["absent"].items():
                 show(f"  left out: {who} ({why})")
-            for one in () if args.smoke else report.verdicts(case, result["rounds"]):
-                what = f"{one.bound.metric}, {one.bound.ours}, {one.size}"
-                show(f"  {'met    ' if one.met else 'NOT MET'} {what}: {one.asked}: {one.answer}")
+            for verdict in () if args.smoke else report.verdicts(case, result["rounds"]):
+                bound = f"{verdict.bound.metric}, {verdict.bound.ours}, {verdict.size}: {verdict.asked}"
+                show(f"  {'met    ' if verdict.met else 'NOT MET'} {bound}: {verdict.answer}")
             results["cases"] = {
                 name: results["cases"][name] for name in cases if name in results["cases"]
             }
-            if whole:
-                about["time that its host gave to others"] = stolen(before)
-            path.write_text(json.dumps(results, separators=(",", ":")))  # as far as it came
+            if full:
+                about["CPU time stolen by the host"] = stolen(before)
+            path.write_text(
+                json.dumps(results, separators=(",", ":"))
+            )  # partial results survive a crash
     taken = time.monotonic() - began
-    if whole:
-        about["minutes that it took"] = f"{taken / 60:.1f}"
+    if full:
+        about["minutes"] = f"{taken / 60:.1f}"
     path.write_text(json.dumps(results, separators=(",", ":")))
     render(cases, folder)
     show(f"{taken:.0f} s; written to {folder}")
     if failed:
-        sys.exit(f"these failed: {'; '.join(failed)}")
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

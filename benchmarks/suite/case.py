@@ -1,4 +1,4 @@
-"""What a case of the suite is. The package's docstring says how to write one."""
+"""The definition of a case. The package docstring says how to write one."""
 
 import importlib
 import pkgutil
@@ -9,13 +9,13 @@ from typing import Any
 Size = int | str
 
 
-class Absent(Exception):  # noqa: N818  # it is no error
-    """A contender cannot take part, and why."""
+class Absent(Exception):  # noqa: N818  # not an error
+    """A contender cannot take part; the message says why."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A call to time, with what must be made anew before each."""
+    """A call to time, with an untimed preparation before each."""
 
     call: Callable[..., Any]
     before: Callable[[], Any] | None = None
@@ -30,17 +30,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a metric of a contender must reach.
+    """An upper bound on a metric of a contender.
 
     Attributes:
       metric: the name of the metric.
-      reference: a contender, several of which the best of a round counts, or None for a limit in the
-        unit of the case.
+      reference: a contender, several contenders whose best counts in each round, or None for a limit in
+        the unit of the case.
       limit: the largest ratio, or value, that meets the bound.
-      when: the sizes for which it is asked.
-      ours: the contender that it is asked of.
-      base: the size at which the reference is taken, if not at the same.
-      why: said in the table where it is not met; the floor.
+      when: whether the bound applies to a size.
+      ours: the contender it applies to.
+      base: the size of the reference, if it differs.
+      why: the explanation in the table where the bound is not met.
     """
 
     metric: str
@@ -54,25 +54,25 @@ class Bound:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is measured, for several sizes and contenders.
+    """A benchmark, for several sizes and contenders.
 
     Attributes:
-      name: what ``--only`` takes; also the name of its plot.
+      name: the name for ``--only``, and of the plot.
       title: the heading of its section.
-      sizes: what the contenders are called with.
-      contenders: for each name a function of a size that sets up and returns the metrics.
-      bounds: what is asked.
-      unit: ``"s"`` or ``"bytes"``, or anything else, which is shown as it is.
-      size: what a size counts; the label of the plot's axis.
-      rounds: how many rounds there are at most.
-      turns: how many turns a round has.
-      slice: how many seconds of calls there are in a turn of a metric.
-      seconds: no new round begins after this time.
+      sizes: the arguments of the contenders.
+      contenders: maps each name to a function of a size that sets up and returns the metrics.
+      bounds: the bounds to check.
+      unit: ``"s"``, ``"bytes"``, or any other text, which is shown verbatim.
+      size: the unit of the sizes; the label of the plot's axis.
+      rounds: the maximum number of rounds.
+      turns: the number of turns per round.
+      slice: the seconds of calls per turn of a metric.
+      seconds: no round starts after this time.
       smoke: the sizes of the smoke run.
-      packages: the peers whose versions the table gives.
-      alone: whether processes run one after the other, for what a set-up itself measures.
+      packages: the peers whose versions the tables list.
+      alone: whether processes run one after the other, for metrics that the set-up measures.
       cached: whether XLA may reuse what an earlier process compiled.
-      limit: the seconds after which a process is given up.
+      limit: the timeout of a process in seconds.
       note: text below the heading.
     """
 
@@ -96,13 +96,13 @@ class Case:
 
 
 def load() -> dict[str, Case]:
-    """Returns all cases by name, from the files in ``cases``, in the order of their names."""
+    """Returns all cases by name; the files in ``cases`` are loaded in alphabetical order."""
     from benchmarks.suite import cases
 
-    found: dict[str, Case] = {}
+    loaded: dict[str, Case] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(cases.__path__)):
         for case in importlib.import_module(f"{cases.__name__}.{module}").CASES:
-            if case.name in found:
+            if case.name in loaded:
                 raise ValueError(f"two cases are called {case.name!r}: rename one")
-            found[case.name] = case
-    return found
+            loaded[case.name] = case
+    return loaded

@@ -1,4 +1,4 @@
-"""Plots of the results: one file for each case, a panel for each metric."""
+"""Plots of the results: one file per case, one panel per metric."""
 
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ LABELS = {"s": "seconds", "bytes": "bytes"}
 def draw(
     case: Case, result: dict[str, Any], path: Path, only: str | None = None, title: str = ""
 ) -> bool:
-    """Draws a case over its sizes, or as bars; returns whether there was anything to draw."""
+    """Draws a case over its sizes, or as bars; returns False if there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "paramtree"  # the same results give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "paramtree"  # makes the file reproducible
     from matplotlib import pyplot
 
     rounds = result["rounds"]
     panels = [metric for metric in metrics(case, rounds) if only in (None, metric)]
-    sizes = [size for size in case.sizes if any(str(size) in one for one in rounds)]
+    sizes = [size for size in case.sizes if any(str(size) in by_size for by_size in rounds)]
     if not panels or not sizes:
         return False
     lines = len(sizes) > 1 and all(isinstance(size, int) for size in sizes)
@@ -37,23 +37,23 @@ def draw(
     )
     for axis, metric in zip(axes.flat, panels, strict=False):
         axis.set_title(title or f"{case.title}: {metric}", fontsize=9)
-        others = iter(["#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#000000"] * 3)
+        colors = iter(["#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#000000"] * 3)
         for name in case.contenders:
-            color = COLORS.get(name) or next(others)
-            found = [(size, value(case, rounds, size, name, metric)) for size in sizes]
-            here = [(size, spread) for size, spread in found if spread]
-            if not here:
+            color = COLORS.get(name) or next(colors)
+            spreads = [(size, value(case, rounds, size, name, metric)) for size in sizes]
+            points = [(size, spread) for size, spread in spreads if spread]
+            if not points:
                 continue
             style = {"color": color, "label": name, "linewidth": 2.2 if name == "paramtree" else 1.2}
-            middle = [spread.typical for _, spread in here]
-            low = [spread.typical - spread.least for _, spread in here]
-            high = [spread.most - spread.typical for _, spread in here]
+            middle = [spread.typical for _, spread in points]
+            low = [spread.typical - spread.least for _, spread in points]
+            high = [spread.most - spread.typical for _, spread in points]
             if lines:
                 axis.errorbar(
-                    [size for size, _ in here], middle, [low, high], marker="o", ms=3, **style
+                    [size for size, _ in points], middle, [low, high], marker="o", ms=3, **style
                 )
             else:
-                labels = [f"{name}, {size}" if len(sizes) > 1 else name for size, _ in here]
+                labels = [f"{name}, {size}" if len(sizes) > 1 else name for size, _ in points]
                 axis.barh(labels, middle, xerr=[low, high], color=color)
         if lines:
             axis.set(

@@ -1,4 +1,4 @@
-"""The parent's side: starts the processes of a round, gives them turns, and gathers what they say."""
+"""The parent process: starts the workers of a round, gives them turns, and collects their values."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 class Worker:
-    """A process of ``benchmarks.suite.worker`` that waits for its turns."""
+    """A process of ``benchmarks.suite.worker``."""
 
     def __init__(self, case: Case, size: Size, *args: str, env: dict[str, str]) -> None:
         command = [sys.executable, "-m", "benchmarks.suite.worker", case.name, str(size), *args]
@@ -35,7 +35,7 @@ class Worker:
         self._limit = case.limit
 
     def line(self) -> Line:
-        """Returns the next line of JSON that it prints; what else it prints is passed over."""
+        """Returns the next line of JSON that it prints, and skips other output."""
         until = time.monotonic() + self._limit
         out = self._process.stdout
         assert out is not None
@@ -45,22 +45,22 @@ class Worker:
                 if text.startswith(b"{"):
                     return json.loads(text)
             if not select.select([out], [], [], max(0.0, until - time.monotonic()))[0]:
-                return {"error": f"nothing within {self._limit:.0f} s"}
+                return {"error": f"no output within {self._limit:.0f} s"}
             more = os.read(out.fileno(), 1 << 16)
             if not more:
                 self._stderr.seek(0)
                 last = self._stderr.read().decode(errors="replace").strip()[-2000:]
-                return {"error": f"it ended with status {self._process.wait()}", "traceback": last}
+                return {"error": f"exited with status {self._process.wait()}", "traceback": last}
             self._text += more
 
     def turn(self) -> Line:
-        """Has it take a turn and returns what it says."""
+        """Takes a turn and returns the line that the worker prints."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # `line` says how it ended
+            pass  # `line` reports the exit status
         return self.line()
 
     def end(self) -> None:
@@ -71,7 +71,7 @@ class Worker:
 
 
 def environment(case: Case, caches: Path) -> dict[str, str]:
-    """Returns the environment of the processes of a case."""
+    """Returns the environment variables of a case's processes."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if case.cached:
         env["JAX_COMPILATION_CACHE_DIR"] = str(caches)
@@ -83,7 +83,7 @@ def environment(case: Case, caches: Path) -> dict[str, str]:
 
 
 def rotated(names: list[str], by: int) -> list[str]:
-    """Returns the names, beginning with another one each time."""
+    """Returns the names, rotated left."""
     by %= max(1, len(names))
     return names[by:] + names[:by]
 
@@ -97,18 +97,18 @@ def one_round(
     """Runs every contender in a new process.
 
     Returns:
-      Contender to metric to the value of each turn; contender to why it has none; and what the
-      processes say of where they ran.
+      The value of each turn by contender and metric; the error or reason of each contender without
+      values; and the jax version and device.
     """
     values: Values = {}
     out: dict[str, Line] = {}
     about: Line = {}
     order = rotated(names, number)
-    together = [[name] for name in order] if case.alone else [order]
-    for group in together:
+    groups = [[name] for name in order] if case.alone else [order]
+    for group in groups:
         workers: dict[str, Worker] = {}
         try:
-            # As many at a time set up as there are cores.
+            # At most one worker per core sets up at a time.
             width = os.cpu_count() or 1
             for start in range(0, len(group), width):
                 begun = {
@@ -133,11 +133,11 @@ def one_round(
         finally:
             for worker in workers.values():
                 worker.end()
-    return {name: found for name, found in values.items() if name not in out}, out, about
+    return {name: taken for name, taken in values.items() if name not in out}, out, about
 
 
 def all_at_once(case: Case, size: Size, env: dict[str, str]) -> tuple[Values, dict[str, Line], Line]:
-    """Calls everything of a case once, in one process, and returns what ``one_round`` does."""
+    """Calls every metric of a case once, in one process; returns the same as ``one_round``."""
     values: Values = {}
     out: dict[str, Line] = {}
     about: Line = {}
@@ -159,8 +159,8 @@ def run(case: Case, smoke: bool, caches: Path, show: Callable[[str], None]) -> L
     """Runs a case.
 
     Returns:
-      What is written to the results: ``rounds`` is a list of one dict for each round, size to
-      contender to metric to the values of its turns.
+      The entry for ``results.json``. ``rounds`` has a dict for each round: the values of its turns by
+      size, contender and metric.
     """
     sizes = case.smoke or case.sizes[:1] if smoke else case.sizes
     names = {str(size): list(case.contenders) for size in sizes}

@@ -1,8 +1,8 @@
-"""One transformer in every library, for the cases that initialise, trace and compile it.
+"""The same transformer in every library, for the cases that initialize, trace and compile it.
 
-Its blocks are pre-norm: attention of four heads over itself, and two dense layers with a gelu between.
-It is narrow, so that the time is that of tracing, compiling and dispatch and not of arithmetic. The
-random values are truncated normals in all but Equinox, which has uniform ones.
+Its blocks are pre-norm: self-attention with four heads, and two dense layers with a gelu between. It is
+narrow, so that tracing, compilation and dispatch dominate, not arithmetic. Weights are truncated
+normals, except Equinox's, which are uniform.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def inputs(width: int = WIDTH, length: int = LENGTH) -> Any:
 
 
 def ours(blocks: int, width: int = WIDTH, repeat: bool = False) -> Any:
-    """Returns the net of this library; ``repeat`` makes one block of all, as a scan."""
+    """Returns the net of this library; ``repeat`` runs the blocks as a scan."""
     import jax
 
     from paramtree import nn
@@ -41,7 +41,7 @@ def ours(blocks: int, width: int = WIDTH, repeat: bool = False) -> Any:
 
 
 def by_hand(blocks: int) -> Callable[[Any, Any], Any]:
-    """Returns the function of a nested dict, with the names and the arithmetic of ``ours``."""
+    """Returns a function of a nested dict, with the names and arithmetic of ``ours``."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -70,7 +70,7 @@ def by_hand(blocks: int) -> Callable[[Any, Any], Any]:
 
 
 def linen(blocks: int, width: int = WIDTH) -> Any:
-    """Returns the module of Flax Linen."""
+    """Returns a Flax Linen module."""
     from flax import linen as nn
 
     class Block(nn.Module):
@@ -84,7 +84,7 @@ def linen(blocks: int, width: int = WIDTH) -> Any:
 
 
 def nnx(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
-    """Returns what makes the module of Flax NNX from a key."""
+    """Returns a function that makes a Flax NNX module from a key."""
     from flax import nnx as nn
 
     class Block(nn.Module):
@@ -112,7 +112,7 @@ def nnx(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
 
 
 def equinox(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
-    """Returns what makes the module of Equinox, which takes one sequence, from a key."""
+    """Returns a function that makes an Equinox module, which takes one sequence, from a key."""
     import equinox as eqx
     import jax
 
@@ -152,7 +152,7 @@ def equinox(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:
 
 
 def haiku(blocks: int, width: int = WIDTH) -> Any:
-    """Returns the transformed function of Haiku."""
+    """Returns a transformed Haiku function."""
     import haiku as hk
     import jax
 

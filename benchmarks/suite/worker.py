@@ -1,8 +1,8 @@
-"""One contender in a process of its own: ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``.
+"""Runs one contender in its own process: ``python -m benchmarks.suite.worker CASE SIZE CONTENDER``.
 
-It sets up and warms up, and then prints one line of JSON for each turn. By itself it takes some turns
-and prints the least of each; with ``--live`` it prints a line when it is ready, and takes a turn for
-every line that it reads. With ``--smoke`` it takes a turn of one call of each contender that is named.
+It sets up, warms up, takes a few turns and prints their minima as one line of JSON. With ``--live`` it
+prints a line when it is ready, and one for each turn; it takes a turn for every line it reads. With
+``--smoke`` it takes a turn of one call of each contender named.
 """
 
 import argparse
@@ -18,34 +18,34 @@ from benchmarks.suite.case import Absent, Case, Measured, Size, Timed, load
 
 
 def size_of(case: Case, text: str) -> Size:
-    """Returns the size of the case that is written so; also one that it does not list."""
+    """Returns the size that a text denotes; it need not be one of the case's sizes."""
     for size in (*case.sizes, *case.smoke):
         if str(size) == text:
             return size
     return int(text) if text.isdecimal() else text
 
 
-def turn_of(what: Any, seconds: float) -> Callable[[], float]:
-    """Warms up and returns a function that takes one turn and returns its value."""
-    if isinstance(what, int | float):
-        return lambda: float(what)
-    if isinstance(what, Measured):
-        return lambda: float(what.call())
-    timed = what if isinstance(what, Timed) else Timed(what)
+def turn_of(work: Any, seconds: float) -> Callable[[], float]:
+    """Warms up, and returns a function that takes one turn and returns its value."""
+    if isinstance(work, int | float):
+        return lambda: float(work)
+    if isinstance(work, Measured):
+        return lambda: float(work.call())
+    timed = work if isinstance(work, Timed) else Timed(work)
     clock = time.perf_counter
     if timed.before is not None:
         before = timed.before
 
         def once() -> float:
-            made = before()
+            argument = before()
             start = clock()
-            result = timed.call(made)
+            result = timed.call(argument)
             taken = clock() - start
-            del result  # to free it is not timed
+            del result  # freeing it is not timed
             return taken
 
-        each = max(once() for _ in range(2))
-        count = max(1, min(5, int(seconds / max(each, 1e-9))))
+        estimate = max(once() for _ in range(2))
+        count = max(1, min(5, int(seconds / max(estimate, 1e-9))))
         return lambda: min(once() for _ in range(count))
     call = timed.call
 
@@ -56,12 +56,12 @@ def turn_of(what: Any, seconds: float) -> Callable[[], float]:
         return (clock() - start) / count
 
     many(1)  # compiles
-    each = many(1)
-    if each > seconds:  # it speaks for itself
+    estimate = many(1)
+    if estimate > seconds:  # a single call fills the turn
         return lambda: many(1)
-    each = min(each, many(1), many(1))
-    each = many(max(1, int(seconds / 3 / each)))
-    count = max(1, int(seconds / 3 / each))
+    estimate = min(estimate, many(1), many(1))
+    estimate = many(max(1, int(seconds / 3 / estimate)))
+    count = max(1, int(seconds / 3 / estimate))
     return lambda: min(many(count) for _ in range(3))
 
 
@@ -69,10 +69,10 @@ Turns = dict[str, Callable[[], float]]
 
 
 def attempt(case: Case, size: Size, contender: str, seconds: float) -> Turns | None:
-    """Sets up; returns what takes a turn of each metric, or says what is wrong."""
+    """Sets up a contender and returns its turns; prints the error and returns None if it fails."""
     try:
-        made = case.contenders[contender](size)
-        turns = {metric: turn_of(what, seconds) for metric, what in made.items()}
+        metrics = case.contenders[contender](size)
+        turns = {metric: turn_of(work, seconds) for metric, work in metrics.items()}
     except (Absent, ImportError) as error:
         say({"absent": str(error)})
         return None
@@ -80,12 +80,12 @@ def attempt(case: Case, size: Size, contender: str, seconds: float) -> Turns | N
         say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
         return None
     gc.collect()
-    gc.freeze()  # what jax and the set-up made is not looked through again while it is timed
+    gc.freeze()  # the collector skips objects of jax and the set-up while timing
     return turns
 
 
 def about() -> dict[str, str]:
-    """Returns on what this ran, if it loaded jax."""
+    """Returns the jax version and the device, if jax is loaded."""
     if "jax" not in sys.modules:
         return {}
     import jax
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("case")
     parser.add_argument("size")
     parser.add_argument("contender", nargs="+")
-    parser.add_argument("--live", action="store_true", help="take a turn for every line that is read")
+    parser.add_argument("--live", action="store_true", help="take a turn for every line read")
     parser.add_argument("--smoke", action="store_true", help="time single calls only")
     args = parser.parse_args()
     case = load()[args.case]

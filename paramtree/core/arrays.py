@@ -1,26 +1,15 @@
-"""What is asked of one leaf, which may be anything: its name, shape, dtype, and how to print it."""
+"""The shape and dtype of anything that may be a leaf, and one policy for printing text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-__all__ = [
-    "absent",
-    "casts",
-    "clip",
-    "describe",
-    "dtype_of",
-    "join",
-    "printable",
-    "shape_of",
-    "short",
-]
+__all__ = ["absent", "clip", "describe", "dtype_of", "join", "printable", "shape_of", "short"]
 
 
 def join(path: Sequence[str], sep: str = "_") -> str:
-    """Returns the name of a path: its segments joined.
+    """Returns the name of a path.
 
     Example:
       >>> join(("dense0", "weight"))
@@ -38,24 +27,24 @@ def shape_of(leaf: Any) -> tuple[int, ...] | None:
 
 
 def dtype_of(leaf: Any) -> Any:
-    """Returns the dtype of anything that has one and a shape; else None."""
+    """Returns the dtype of anything that has a dtype and a shape; else None."""
     return getattr(leaf, "dtype", None) if shape_of(leaf) is not None else None
 
 
 def describe(leaf: Any) -> str:
-    """Returns what to print of a leaf, on one line; it may be any object."""
+    """Returns one line about a leaf, which may be any object."""
     shape, dtype = shape_of(leaf), dtype_of(leaf)
     if shape is not None and dtype is not None:
         return f"shape={shape}, dtype={dtype}"
     try:
         text = " ".join(repr(leaf).split())
-    except Exception:  # a leaf may be any object, and printing a tree must not fail on one
+    except Exception:  # printing a tree must not fail because one leaf cannot be printed
         text = type(leaf).__name__
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def printable(text: str) -> str:
-    r"""Returns a text with control characters spelled out: names in files are untrusted.
+    r"""Returns the text with control characters escaped: names in files are untrusted.
 
     Example:
       >>> printable("red\x1b[31m")
@@ -67,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def clip(text: str, most: int) -> str:
-    """Returns a text, or the beginning of a long one and how long it is.
+    """Returns a text, or the beginning of a long one with its length.
 
     Example:
       >>> clip("weight", 20), clip("w" * 1000, 20)
@@ -77,7 +66,7 @@ def clip(text: str, most: int) -> str:
 
 
 def short(name: str, most: int = 100) -> str:
-    r"""Returns a name as it is fit to be shown: not too long, and control characters spelled out.
+    r"""Returns a name as messages show it: clipped, with control characters escaped.
 
     Example:
       >>> short("red\x1b[31m"), short("w" * 1000, 20)
@@ -87,10 +76,10 @@ def short(name: str, most: int = 100) -> str:
 
 
 def absent(leaf: Any) -> str:
-    """Returns why the values of a leaf cannot be had, or nothing if they can, if only while tracing.
+    """Returns why a leaf has no values to read, or an empty string if it has; tracers have values.
 
     Example:
-      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jnp.ones(2))
+      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jax.numpy.ones(2))
       ('is only a shape', '')
     """
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -98,21 +87,3 @@ def absent(leaf: Any) -> str:
     traced = isinstance(leaf, jax.core.Tracer)
     gone = not traced and isinstance(leaf, jax.Array) and leaf.is_deleted()
     return "was donated to a jitted function, or deleted" if gone else ""
-
-
-def casts(found: Any, wanted: Any) -> bool:
-    """Whether numbers of one dtype are meant when another is wanted: whole ones as any, never back.
-
-    Example:
-      >>> casts("float64", "bfloat16"), casts("int32", "float32"), casts("float32", "int32")
-      (True, True, False)
-    """
-    if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in (found, wanted)):
-        return False  # PRNG keys are no numbers
-    found, wanted = jnp.dtype(found), jnp.dtype(wanted)
-    if jnp.issubdtype(found, jnp.complexfloating):
-        return bool(jnp.issubdtype(wanted, jnp.complexfloating))
-    if jnp.issubdtype(found, jnp.inexact):
-        return bool(jnp.issubdtype(wanted, jnp.inexact))
-    whole = jnp.issubdtype(found, jnp.integer) or found == jnp.bool_
-    return bool(whole and (jnp.issubdtype(wanted, jnp.number) or wanted == jnp.bool_))

@@ -1,8 +1,8 @@
-"""The errors this library raises.
+"""The errors that paramtree raises.
 
-Each is also the built-in type that a user would catch, so code that knows nothing of paramtree
-still does the right thing: ``hasattr`` works on a tree, ``except KeyError`` catches a missing name.
-Every message names the parameter, says what was expected and what was found, and what to do.
+Each is also the built-in type that a user would catch: ``hasattr`` works on a tree, and ``except
+KeyError`` catches a missing name. Every message names the parameter, says what was expected and what
+was found, and what to do.
 """
 
 import difflib
@@ -17,6 +17,7 @@ __all__ = [
     "ParamTreeError",
     "RuleError",
     "ScopeError",
+    "close_names",
     "suggest",
 ]
 
@@ -38,7 +39,7 @@ class ParamTreeError(Exception):
 
 
 class NameCollisionError(ParamTreeError, ValueError):
-    """Two paths lead to one name: ``a_b`` then ``c``, and ``a`` then ``b_c``."""
+    """Two paths share one name: ``a_b`` then ``c``, and ``a`` then ``b_c``."""
 
 
 class RuleError(ParamTreeError, KeyError, ValueError):
@@ -46,15 +47,15 @@ class RuleError(ParamTreeError, KeyError, ValueError):
 
 
 class MismatchError(ParamTreeError, ValueError):
-    """A leaf whose shape, dtype or kind is not the expected one."""
+    """A leaf with another shape, dtype or kind than expected."""
 
 
 class MissingError(MismatchError, KeyError, IndexError, AttributeError):
-    """A child or leaf that is not in the tree, asked for by attribute, item, path or position."""
+    """A child or leaf that the tree does not have, read by attribute, item, path or position."""
 
 
 class ScopeError(ParamTreeError, RuntimeError):
-    """A layer that writes state or draws a key where its scope has no way to."""
+    """A layer writes state or draws a key where its scope cannot do so."""
 
 
 class ImmutableError(ParamTreeError, TypeError, AttributeError):
@@ -62,11 +63,11 @@ class ImmutableError(ParamTreeError, TypeError, AttributeError):
 
 
 class LoadError(ParamTreeError, ValueError):
-    """A file that cannot be read, or does not fit the tree it is read into."""
+    """A file that cannot be read, or that does not fit the tree it is loaded into."""
 
 
 def suggest(wrong: str, known: Iterable[str], limit: int = 3) -> str:
-    """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or nothing.
+    """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or an empty string.
 
     Example:
       >>> suggest("wieght", ["weight", "bias"])
@@ -77,9 +78,9 @@ def suggest(wrong: str, known: Iterable[str], limit: int = 3) -> str:
 
 
 def close_names(wrong: str, known: Sequence[str], limit: int = 3) -> list[str]:
-    """Returns up to ``limit`` of the names in ``known`` that look like ``wrong``, best first."""
-    # difflib costs tens of microseconds a name: on a very large tree only the names of about the
-    # same length are worth it, and an error message must not take seconds.
+    """Returns up to ``limit`` of the names in ``known`` that resemble ``wrong``, best first."""
+    # difflib takes tens of microseconds a name. An error message must not take seconds, so a very
+    # large tree is searched only among names of about the same length.
     if len(known) > 2000:
         known = [name for name in known if abs(len(name) - len(wrong)) <= 2][:2000]
     return difflib.get_close_matches(wrong, known, limit, 0.6)

@@ -1,18 +1,18 @@
-"""The static half of a parameter tree: which paths there are, and which stored leaf each leads to.
+"""The static half of a parameter tree: its paths, and the stored leaf that each leads to.
 
-A structure is flat. It lists the path of every leaf in depth-first declaration order, and beside
-each path the *slot* it leads to, which is a position in the tree's tuple of leaves. That one list
-carries everything a tree must never lose:
+A structure is flat. It lists the path of every leaf in depth-first declaration order, and with each
+path a *slot*: a position in the tree's tuple of leaves. That list carries everything that a tree must
+never lose:
 
-* order, because it is a sequence and not a dict that someone may sort;
+* order, because it is a sequence, not a dict that may be sorted;
 * ties, because two paths may lead to one slot;
-* kinds, one a slot;
-* levels that hold nothing, as a path that ends in ``EMPTY``;
-* holes, as a path that ends in ``HOLE``; a structure with holes remembers the whole one it came from.
+* kinds, one for each slot;
+* stacks: which leading axes of a leaf run over copies of a layer, as ``nn.Repeat`` makes them;
+* levels without children, as paths that end in ``EMPTY``;
+* holes, as paths that end in ``HOLE``; a structure with holes remembers the full one it came from.
 
-Structures are interned: equal ones are one object. So they compare and hash by identity, at the
-speed of a pointer, when jax looks up a compiled function, and ``tree_map(identity)`` gives back
-the very same structure. Interning is weak, so a structure dies with the last tree that uses it.
+Structures are interned: equal ones are one object. They compare and hash by identity, which is what
+jax does at every jitted call. Interning is weak, so a structure dies with the last tree that uses it.
 """
 
 import threading
@@ -24,42 +24,24 @@ from typing import Any
 from paramtree.core.errors import NameCollisionError
 
 __all__ = [
-    "EMPTY",
-    "HOLE",
-    "PARAM",
-    "STATE",
-    "Node",
-    "Path",
-    "Structure",
-    "build",
-    "build_flat",
-    "picker",
-]
+    "EMPTY", "HOLE", "PARAM", "STATE", "Path", "Picker", "Stack", "Structure", "build", "picker",
+]  # fmt: skip
 
 Path = tuple[str, ...]
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 
+# The leading axes of a leaf that run over copies of a layer: for each the position in the path where
+# the number of a copy would stand if the copies had names of their own, and how many there are.
+Stack = tuple[tuple[int, int], ...]
+
 EMPTY = -1  # the path is that of a level without children
-HOLE = -2  # the path is that of a leaf which select or partition left out
+HOLE = -2  # the path is that of a leaf that select or partition left out
 PARAM, STATE = "param", "state"
 
+_CACHED = 64  # results that one structure remembers
+
 _interned: "weakref.WeakValueDictionary[Hashable, Structure]" = weakref.WeakValueDictionary()
-_lock = threading.RLock()  # two threads that build one structure must get one object
-
-
-class Node:
-    """One level of a structure: child names in order, each with its slot, hole or deeper level.
-
-    ``start`` and ``stop`` delimit the entries of ``Structure.paths`` that lie below the level.
-    """
-
-    __slots__ = ("children", "path", "start", "stop")
-
-    def __init__(self, path: Path, start: int = 0) -> None:
-        self.path = path
-        self.children: dict[str, Node | int] = {}
-        self.start = start
-        self.stop = start
+_lock = threading.RLock()  # two threads that build equal structures must get one object
 
 
 class Structure:
@@ -72,123 +54,156 @@ class Structure:
       slots: for every entry the position of its leaf, or ``EMPTY`` or ``HOLE``. Slots are numbered
         by first appearance, so the first path of a slot is its canonical one.
       kinds: ``"param"`` or ``"state"`` for every slot.
-      whole: the structure without holes that this one was taken from; itself if it has none.
-      kept: the slots of ``whole`` that are here, in order.
-      cache: what other rooms computed for this structure; it dies with it.
+      stacks: the stack of every entry; an empty tuple if nothing is stacked.
+      full: the structure without holes that this one was taken from; itself if it has none.
+      kept: the slots of ``full`` that are present, in order.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_canonical",
-        "_parts",
-        "_root",
-        "cache",
-        "kept",
-        "kinds",
-        "paths",
-        "slots",
-        "whole",
-    )
+    __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_parts", "full", "kept",
+                 "kinds", "paths", "slots", "stacks")  # fmt: skip
 
     paths: tuple[Path, ...]
     slots: tuple[int, ...]
     kinds: tuple[str, ...]
-    whole: "Structure"
+    stacks: tuple[Stack, ...]
+    full: "Structure"
     kept: tuple[int, ...]
-    cache: dict[Hashable, Any]
-    _root: Node | None
+    _cache: dict[Hashable, Any]
     _canonical: tuple[Path, ...] | None
+    _children: dict[str, Any] | None
     _parts: "weakref.WeakValueDictionary[tuple[int, ...], Structure]"
 
     @staticmethod
-    def intern(paths: tuple[Path, ...], slots: tuple[int, ...], kinds: tuple[str, ...]) -> "Structure":
+    def intern(
+        paths: tuple[Path, ...],
+        slots: tuple[int, ...],
+        kinds: tuple[str, ...],
+        stacks: tuple[Stack, ...] = (),
+    ) -> "Structure":
         """Returns the one structure without holes that has these entries."""
-        key = (paths, slots, kinds)
+        key = (paths, slots, kinds, stacks)
         with _lock:
-            found = _interned.get(key)
-            if found is None:
-                found = _interned[key] = Structure._make(paths, slots, kinds)
-        return found
+            structure = _interned.get(key)
+            if structure is None:
+                structure = _interned[key] = Structure._make(*key)
+        return structure
 
     @staticmethod
-    def _make(paths: tuple[Path, ...], slots: tuple[int, ...], kinds: tuple[str, ...]) -> "Structure":
+    def _make(paths: Any, slots: Any, kinds: Any, stacks: Any) -> "Structure":
         made = Structure()
-        made.paths, made.slots, made.kinds = paths, slots, kinds
-        made.whole, made.kept = made, tuple(range(len(kinds)))
-        made.cache = {}
-        made._root, made._canonical = None, None
-        # Not in the table of all: its key would keep the whole alive for as long as a part, and the
-        # whole's cache holds parts.
+        made.paths, made.slots, made.kinds, made.stacks = paths, slots, kinds, stacks
+        made.full, made.kept = made, tuple(range(len(kinds)))
+        made._cache, made._children, made._canonical = {}, None, None
+        # Not in the global table: its key would keep the full structure alive for as long as a part,
+        # and the cache of the full one holds parts.
         made._parts = weakref.WeakValueDictionary()
         return made
 
     def keep(self, kept: Iterable[int]) -> "Structure":
         """Returns this structure with holes in place of every slot that is not in ``kept``."""
-        whole = self.whole
+        full = self.full
         kept = tuple(self.kept[slot] for slot in kept)
-        if len(kept) == len(whole.kinds):
-            return whole
+        if len(kept) == len(full.kinds):
+            return full
         with _lock:
-            found = whole._parts.get(kept)
-            if found is None:
+            part = full._parts.get(kept)
+            if part is None:
                 position = {slot: i for i, slot in enumerate(kept)}
-                slots = tuple(s if s == EMPTY else position.get(s, HOLE) for s in whole.slots)
-                found = Structure._make(whole.paths, slots, tuple(whole.kinds[s] for s in kept))
-                found.whole, found.kept = whole, kept
-                whole._parts[kept] = found
-        return found
+                slots = tuple(s if s == EMPTY else position.get(s, HOLE) for s in full.slots)
+                kinds = tuple(full.kinds[s] for s in kept)
+                part = Structure._make(full.paths, slots, kinds, full.stacks)
+                part.full, part.kept = full, kept
+                full._parts[kept] = part
+        return part
 
-    @property
-    def root(self) -> Node:
-        """The nested levels, for reading by name."""
-        if self._root is None:
-            self._root = _nest(self.paths, self.slots)
-        return self._root
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns what ``make`` computed for this structure; the oldest of many results is dropped."""
+        try:
+            return self._cache[key]
+        except KeyError:
+            value = make()
+        with _lock:
+            while len(self._cache) >= _CACHED:
+                del self._cache[next(iter(self._cache))]
+            return self._cache.setdefault(key, value)
 
     @property
     def canonical(self) -> tuple[Path, ...]:
         """The first path of every slot, in the order of the slots."""
         if self._canonical is None:
             first: dict[int, Path] = {}
-            for path, slot in zip(self.paths, self.slots, strict=True):
-                if slot >= 0:
-                    first.setdefault(slot, path)
+            for path, slot in self.entries():
+                first.setdefault(slot, path)
             self._canonical = tuple(first[slot] for slot in range(len(self.kinds)))
         return self._canonical
 
-    def entries(self, node: Node | None = None) -> Iterable[tuple[Path, int]]:
-        """Returns the path and slot of every leaf that is here, aliases too, below ``node``."""
-        start, stop = (0, len(self.paths)) if node is None else (node.start, node.stop)
-        both = zip(self.paths[start:stop], self.slots[start:stop], strict=True)
-        if (
-            min(self.slots[start:stop], default=0) >= 0
-        ):  # mostly, and then Python takes no step for each
+    def entries(self) -> Iterable[tuple[Path, int]]:
+        """Returns the path and slot of every leaf that is present, aliases too."""
+        both = zip(self.paths, self.slots, strict=True)
+        if min(self.slots, default=0) >= 0:  # the usual case, in which Python takes no step a leaf
             return both
         return ((path, slot) for path, slot in both if slot >= 0)
 
-    def below(self, node: Node) -> tuple["Structure", "Picker"]:
-        """Returns the structure of one level by itself, and what takes its leaves out of these."""
-        key = ("below", node.path)
-        if key not in self.cache:
-            depth, whole = len(node.path), self.whole
-            span = slice(node.start, node.stop)
-            items = [
-                (path[depth:], None if slot == EMPTY else slot)
-                for path, slot in zip(whole.paths[span], whole.slots[span], strict=True)
-            ]
-            structure, order = build(items, whole.kinds)
-            if whole is not self:
+    def names(self, sep: str = "_") -> tuple[str, ...]:
+        """Returns the name of every leaf that is present, aliases too, in the order of ``entries``."""
+        names: tuple[str, ...] = self.cached(
+            ("names", sep), lambda: tuple(sep.join(path) for path, _ in self.entries())
+        )
+        return names
+
+    def stack_of(self, slot: int) -> Stack:
+        """Returns the stack of a slot, for its canonical path."""
+        if not self.stacks:
+            return ()
+        first: dict[int, Stack] = self.cached("stacks", lambda: {
+            slot: stack for slot, stack in reversed(list(zip(self.slots, self.stacks, strict=True)))
+        })  # fmt: skip
+        return first[slot]
+
+    def children(self) -> dict[str, Any]:
+        """Returns the children in order: a slot or ``HOLE``, or what ``level`` takes."""
+        if self._children is None:
+            children: dict[str, Any] = {}
+            for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
+                if len(path) == 1 and slot != EMPTY:
+                    children[path[0]] = slot
+                else:  # entries are depth first, so those below a level are contiguous
+                    start = children[path[0]].start if path[0] in children else i
+                    children[path[0]] = slice(start, i + 1)
+            self._children = children
+        return self._children
+
+    def level(self, name: str) -> tuple["Structure", Picker]:
+        """Returns the structure of a child by itself, and a function that takes its leaves."""
+        children = self.children()
+        child = children[name]
+        if type(child) is slice:
+            full, order = self.full, {}
+            entries = range(*child.indices(len(full.paths)))
+            entries = [i for i in entries if len(full.paths[i]) > 1]
+            slots = tuple(
+                EMPTY if s == EMPTY else order.setdefault(s, len(order))
+                for s in (full.slots[i] for i in entries)
+            )
+            paths = tuple(full.paths[i][1:] for i in entries)
+            stacks = tuple(moved(full.stacks[i], -1) for i in entries) if full.stacks else ()
+            kinds = tuple(full.kinds[slot] for slot in order)
+            structure, taken = (
+                Structure.intern(paths, slots, kinds, stacks if any(stacks) else ()),
+                [*order],
+            )
+            if full is not self:
                 position = {slot: i for i, slot in enumerate(self.kept)}
-                kept = [i for i, slot in enumerate(order) if slot in position]
-                structure, order = structure.keep(kept), tuple(position[order[i]] for i in kept)
-            self.cache[key] = structure, picker(order)
-        found: tuple[Structure, Picker] = self.cache[key]
-        return found
+                kept = [i for i, slot in enumerate(taken) if slot in position]
+                structure, taken = structure.keep(kept), [position[taken[i]] for i in kept]
+            child = children[name] = structure, picker(taken)
+        level: tuple[Structure, Picker] = child
+        return level
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.whole is self:
-            return Structure.intern, (self.paths, self.slots, self.kinds)
-        return Structure.keep, (self.whole, self.kept)
+        if self.full is self:
+            return Structure.intern, (self.paths, self.slots, self.kinds, self.stacks)
+        return Structure.keep, (self.full, self.kept)
 
     def __copy__(self) -> "Structure":
         return self
@@ -197,35 +212,45 @@ class Structure:
         return self
 
     def __repr__(self) -> str:
-        # jax prints this inside its own messages about mismatched trees.
+        # jax prints this in its own messages about trees that do not match.
         first = ["/".join(path) for path in self.canonical]
         shown = []
-        for path, slot in zip(self.paths, self.slots, strict=True):
+        for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
             text = "/".join(path)
+            if self.stacks and self.stacks[i]:
+                text += "".join(f"[{size}]" for _, size in self.stacks[i])
             if slot == EMPTY:
                 text += "/"
             elif slot == HOLE:
                 text += "=hole"
-            elif first[slot] != text:
+            elif first[slot] != "/".join(path):
                 text += f"={first[slot]}"
-            if slot >= 0 and self.kinds[slot] != PARAM:
-                text += f":{self.kinds[slot]}"
+            elif self.kinds[slot] == STATE:
+                text += ":state"
             shown.append(text)
         return f"({', '.join(shown)})"
 
 
+def moved(stack: Stack, by: int) -> Stack:
+    """Returns the stack of a path that gains segments at its beginning, or loses some."""
+    return tuple((max(0, position + by), size) for position, size in stack)
+
+
 def build(
-    items: Iterable[tuple[Path, Hashable]], kinds: Mapping[Any, str] | Sequence[str]
+    items: Iterable[tuple[Path, Hashable]],
+    kinds: Mapping[Any, str] | Sequence[str],
+    stacks: Mapping[Path, Stack] | None = None,
 ) -> tuple[Structure, tuple[Any, ...]]:
     """Returns the structure of some paths, and the label of each of its slots in order.
 
     Args:
-      items: paths in order of declaration, which need not be depth first, each with a label. Two
-        paths with one label are tied; the label None stands for a level that may hold nothing.
+      items: paths in order of declaration, not necessarily depth first, each with a label. Two paths
+        with one label are tied; the label None marks a level, which may have no children.
       kinds: the kind of every label.
+      stacks: the stacks of the paths that have any.
 
     Raises:
-      NameCollisionError: a path is given twice, or goes on below a leaf.
+      NameCollisionError: a path is given twice, or continues below a leaf.
     """
     top: dict[str, Any] = {}
     for path, label in items:
@@ -242,41 +267,34 @@ def build(
     slots: list[int] = []
     slot_of: dict[Any, int] = {}
     # An explicit stack: depth is not limited by Python's.
-    stack: list[tuple[str, Iterator[tuple[str, Any]]]] = [("", iter(top.items()))]
-    while stack:
-        _, children = stack[-1]
+    todo: list[tuple[str, Iterator[tuple[str, Any]]]] = [("", iter(top.items()))]
+    while todo:
+        _, children = todo[-1]
         for name, child in children:
             if type(child) is not dict:
                 paths.append(child[1])
                 slots.append(slot_of.setdefault(child[0], len(slot_of)))
             elif child:
-                stack.append((name, iter(child.items())))
+                todo.append((name, iter(child.items())))
                 break
             else:
-                paths.append((*(above for above, _ in stack[1:]), name))
+                paths.append((*(above for above, _ in todo[1:]), name))
                 slots.append(EMPTY)
         else:
-            stack.pop()
+            todo.pop()
     order = tuple(slot_of)
-    structure = Structure.intern(tuple(paths), tuple(slots), tuple(kinds[label] for label in order))
+    stacked = tuple(stacks.get(path, ()) for path in paths) if stacks else ()
+    structure = Structure.intern(
+        tuple(paths),
+        tuple(slots),
+        tuple(kinds[label] for label in order),
+        stacked if any(stacked) else (),
+    )
     return structure, order
 
 
-def build_flat(names: Sequence[str], slots: Sequence[int], kinds: Sequence[str]) -> Structure:
-    """Returns the structure of one level of leaves that are not tied; ``build`` would return the same.
-
-    Args:
-      names: their names, no two alike.
-      slots: where the kind of each is.
-      kinds: kinds.
-    """
-    return Structure.intern(
-        tuple(zip(names, strict=True)), tuple(range(len(names))), tuple(kinds[slot] for slot in slots)
-    )
-
-
 def picker(order: Sequence[int]) -> Picker:
-    """Returns a function that takes the values at some positions, without a step of Python for each."""
+    """Returns a function that takes the values at some positions, with no step of Python for each."""
     if len(order) < 2:
         return lambda values: tuple(values[i] for i in order)
     step = order[1] - order[0]
@@ -289,25 +307,6 @@ def picker(order: Sequence[int]) -> Picker:
 def _clash(path: Path) -> NameCollisionError:
     text = "/".join(path)
     return NameCollisionError(
-        f"`{text}` is given twice, or is a leaf and also holds children. Every path leads to one "
-        "leaf or to one level: rename one of the two."
+        f"`{text}` is given twice, or is a leaf and also has children. Every path leads to one leaf or "
+        "to one level: rename one of the two."
     )
-
-
-def _nest(paths: tuple[Path, ...], slots: tuple[int, ...]) -> Node:
-    root = Node(())
-    stack = [root]
-    for i, (path, slot) in enumerate(zip(paths, slots, strict=True)):
-        level = path if slot == EMPTY else path[:-1]
-        if stack[-1].path != level:
-            while stack[-1].path != level[: len(stack) - 1]:
-                stack.pop().stop = i
-            for segment in level[len(stack) - 1 :]:
-                node = Node((*stack[-1].path, segment), i)
-                stack[-1].children[segment] = node
-                stack.append(node)
-        if slot != EMPTY:
-            stack[-1].children[path[-1]] = slot
-    for node in stack:
-        node.stop = len(paths)
-    return root

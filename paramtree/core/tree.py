@@ -1,14 +1,16 @@
 """The parameter tree: an immutable, ordered, nested mapping of names to arrays, one pytree node in all.
 
-A tree is a flat tuple of leaves and an interned structure. Flattening hands out the two as they
-are, with no work per leaf, and unflattening puts a new tuple beside the structure; that is why a
-jitted call on a tree of thousands of leaves costs less than on a nested dict. A sub-tree is a view
-of the same tuple that knows its level, and is cut out only when it is itself flattened.
+A tree is a flat tuple of leaves and an interned structure. Flattening returns the two without any work
+for each leaf, and unflattening pairs a new tuple with the structure; so a jitted call on a tree of
+thousands of leaves costs less than on a nested dict. A sub-tree is cut out of the tuple when it is read.
+
+Only this module reads the fields of a tree. Everything else calls ``flatten`` and ``unflatten``.
 """
 
+import functools
 import json
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.export
@@ -19,35 +21,38 @@ from jax.tree_util import DictKey
 import paramtree
 from paramtree.core.arrays import describe, join, printable, shape_of
 from paramtree.core.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
-from paramtree.core.structure import HOLE, STATE, Node, Path, Structure
+from paramtree.core.structure import EMPTY, HOLE, STATE, Path, Structure
 
-__all__ = ["ParamTree", "check_scope", "child", "register", "whole"]
+__all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "read", "unflatten"]
 
 
 class _Fields:
     """The fields of a tree, still assignable.
 
-    A tree forbids assignment, and going round that with ``object.__setattr__`` would cost more
-    than all the rest of unflattening. So a tree is made as this and then becomes a ``ParamTree``.
+    A tree forbids assignment, and ``object.__setattr__`` would take longer than all the rest of
+    unflattening. So a tree is made as this class and then becomes a ``ParamTree``.
     """
 
-    __slots__ = ("__weakref__", "_leaves", "_node", "_place", "_structure")
+    __slots__ = ("__weakref__", "_flat", "_leaves", "_place", "_structure")
 
     _leaves: Sequence[Any]  # one for each slot of the structure
     _structure: Structure
-    _node: Node | None  # the level that a sub-tree looks at; None for a whole tree
-    _place: Path  # where a whole tree stood in the tree it was cut from
+    _place: Path  # the path of this level in the tree that it was read from
+    _flat: bool  # whether no leaf is a container; set when first asked for
 
 
 class ParamTree(_Fields):
     """An immutable, ordered, nested mapping of names to arrays, registered as a pytree.
 
     Trees come from ``pt.init``, ``pt.abstract``, ``pt.load`` and ``pt.from_tree``. Children are read
-    by attribute, item, path or position, in the order in which they were declared; a child that is
-    not a leaf is a tree too. A tree is also the *scope* from which a model reads its parameters.
+    by attribute, item, path or position, in the order of declaration; a child that is not a leaf is a
+    tree too. A tree given to a model is the *scope* from which the model reads its parameters.
+
+    A child may have any name. Those in ``RESERVED`` are attributes of every tree, so children of these
+    names are read by item: ``params["items"]``.
 
     Raises:
-      MissingError: reading a child that is not there (also a KeyError, IndexError, AttributeError).
+      MissingError: there is no such child (also a KeyError, IndexError and AttributeError).
       ImmutableError: assigning to the tree or deleting from it (also a TypeError, AttributeError).
 
     Example:
@@ -73,38 +78,41 @@ class ParamTree(_Fields):
     # Reading
 
     def __getattr__(self, name: str) -> Any:
-        node = self._node or self._structure._root or self._structure.root
-        found = node.children.get(name)
-        if type(found) is int and found >= 0:
-            return self._leaves[found]
-        if found is None or found == HOLE:
-            if name.startswith("__"):  # a protocol that somebody probes for
+        structure = self._structure
+        child = (structure._children or structure.children()).get(name)
+        if type(child) is int and child >= 0:
+            return self._leaves[child]
+        if child is None or child == HOLE:
+            if name.startswith("__"):  # a protocol that Python probes for
                 raise AttributeError(name)
-            raise self._missing(node, name, found)
-        return self._view(found)
+            if name in ("key", "update"):  # a scope in training has them
+                return functools.partial(self._refuse, name)
+            raise self._missing(name, child)
+        return self._level(name)
 
     def __getitem__(self, key: str | int) -> Any:
-        node = self._node or self._structure.root
         if isinstance(key, str):
-            found = node.children.get(key)
-            if type(found) is int and found >= 0:
-                return self._leaves[found]
-            if found is None and "/" in key:
-                here, _, rest = key.partition("/")
-                below = self[here]
+            child = self._structure.children().get(key)
+            if type(child) is int and child >= 0:
+                return self._leaves[child]
+            if child is None and "/" in key:
+                slot = self._slots_by_path().get(key)
+                if slot is not None:
+                    return self._leaves[slot]
+                name, _, rest = key.partition("/")
+                below = self[name]
                 if isinstance(below, ParamTree):
                     return below[rest]
-                name = join((*self._path(), here))
-                raise MissingError(f"`{name}` is a leaf: it has no `{rest}`.")
-            if found is None or found == HOLE:
-                raise self._missing(node, key, found)
-            return self._view(found)
+                raise MissingError(f"`{join((*self._place, name))}` is a leaf: it has no `{rest}`.")
+            if child is None or child == HOLE:
+                raise self._missing(key, child)
+            return self._level(key)
         if isinstance(key, int | np.integer):
-            names = list(node.children)
+            names = list(self._structure.children())
             if -len(names) <= key < len(names):
                 return self[names[key]]
             raise MissingError(
-                f"position {key} is not in {_where(self._path())}, which has {len(names)} children: "
+                f"position {key} is not in {located(self._place)}, which has {len(names)} children: "
                 f"{', '.join(names)}."
             )
         raise TypeError(
@@ -112,19 +120,16 @@ class ParamTree(_Fields):
             'tree["dense0"], tree["dense0/weight"] or tree[0].'
         )
 
-    def _view(self, node: Any) -> "ParamTree":
-        view: Any = _Fields()
-        view._leaves = self._leaves
-        view._structure = self._structure
-        view._node = node
-        view._place = self._place
-        view.__class__ = ParamTree
-        return view
+    def _level(self, name: str) -> "ParamTree":
+        structure, take = self._structure.level(name)
+        return unflatten(structure, take(self._leaves), (*self._place, name))
 
-    def _with(self, leaves: Sequence[Any]) -> "ParamTree":
-        """Returns this level by itself with other leaves."""
-        structure = self._structure if self._node is None else self._structure.below(self._node)[0]
-        return _rebuild(structure, leaves, self._path())
+    def _slots_by_path(self) -> dict[str, int]:
+        structure = self._structure
+        slots: dict[str, int] = structure.cached(
+            "slots by path", lambda: {"/".join(path): slot for path, slot in structure.entries()}
+        )
+        return slots
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str | int):
@@ -136,9 +141,7 @@ class ParamTree(_Fields):
         return True
 
     def __iter__(self) -> Iterator[str]:
-        for name, found in (self._node or self._structure.root).children.items():
-            if found != HOLE:
-                yield name
+        return (name for name, child in self._structure.children().items() if child != HOLE)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -164,53 +167,62 @@ class ParamTree(_Fields):
     def to_dict(self) -> dict[str, Any]:
         """Returns the tree as nested dicts, without its holes; tied names hold the same array.
 
+        A dict has no kinds, ties or stacks, and jax sorts its keys; ``pt.from_tree`` takes ``kinds``
+        and ``ties`` to give them back.
+
         Example:
           >>> import paramtree as pt
           >>> pt.from_tree({"a": {"b": 1}}).to_dict()
           {'a': {'b': 1}}
         """
         top: dict[str, Any] = {}
-        node = self._node or self._structure.root
-        stack = [(node, top)]
-        while stack:
-            node, into = stack.pop()
-            for name, found in node.children.items():
-                if isinstance(found, Node):
-                    into[name] = {}
-                    stack.append((found, into[name]))
-                elif found >= 0:
-                    into[name] = self._leaves[found]
+        for path, slot in zip(self._structure.paths, self._structure.slots, strict=True):
+            level = top
+            for segment in path if slot == EMPTY else path[:-1]:
+                level = level.setdefault(segment, {})
+            if slot >= 0:
+                level[path[-1]] = self._leaves[slot]
         return top
 
-    # Its place, and what goes wrong
+    # What goes wrong
 
-    def _path(self) -> Path:
-        return self._place if self._node is None else self._place + self._node.path
-
-    def _missing(self, node: Node, name: str, found: Any) -> MissingError:
-        full = join((*self._path(), name))
-        if found == HOLE:
+    def _missing(self, name: str, child: Any) -> MissingError:
+        full, names = join((*self._place, name)), self._structure.children()
+        if child == HOLE:
             return MissingError(
                 f"`{full}` is a hole: select or partition left it out of this tree. Read it from the "
                 "tree that it was taken from, or fill the holes with pt.merge."
             )
-        has = f"has: {', '.join(node.children)}" if node.children else "is empty"
-        hint = suggest(name, node.children)
-        return MissingError(f"`{full}` is not in {_where(self._path())}, which {has}.{hint}")
+        has = f"has: {', '.join(names)}" if names else "is empty"
+        return MissingError(
+            f"`{full}` is not in {located(self._place)}, which {has}.{suggest(name, names)}"
+        )
+
+    def _refuse(self, verb: str, *args: Any, **kwargs: Any) -> NoReturn:
+        if verb == "key":
+            problem, call = f"{located(self._place)} draws random numbers", "params, x, key=key"
+        else:
+            problem, call = (
+                f"`{join((*self._place, *map(str, args[:1])))}` cannot be written",
+                "params, x",
+            )
+        raise ScopeError(
+            f"{problem}: the model was called for inference. Call it as `output, params = "
+            f"pt.training(model)({call})`."
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        full = join((*self._path(), name))
+        full = join((*self._place, name))
         raise ImmutableError(
             f"a tree cannot be changed, so `{full}` cannot be assigned. Make a new one: "
             f'params = pt.replace(params, {{"{full}": value}}).'
         )
 
     def __delattr__(self, name: str) -> None:
-        full = join((*self._path(), name))
+        full = join((*self._place, name))
         raise ImmutableError(
             f"a tree cannot be changed, so `{full}` cannot be deleted. Make a tree without it: "
-            "pt.select keeps the names that a pattern matches, and pt.from_tree builds a tree from "
-            "any mapping."
+            f'params = pt.drop(params, "{full}"). pt.select keeps the names that a pattern matches.'
         )
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -219,11 +231,11 @@ class ParamTree(_Fields):
     def __delitem__(self, name: str) -> None:
         self.__delattr__(str(name))
 
-    # A scope, for reading only
+    # A scope for inference
 
     @property
     def training(self) -> bool:
-        """Whether the model runs under ``pt.training``: may draw random numbers and write state."""
+        """Whether the model runs under ``pt.training``: False for a tree."""
         return False
 
     def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
@@ -232,7 +244,7 @@ class ParamTree(_Fields):
         Args:
           name: its name on this level.
           shape: the shape that the layer needs.
-          initializer: how ``pt.init`` makes it, ``(key, shape, dtype) -> Array``; not used here.
+          initializer: how ``pt.init`` computes it, ``(key, shape, dtype) -> Array``; unused here.
           dtype: the dtype that ``pt.init`` gives it; a tree that was cast may hold another.
 
         Raises:
@@ -245,72 +257,27 @@ class ParamTree(_Fields):
           >>> tree.param("scale", (), pt.initializers.One())
           np.float32(3.0)
         """
-        node = self._node or self._structure.root
-        found = node.children.get(name)
-        if type(found) is not int or found < 0:
-            error = self._missing(node, name, found)
-            full = join((*self._path(), name))
-            problem = f"`{full}` is a level, not a leaf." if isinstance(found, Node) else str(error)
-            raise MissingError(
-                f"the model needs a leaf `{full}` of shape {tuple(shape)}: {problem} Call it with the "
-                "tree that pt.init gives for this model."
-            )
-        leaf = self._leaves[found]
-        have = shape_of(leaf)
-        if have is not None and have != tuple(shape):
-            full = join((*self._path(), name))
-            raise MismatchError(
-                f"`{full}` has shape {have}, but the model needs {tuple(shape)}. Either the input is "
-                "not of the size that the tree was initialised for, or the tree belongs to another "
-                "model: check the input's shape, or call pt.init again."
-            )
-        return leaf
+        return read(self, name, shape)
 
     def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
-        """Returns the state ``name``, checked as in ``param``. State is never trained."""
+        """Returns the state ``name``, checked as ``param`` does. State is never trained."""
         return self.param(name, shape, initializer, dtype)
-
-    def update(self, name: str, value: Any) -> None:
-        """Writes new state; only under ``pt.training``.
-
-        Raises:
-          ScopeError: always, as this scope is for reading.
-        """
-        raise ScopeError(
-            f"`{join((*self._path(), name))}` cannot be written: the model was called for inference. "
-            "Call it as `output, params = pt.training(model)(params, x)`."
-        )
-
-    def key(self) -> jax.Array:
-        """Draws a PRNG key; only under ``pt.training`` with a key.
-
-        Raises:
-          ScopeError: always, as this scope is for reading.
-        """
-        raise ScopeError(
-            f"{_where(self._path())} draws random numbers, but the model was called for inference. "
-            "Call it as `output, params = pt.training(model)(params, x, key=key)`."
-        )
 
     # Printing, copying
 
     def __repr__(self) -> str:
-        structure, node = self._structure, self._node
-        first = structure.canonical
-        lines = []
-        for path, slot in structure.entries(node):
+        structure, first, lines = self._structure, self._structure.canonical, []
+        for path, slot in structure.entries():
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
-            tied = (
-                "" if first[slot] == path else f", tied to {printable(join(self._place + first[slot]))}"
-            )
+            source = printable(join(self._place + first[slot]))
+            tied = "" if first[slot] == path else f", tied to {source}"
             name = printable(join(self._place + path))
             lines.append(f"{word} {name} ({describe(self._leaves[slot])}{tied})")
-        span = slice(None) if node is None else slice(node.start, node.stop)
-        if holes := structure.slots[span].count(HOLE):
+        if holes := structure.slots.count(HOLE):
             lines.append(f"({holes} hole{'s' if holes > 1 else ''})")
         return "\n".join(lines) or "(no parameters)"
 
-    # What draws a tree stands above it, and is loaded when somebody looks.
+    # Rendering lives in `inspect`, which is imported lazily.
 
     def _repr_html_(self) -> str:
         return paramtree.show(self)._repr_html_()
@@ -328,93 +295,97 @@ class ParamTree(_Fields):
         return list(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        leaves, structure = _flatten(self)
-        return _rebuild, (structure, leaves, self._path())
+        return unflatten, (self._structure, tuple(self._leaves), self._place)
 
 
-def _rebuild(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> ParamTree:
+RESERVED = frozenset(name for name in vars(ParamTree) if not name.startswith("_"))
+
+
+def unflatten(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> ParamTree:
+    """Returns the tree of a structure and its leaves; ``place`` is where messages say it stands."""
     tree: Any = _Fields()
     tree._leaves = leaves if type(leaves) is tuple else tuple(leaves)
     tree._structure = structure
-    tree._node = None
     tree._place = place
     tree.__class__ = ParamTree
     return tree
 
 
-def _flatten(tree: ParamTree) -> tuple[Sequence[Any], Structure]:
-    if tree._node is None:
-        return tree._leaves, tree._structure
-    structure, take = tree._structure.below(tree._node)
-    return take(tree._leaves), structure
+def flatten(tree: ParamTree) -> tuple[Structure, tuple[Any, ...]]:
+    """Returns the structure and the leaves of a tree: one leaf for each slot."""
+    leaves: Any = tree._leaves
+    return tree._structure, leaves
 
 
-def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Structure]:
-    leaves, structure = _flatten(tree)
-    keys = structure.cache.get("keys")
-    if keys is None:
-        # One key a leaf, with the whole path in it: jax prints it as ['dense0/weight'], which is
-        # also what reads the leaf from the tree.
-        keys = structure.cache["keys"] = [DictKey("/".join(path)) for path in structure.canonical]
-    return list(zip(keys, leaves, strict=True)), structure
-
-
-def whole(tree: ParamTree) -> ParamTree:
-    """Returns the tree itself, or a sub-tree cut out of the tree that it views."""
-    if tree._node is None:
-        return tree
-    return tree._with(_flatten(tree)[0])
-
-
-def check_scope(scope: Any) -> None:
-    """Raises TypeError if what a layer was called with first is not a scope."""
-    if not isinstance(scope, ParamTree) and not hasattr(scope, "param"):
-        raise TypeError(
-            f"a model is called with its parameters first, model(params, x), but found "
-            f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "
-            "pt.from_tree(mapping) turns a nested mapping into a tree."
+def read(tree: ParamTree, name: str, shape: Sequence[int], value: Any = None) -> Any:
+    """Returns the leaf of a name, of the shape that a layer needs; ``value`` maps what the tree holds."""
+    structure, path = tree._structure, (*tree._place, name)
+    child = structure.children().get(name)
+    if type(child) is not int or child < 0:
+        missing = child is None or child == HOLE
+        problem = (
+            str(tree._missing(name, child)) if missing else f"`{join(path)}` is a level, not a leaf."
         )
+        raise MissingError(
+            f"the model needs a leaf `{join(path)}` of shape {tuple(shape)}: {problem} Call it with the "
+            "tree that pt.init gives for this model."
+        )
+    leaf = tree._leaves[child] if value is None else value(tree._leaves[child])
+    have = shape_of(leaf)
+    if have is not None and have != tuple(shape):
+        raise MismatchError(
+            f"`{join(path)}` has shape {have}, but the model needs {tuple(shape)}. Either the input does "
+            "not have the size that the tree was initialised for, or the tree belongs to another model: "
+            "check the input's shape, or call pt.init again."
+        )
+    return leaf
 
 
-def child(scope: Any, name: str) -> Any:
-    """Returns the child of a scope, or an empty one where the tree has no place of that name.
-
-    A layer without parameters has a place in the tree that ``pt.init`` makes, but not in one that
-    was built from the names in a file. It runs all the same; a layer that does need a parameter
-    then says which.
-
-    Raises:
-      TypeError: the scope is not one.
-    """
-    check_scope(scope)
-    if not isinstance(scope, ParamTree):
-        return scope[name]
-    node = scope._node or scope._structure.root
-    found = node.children.get(name)
-    return scope._view(found if isinstance(found, Node) else Node((*node.path, name), node.stop))
+def place_of(tree: ParamTree) -> Path:
+    """Returns the path of a sub-tree in the tree that it was read from."""
+    return tree._place
 
 
-def _where(path: Path) -> str:
+def located(path: Path) -> str:
+    """Returns what a message calls a level."""
     return f"`{join(path)}`" if path else "the tree"
 
 
+def is_flat(tree: ParamTree) -> bool:
+    """Whether no leaf is itself a container, such as a tuple or another tree."""
+    field: Any = _Fields._flat  # a slot, read past __getattr__
+    try:
+        flat: bool = field.__get__(tree)
+    except AttributeError:
+        all_leaves = jax.tree_util.all_leaves
+        flat = all_leaves(tree._leaves) or all(
+            leaf is None or all_leaves([leaf]) for leaf in tree._leaves
+        )
+        field.__set__(tree, flat)
+    return flat
+
+
+def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Structure]:
+    structure = tree._structure
+    # One key a leaf, with its path: jax prints ['dense0/weight'], which also reads it from the tree.
+    keys = structure.cached("keys", lambda: [DictKey("/".join(path)) for path in structure.canonical])
+    return list(zip(keys, tree._leaves, strict=True)), structure
+
+
 def _to_bytes(structure: Structure) -> bytes:
-    whole = structure.whole
-    entries = [whole.paths, whole.slots, whole.kinds, structure.kept]
-    return json.dumps(entries).encode()
+    full = structure.full
+    return json.dumps([full.paths, full.slots, full.kinds, structure.kept, full.stacks]).encode()
 
 
 def _from_bytes(data: Any) -> Structure:
-    paths, slots, kinds, kept = json.loads(bytes(data))
-    return Structure.intern(tuple(map(tuple, paths)), tuple(slots), tuple(kinds)).keep(kept)
+    paths, slots, kinds, kept, stacks = json.loads(bytes(data))
+    stacks = tuple(tuple(map(tuple, stack)) for stack in stacks)
+    return Structure.intern(tuple(map(tuple, paths)), tuple(slots), tuple(kinds), stacks).keep(kept)
 
 
-def register(cls: type, flatten: Any, flatten_with_keys: Any, unflatten: Any) -> None:
-    """Registers a scope as a pytree node."""
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-
-register(ParamTree, _flatten, _flatten_with_keys, _rebuild)
+jax.tree_util.register_pytree_with_keys(
+    ParamTree, _flatten_with_keys, unflatten, lambda tree: (tree._leaves, tree._structure)
+)
 jax.export.register_pytree_node_serialization(
     ParamTree,
     serialized_name="paramtree.ParamTree",

@@ -1,4 +1,4 @@
-"""Initializers: Gluon's set, as small hashable functions ``(key, shape, dtype) -> Array``."""
+"""Gluon's initializers, as small hashable functions ``(key, shape, dtype) -> Array``."""
 
 from paramtree.initializers.by_name import Load as Load
 from paramtree.initializers.by_name import Mixed as Mixed

@@ -1,4 +1,4 @@
-"""Initializers that depend on a parameter's name, and the names of initializers."""
+"""Initializers that depend on a parameter's name, and ``get``, which looks one up by its own name."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,25 +30,26 @@ __all__ = ["Load", "Mixed", "get"]
 
 
 class _ByName:
-    """An initializer that depends on the parameter's name, which ``init`` and ``reinit`` tell it."""
+    """Base of initializers that depend on the parameter's name, which ``init`` and ``reinit`` pass."""
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         raise ParamTreeError(
-            f"{type(self).__name__} goes by name: use it in the rules of pt.init or pt.reinit, as in "
-            "{'.*': initializer}."
+            f"{type(self).__name__} depends on the parameter's name: use it in the rules of pt.init or "
+            "pt.reinit, as in {'.*': initializer}."
         )
 
 
 @dataclass(frozen=True)
 class Mixed(_ByName):
-    """A rule table in one initializer: the first pattern that matches the whole name counts.
+    """A rule table as an initializer: the first pattern that matches the full name applies.
 
     Args:
-      patterns: regular expressions for whole names.
-      initializers: as many initializers.
+      patterns: regular expressions that must match the full name.
+      initializers: one initializer per pattern.
 
     Raises:
-      ValueError: unequal numbers; on use: RuleError, no pattern matches a name.
+      ValueError: the numbers of patterns and initializers differ.
+      RuleError: when used: no pattern matches a parameter's name.
 
     Example:
       >>> Mixed([".*bias", ".*"], [Zero(), Normal()]).for_name("dense0_weight")
@@ -61,27 +62,27 @@ class Mixed(_ByName):
     def __post_init__(self) -> None:
         if len(self.patterns) != len(self.initializers):
             raise ValueError(
-                f"Mixed takes as many patterns as initializers, but found {len(self.patterns)} and "
+                f"Mixed needs as many patterns as initializers, but found {len(self.patterns)} and "
                 f"{len(self.initializers)}."
             )
         object.__setattr__(self, "patterns", tuple(self.patterns))
         object.__setattr__(self, "initializers", tuple(map(get, self.initializers)))
 
-    def for_name(self, name: str) -> Initializer:
-        """Returns the initializer of a parameter."""
+    def for_name(self, name: str, stack: str = "", index: tuple[int, ...] = ()) -> Initializer:
+        """Returns the initializer for the parameter with this name; a copy also has its stack's name."""
         for pattern, initializer in zip(self.patterns, self.initializers, strict=True):
-            if re.fullmatch(pattern, name):
+            if re.fullmatch(pattern, name) or (stack and re.fullmatch(pattern, stack)):
                 return get(initializer)
-        raise RuleError(f"no pattern of Mixed matches `{name}`: add a last pattern '.*'.")
+        raise RuleError(f"no pattern of Mixed matches `{name}`: add '.*' as the last pattern.")
 
 
 @dataclass(frozen=True, eq=False)
 class Load(_ByName):
-    """The arrays of another model, by name; ``arg:`` and ``aux:`` before a name do not count.
+    """Copies another model's arrays by name, ignoring the prefixes ``arg:`` and ``aux:``.
 
     Args:
       params: a mapping, or a flat tree, from names to arrays.
-      default_init: the initializer of names that are not there; None makes them an error.
+      default_init: the initializer for missing names; None makes a missing name an error.
 
     Example:
       >>> Load({"arg:dense0_bias": np.ones(2)}, Zero()).for_name("dense0_bias")
@@ -91,22 +92,23 @@ class Load(_ByName):
     params: Mapping[str, Any]
     default_init: "Initializer | str | None" = None
 
-    def for_name(self, name: str) -> Initializer:
-        """Returns the initializer of a parameter."""
-        for full in (name, f"arg:{name}", f"aux:{name}"):
-            if full in self.params:
-                array = self.params[full]
-                return _Loaded(array)
+    def for_name(self, name: str, stack: str = "", index: tuple[int, ...] = ()) -> Initializer:
+        """Returns the initializer for the parameter with this name, or for a copy in a stack."""
+        for prefix in ("", "arg:", "aux:"):
+            if prefix + name in self.params:
+                return _Loaded(self.params[prefix + name])
+            if stack and prefix + stack in self.params:
+                return _Loaded(self.params[prefix + stack][index])
         if self.default_init is None:
             raise RuleError(
-                f"Load has no array for `{name}`; it has: {', '.join(self.params)}. Give a "
-                "default_init for the names that are not there."
+                f"Load has no array for `{name}`; it has: {', '.join(self.params)}. Pass a "
+                "default_init for missing names."
             )
         return get(self.default_init)
 
 
 class _Loaded(Constant):
-    """An array that must have the very shape it is asked for."""
+    """A ``Constant`` that does not broadcast: its shape must be the parameter's."""
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if np.shape(self.value) != shape:
@@ -132,10 +134,10 @@ _BY_NAME: dict[str, Callable[[], Initializer]] = {
 
 
 def get(initializer: "Initializer | str") -> Initializer:
-    """Returns the initializer itself, or the one that Gluon calls by a name, with its defaults.
+    """Returns an initializer unchanged, or the default instance of one given by its Gluon name.
 
     Raises:
-      ValueError: no initializer has that name.
+      ValueError: the name is unknown.
 
     Example:
       >>> get("zeros")
@@ -144,5 +146,5 @@ def get(initializer: "Initializer | str") -> Initializer:
     if not isinstance(initializer, str):
         return initializer
     if initializer.lower() not in _BY_NAME:
-        raise ValueError(f"an initializer's name is one of {', '.join(_BY_NAME)}, not {initializer!r}.")
+        raise ValueError(f"no initializer {initializer!r}. The names are {', '.join(_BY_NAME)}.")
     return _BY_NAME[initializer.lower()]()

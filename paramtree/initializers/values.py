@@ -1,9 +1,8 @@
-"""The initializers that compute values from a key, a shape and a dtype.
+"""Initializers that compute values from a key, a shape and a dtype.
 
-Any function with these arguments is an initializer, all of ``jax.nn.initializers`` among them, so
-a custom one needs no class. Weights are laid out ``(out, in, *spatial)``: with k the product of the
-spatial sizes, fan-in is ``shape[1] * k`` and fan-out ``shape[0] * k``. The formulas and defaults are
-MXNet Gluon's.
+Any function of these three is an initializer, including everything in ``jax.nn.initializers``.
+Weights have shape ``(out, in, *spatial)``: with k the product of the spatial sizes, fan-in is
+``shape[1] * k`` and fan-out is ``shape[0] * k``. Formulas and defaults follow MXNet Gluon.
 """
 
 import math
@@ -66,13 +65,13 @@ class One:
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """One value everywhere, or the values of an array that broadcasts to the shape.
+    """A single value, or an array that broadcasts to the shape.
 
     Args:
       value: a number, or an array.
 
     Raises:
-      ValueError: on calling: the array does not broadcast to the shape.
+      ValueError: when called: the array does not broadcast to the shape.
 
     Example:
       >>> Constant(42)(jax.random.key(0), (2,), jnp.float32)
@@ -83,12 +82,12 @@ class Constant:
 
     @property
     def eager(self) -> bool:
-        """Whether it holds an array, which is better copied than compiled into a function."""
+        """Whether the value is an array, which is copied rather than compiled in as a constant."""
         return np.ndim(self.value) > 0
 
     @property
     def fill(self) -> Any:
-        """The number, None if it is an array or traced."""
+        """The value if it is a Python number; None for arrays and tracers."""
         return self.value if isinstance(self.value, bool | int | float | complex) else None
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
@@ -107,7 +106,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Uniform:
-    """U[-scale, scale]; with 0.07, the default of all weights.
+    """Draws from U[-scale, scale]. The default initializer of weights.
 
     Example:
       >>> bool(abs(Uniform()(jax.random.key(0), (100,), jnp.float32)).max() <= 0.07)
@@ -122,7 +121,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Normal:
-    """N(0, sigma²).
+    """Draws from N(0, sigma²).
 
     Example:
       >>> Normal(0.01)(jax.random.key(0), (2, 3), jnp.float32).shape
@@ -137,7 +136,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class TruncNorm:
-    """N(mean, stdev²), cut off at two standard deviations from the mean.
+    """Draws from N(mean, stdev²), truncated at two standard deviations from the mean.
 
     Example:
       >>> bool(abs(TruncNorm(0, 1)(jax.random.key(0), (100,), jnp.float32)).max() <= 2)
@@ -153,18 +152,18 @@ class TruncNorm:
 
 @dataclass(frozen=True)
 class Xavier:
-    """Scaled to the layer's fan: U[-s, s] or N(0, s²) with s = √(magnitude / factor).
+    """Draws from U[-s, s] or N(0, s²) with s = √(magnitude / factor), where the factor is a fan.
 
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010.
 
     Args:
       rnd_type: "uniform" or "gaussian".
-      factor_type: the factor: "in" for fan-in, "out" for fan-out, "avg" for their mean.
+      factor_type: "in" for fan-in, "out" for fan-out, "avg" for their mean.
       magnitude: 3 gives Glorot's scale.
 
     Raises:
-      ValueError: an unknown type; on calling: fewer than two dimensions.
+      ValueError: a type is unknown; when called: the shape has fewer than two dimensions.
 
     Example:
       >>> w = Xavier()(jax.random.key(0), (30, 20), jnp.float32)
@@ -177,34 +176,30 @@ class Xavier:
     magnitude: float = 3.0
 
     def __post_init__(self) -> None:
-        _one_of("rnd_type", self.rnd_type, ("uniform", "gaussian"))
-        _one_of("factor_type", self.factor_type, ("avg", "in", "out"))
+        _check_choice("rnd_type", self.rnd_type, ("uniform", "gaussian"))
+        _check_choice("factor_type", self.factor_type, ("avg", "in", "out"))
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) < 2:
             raise ValueError(
-                f"{self!r} needs a shape (out, in, ...) of two dimensions or more, but found {shape}; "
-                "give vectors such as biases another initializer."
+                f"{self!r} needs a shape (out, in, ...) with at least two dimensions, but found "
+                f"{shape}: use another initializer for vectors such as biases."
             )
         if 0 in shape:
-            return jnp.zeros(shape, dtype)  # there is nothing to draw, and no fan to divide by
-        # jax draws uniformly from ±√(3 scale / fan) and normally with variance scale / fan.
+            return jnp.zeros(shape, dtype)  # variance_scaling would divide by a fan of 0
+        # jax draws from U[-s, s] with s = √(3 scale / fan), or normally with variance scale / fan.
         uniform = self.rnd_type == "uniform"
         scale = self.magnitude / 3 if uniform else self.magnitude
         mode: Any = f"fan_{self.factor_type}"
         draw = jax.nn.initializers.variance_scaling(
-            scale,
-            mode,
-            "uniform" if uniform else "normal",
-            in_axis=1,
-            out_axis=0,
+            scale, mode, "uniform" if uniform else "normal", in_axis=1, out_axis=0
         )
         return draw(key, shape, dtype)
 
 
 @dataclass(frozen=True)
 class MSRAPrelu:
-    """Gaussian ``Xavier`` of magnitude 2 / (1 + slope²), for layers followed by a PReLU.
+    """Gaussian ``Xavier`` with magnitude 2 / (1 + slope²), for layers followed by a PReLU.
 
     He et al., "Delving deep into rectifiers", 2015.
 
@@ -222,14 +217,14 @@ class MSRAPrelu:
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Orthogonal rows or columns, of length ``scale``, of the matrix (shape[0], all the rest).
+    """A matrix (shape[0], prod(shape[1:])) with orthogonal rows or columns of length ``scale``.
 
     Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
     networks", 2013.
 
     Args:
-      scale: the singular value that all of them have.
-      rand_type: what is orthogonalised: "uniform" (U[-1, 1]) or "normal".
+      scale: the common singular value.
+      rand_type: the distribution of the matrix to orthogonalize: "uniform" (U[-1, 1]) or "normal".
 
     Example:
       >>> w = Orthogonal(1.0)(jax.random.key(0), (2, 5), jnp.float32)
@@ -241,18 +236,18 @@ class Orthogonal:
     rand_type: str = "uniform"
 
     def __post_init__(self) -> None:
-        _one_of("rand_type", self.rand_type, ("uniform", "normal"))
+        _check_choice("rand_type", self.rand_type, ("uniform", "normal"))
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) < 2:
-            raise ValueError(f"{self!r} needs two dimensions or more, but found the shape {shape}.")
+            raise ValueError(f"{self!r} needs at least two dimensions, but found shape {shape}.")
         matrix = shape[0], math.prod(shape[1:])
-        # No decomposition works in half precision.
-        exact = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+        # Matrix decompositions do not support half precision.
+        wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
         if self.rand_type == "normal":
-            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, exact)
+            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, wide)
         else:
-            base = jax.random.uniform(key, matrix, exact, -1.0, 1.0)
+            base = jax.random.uniform(key, matrix, wide, -1.0, 1.0)
             left, _, right = jnp.linalg.svd(base, full_matrices=False)
             flat = self.scale * (left if left.shape == matrix else right)
         return flat.reshape(shape).astype(dtype)
@@ -260,7 +255,7 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Bilinear:
-    """The kernel of bilinear upsampling, in every channel of a 4-d weight (out, in, height, width).
+    """Fills every channel of a weight (out, in, height, width) with the bilinear upsampling kernel.
 
     With f = ⌈width / 2⌉ and c = (2f - 1 - f mod 2) / 2f, the value at (y, x) is
     (1 - abs(x / f - c)) (1 - abs(y / f - c)).
@@ -272,9 +267,7 @@ class Bilinear:
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) != 4:
-            raise ValueError(
-                f"Bilinear fills a weight (out, in, height, width), not the shape {shape}."
-            )
+            raise ValueError(f"Bilinear needs a shape (out, in, height, width), but found {shape}.")
         f = math.ceil(shape[3] / 2)
         c = (2 * f - 1 - f % 2) / (2 * f)
         y, x = (1 - abs(np.arange(size) / f - c) for size in shape[2:])
@@ -283,7 +276,7 @@ class Bilinear:
 
 @dataclass(frozen=True)
 class LSTMBias:
-    """Zeros, but for the second quarter, which is the forget gate's (gates i, f, g, o).
+    """Zeros except for the forget gate, the second quarter of an LSTM's bias (gates i, f, g, o).
 
     Jozefowicz et al., "An empirical exploration of recurrent network architectures", 2015.
 
@@ -296,11 +289,11 @@ class LSTMBias:
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) != 1 or shape[0] % 4:
-            raise ValueError(f"LSTMBias fills a vector of four equal gates, not the shape {shape}.")
+            raise ValueError(f"LSTMBias needs a vector of four equal gates, but found shape {shape}.")
         size = shape[0] // 4
         return jnp.zeros(shape, dtype).at[size : 2 * size].set(self.forget_bias)
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{what} is one of {', '.join(map(repr, known))}, not {value!r}.")
+def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{setting} must be one of {', '.join(map(repr, choices))}, not {value!r}.")

@@ -1,1 +1,1 @@
-"""Looking at trees: their size, outline, statistics, differences, layers, and pictures of them."""
+"""Reports on trees and models: sizes, outlines, statistics, differences, layers, shardings, plots."""

@@ -1,8 +1,8 @@
-"""What XLA makes of a program for many devices: the memory it takes, and what the devices exchange.
+"""What XLA compiles a multi-device program to: its memory use and its collectives.
 
-A process has as many devices as it has, and a CPU can be divided into any number only before jax
-begins. So a program for more of them is exported, and compiled in a process of its own, which this
-file is as well: ``python -m paramtree.inspect.compiled`` reads a program and writes JSON.
+jax fixes the number of CPU devices when it starts, so a program for more devices than this process has
+is exported and compiled in a subprocess. The subprocess runs this file:
+``python -m paramtree.inspect.compiled`` reads a program from stdin and writes JSON.
 """
 
 import base64
@@ -38,11 +38,11 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    r"""Returns what the devices exchange in a compiled program, given as XLA's text.
+    r"""Returns the collectives of a compiled program, given as HLO text.
 
     Returns:
-      For each kind of collective that there is: how many are in the program ("ops"), how often they run
-      ("runs": in a loop as often as it goes round), and how many bytes all runs give to a device.
+      For each kind of collective in the program: the number of instructions ("ops"), the number of
+      times they run, loops included ("runs"), and the bytes all runs give to one device ("bytes").
 
     Example:
       >>> collectives("ENTRY %main (x: f32[4]) -> f32[8] {\n  %y = f32[8]{0} all-gather(%x)\n}")
@@ -57,17 +57,17 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
             entry = head[2] if head[1] else entry
         else:
             lines.append(line)
-    found: dict[str, dict[str, int]] = {}
+    totals: dict[str, dict[str, int]] = {}
     seen: set[str] = set()
 
     def walk(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             exchange = _EXCHANGE.search(line)
             if exchange:
-                one = found.setdefault(exchange[2], {"ops": 0, "runs": 0, "bytes": 0})
-                one["ops"] += name not in seen
-                one["runs"] += times
-                one["bytes"] += times * _nbytes(exchange[1])
+                total = totals.setdefault(exchange[2], {"ops": 0, "runs": 0, "bytes": 0})
+                total["ops"] += name not in seen
+                total["runs"] += times
+                total["bytes"] += times * _nbytes(exchange[1])
             trips = _TRIPS.search(line)
             for single, several in _CALLED.findall(line):
                 for called in (single, *re.findall(r"[\w.-]+", several)):
@@ -76,24 +76,24 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
         seen.add(name)
 
     walk(entry, 1)
-    return {name: found[name] for name in COLLECTIVES if name in found}
+    return {name: totals[name] for name in COLLECTIVES if name in totals}
 
 
 def _nbytes(shapes: str) -> int:
-    """Returns the bytes of an array, or of a tuple of them, as XLA writes its type."""
+    """Returns the size in bytes of an array type or a tuple type in HLO text."""
     size = 0
     for kind, dimensions in _ARRAY.findall(shapes):
         bits = re.search(r"\d+", kind)
-        each = _BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
-        size += each * math.prod(int(n) for n in dimensions.split(",") if n)
+        itemsize = _BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
+        size += itemsize * math.prod(int(n) for n in dimensions.split(",") if n)
     return size
 
 
 def facts(compiled: Any) -> dict[str, Any]:
-    """Returns what XLA says of a compiled program.
+    """Returns the memory use and the collectives of a compiled program.
 
     Returns:
-      "backend"; "arguments", "outputs" and "temporaries", bytes per device; and "collectives".
+      "backend"; "arguments", "outputs" and "temporaries", in bytes per device; and "collectives".
     """
     memory = compiled.memory_analysis()
     return {
@@ -106,14 +106,14 @@ def facts(compiled: Any) -> dict[str, Any]:
 
 
 def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict[str, Any]:
-    """Returns ``facts`` of a program, compiled in another process for as many devices of a CPU.
+    """Returns ``facts`` of a program, compiled in a subprocess that has enough CPU devices.
 
     Args:
-      exported: the program, exported for CPUs.
-      axes: the axes of the mesh that it is for, and their sizes.
+      exported: the program, exported for CPU.
+      axes: the names and sizes of the mesh axes.
 
     Raises:
-      ParamTreeError: it cannot be compiled.
+      ParamTreeError: the program cannot be compiled.
     """
     count = math.prod(axes.values())
     flags = re.sub(rf"{_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
@@ -121,7 +121,7 @@ def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict
         **os.environ,
         "XLA_FLAGS": f"{flags} {_FLAG}={count}".strip(),
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     environment.pop("JAX_NUM_CPU_DEVICES", None)
     program = base64.b64encode(bytes(exported.serialize())).decode()
@@ -134,19 +134,19 @@ def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict
         check=False,
     )
     if run.returncode:
-        said = re.split(r"^(?=[\w.]*(?:Error|Exception)\b)", run.stderr, flags=re.MULTILINE)[-1]
+        error = re.split(r"^(?=[\w.]*(?:Error|Exception)\b)", run.stderr, flags=re.MULTILINE)[-1]
         raise ParamTreeError(
-            f"plan: the program for {count} devices cannot be compiled: {said[:1000].strip()}"
+            f"plan: the program for {count} devices cannot be compiled: {error[:1000].strip()}"
         )
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
 
 
 def _main() -> None:
-    given = json.load(sys.stdin)
-    exported = jax.export.deserialize(bytearray(base64.b64decode(given["program"])))
-    sizes = tuple(given["axes"].values())
-    mesh = Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), tuple(given["axes"]))
+    request = json.load(sys.stdin)
+    exported = jax.export.deserialize(bytearray(base64.b64decode(request["program"])))
+    sizes = tuple(request["axes"].values())
+    mesh = Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), tuple(request["axes"]))
     ins: Any = exported.in_shardings_jax(mesh)
     outs: Any = exported.out_shardings_jax(mesh)
     shapes = [

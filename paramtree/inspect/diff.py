@@ -1,7 +1,7 @@
-"""How two trees differ: in structure, shapes and dtypes, and in the values that both have.
+"""How two trees differ in structure, shapes, dtypes and values.
 
-Structure is compared as by ``pt.check_match``, but for the types of the containers: a tree and a
-nested dict, or a tree and a file, are compared by name.
+Structure is compared as in ``pt.check_match``, except that container types are ignored: a tree can be
+compared with a nested dict or a file, by name.
 """
 
 import math
@@ -25,14 +25,14 @@ class Change(NamedTuple):
     """A leaf whose values differ.
 
     Attributes:
-      name: its name.
-      differing: how many elements differ by more than is tolerated.
-      size: how many elements there are.
-      largest: the largest absolute difference; NaN if only one of the two is NaN somewhere, None for
-        what is no number.
-      relative: ``‖a - b‖ / ‖a‖``, of what is finite in a; None for what is no number.
-      a: the value in the first tree, as text, if it is a single one.
-      b: the value in the second tree.
+      name: the name of the leaf.
+      differing: the number of elements that differ by more than the tolerance.
+      size: the number of elements.
+      largest: the largest absolute difference; NaN if exactly one side is NaN somewhere, None if the
+        leaf is not numeric.
+      relative: ``‖a - b‖ / ‖a‖``, with the finite elements of a in the norm; None if not numeric.
+      a: the value in the first tree as text, if the leaf has a single element.
+      b: the value in the second tree, likewise.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Diff(Report):
-    """How two trees differ; false if they do not.
+    """The differences between two trees; false if there are none.
 
     Attributes:
-      differences: what differs in structure, shapes and dtypes.
-      changes: the leaves whose values differ, those that changed most in relation to their size
-        first; before them what is no number and what became NaN.
-      compared: of how many leaves the values were compared.
-      shapes_only: how many leaves have only a shape in one of the trees.
+      differences: the differences in structure, shapes and dtypes.
+      changes: the leaves whose values differ: non-numeric ones first, then new NaNs, then the others
+        by decreasing relative change.
+      compared: the number of leaves whose values were compared.
+      shapes_only: the number of leaves that have only a shape in one of the trees.
     """
 
     differences: tuple[Difference, ...]
@@ -65,7 +65,7 @@ class Diff(Report):
         return bool(self.differences or self.changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the differences in structure as a list, and those in value by name."""
+        """Returns the structural differences as a list and the changed values by name."""
         values = {change.name: change._asdict() for change in self.changes}
         for row in values.values():
             del row["name"]
@@ -77,7 +77,7 @@ class Diff(Report):
         }
 
     def table(self) -> Table:
-        """Returns what is to be shown: a row for each difference."""
+        """Returns a table with a row for each difference."""
         columns = (
             Column("name"),
             Column("difference"),
@@ -96,15 +96,14 @@ class Diff(Report):
             )
             for change in self.changes
         ]
-        # Columns that have nothing to say are left out.
-        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+        filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
         notes = []
         if self.shapes_only:
-            notes = [f"No values were compared of {_leaves(self.shapes_only)} with only a shape."]
+            notes = [f"Values were not compared for {_leaves(self.shapes_only)} with only a shape."]
         return Table(
             self._title(),
-            tuple(columns[i] for i in used),
-            [tuple(row[i] for i in used) for row in rows],
+            tuple(columns[i] for i in filled),
+            [tuple(row[i] for i in filled) for row in rows],
             notes=notes,
         )
 
@@ -124,30 +123,29 @@ def _leaves(count: int) -> str:
 
 
 def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
-    """Returns how two trees differ: what is missing or extra, shapes, dtypes, ties, kinds and values.
+    """Returns how two trees differ: missing and extra leaves, shapes, dtypes, ties, kinds and values.
 
-    Leaves are compared by name, from the top of the two trees, also where these are sub-trees. The
-    types of the containers do not matter; for that, and for use while jax is tracing, there is
-    ``pt.check_match``. An element differs if ``|a - b| > atol + rtol * |b|``; a NaN is equal to a NaN
-    in the same place. Leaves of one shape are compared also where their dtypes differ, and a tied
-    leaf once. What is no number is compared with ``==``, and of keys their data.
+    Leaves are matched by name, relative to the two trees even if they are sub-trees. Container types
+    are ignored; ``pt.check_match`` compares them too, and works under ``jit``. An element differs if
+    ``|a - b| > atol + rtol * |b|``; NaNs in the same position are equal. Leaves of equal shape are
+    compared even if their dtypes differ, and a tied leaf once. Non-numeric leaves are compared with
+    ``==``, PRNG keys by their data.
 
     Args:
       a: a parameter tree or any other pytree.
-      b: another, such as the same model after a step, or what was loaded from a file.
-      rtol: what is tolerated in relation to b.
-      atol: what is tolerated.
+      b: another, such as the same model after a step, or the contents of a file.
+      rtol: the tolerance relative to b.
+      atol: the absolute tolerance.
 
     Returns:
-      A ``Diff``, which is true if there is a difference, prints, renders in a notebook, and has
-      ``.to_dict()``. What differs in structure is first, then values, the largest change first.
+      A ``Diff``. It is true if there is a difference, prints as a table, renders in a notebook, and has
+      ``.to_dict()``. Structural differences come first, then values by decreasing relative change.
 
     Raises:
-      TypeError: the values are being traced, and not known yet.
-      ParamTreeError: a leaf was donated to a jitted function and is deleted; all are listed.
-      NameCollisionError: two leaves of one tree have one path, as those of
-        {"a/b": x, "a": {"b": y}}.
-      ValueError: a tolerance is negative, or no number.
+      TypeError: the values are traced.
+      ParamTreeError: a leaf was donated to a jitted function or deleted; all are listed.
+      NameCollisionError: two leaves of a tree share a path, as in {"a/b": x, "a": {"b": y}}.
+      ValueError: a tolerance is not a non-negative number.
 
     Example:
       >>> import paramtree as pt
@@ -162,36 +160,36 @@ def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
       (False, False)
     """
     check_tolerances(rtol, atol)
-    found, pairs = compare(a, b)
+    differences, pairs = compare(a, b)
     check_readable("diff", [(pair.name, leaf) for pair in pairs for leaf in (pair.first, pair.second)])
-    read = [pair for pair in pairs if comparable(pair.first, pair.second)]
-    apart = distances([(pair.first, pair.second) for pair in read], float(rtol), float(atol))
+    readable = [pair for pair in pairs if comparable(pair.first, pair.second)]
+    measured = distances([(pair.first, pair.second) for pair in readable], float(rtol), float(atol))
     changes = [
         Change(pair.name, *distance, *_shown(pair))
-        for pair, distance in zip(read, apart, strict=True)
+        for pair, distance in zip(readable, measured, strict=True)
         if distance is not None
     ]
     return Diff(
-        tuple(difference for difference in found if difference.what != "container"),
-        tuple(sorted(changes, key=_smallness)),
-        len(read),
+        tuple(difference for difference in differences if difference.what != "container"),
+        tuple(sorted(changes, key=_rank)),
+        len(readable),
         sum(only_shape(pair) for pair in pairs),
     )
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
-    """Raises ValueError for what is no tolerance."""
+    """Raises ValueError unless both tolerances are non-negative numbers."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not isinstance(value, int | float | np.number) or not value >= 0:
-            raise ValueError(f"{name} is a number of 0 or more, but found {value!r}.")
+            raise ValueError(f"{name} must be a non-negative number, but found {value!r}.")
 
 
 def check_readable(verb: str, leaves: list[tuple[str, Any]]) -> None:
-    """Raises for values that are not there: not yet, or no longer."""
+    """Raises if values are traced, donated or deleted."""
     if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
         raise TypeError(
-            f"{verb} compares values, which are not known while a function is being traced: "
-            "pt.check_match(a, b) compares structure, shapes and dtypes, also there."
+            f"{verb} compares values, which are unknown while a function is traced. "
+            "pt.check_match(a, b) compares structure, shapes and dtypes, and works under jit."
         )
     gone = [
         name for name, leaf in leaves if absent(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
@@ -199,24 +197,24 @@ def check_readable(verb: str, leaves: list[tuple[str, Any]]) -> None:
     if gone:
         shown = ", ".join(f"`{short(name)}`" for name in dict.fromkeys(gone))
         raise ParamTreeError(
-            f"{verb}: the values of {shown} are gone: they were donated to a jitted function, or "
-            "deleted. Compare before the call, or call without donation."
+            f"{verb}: the values of {shown} are gone: they were donated to a jitted function or "
+            "deleted. Compare before that call, or do not donate them."
         )
 
 
 def only_shape(pair: Pair) -> bool:
-    """Whether one of two leaves has no values."""
+    """Whether one of two leaves is only a shape."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (pair.first, pair.second))
 
 
-def _smallness(change: Change) -> tuple[bool, bool, float]:
+def _rank(change: Change) -> tuple[bool, bool, float]:
     relative = change.relative
     unknown = relative is None or math.isnan(relative)
     return not unknown, relative is not None, 0.0 if unknown or relative is None else -relative
 
 
 def _shown(pair: Pair) -> tuple[str | None, str | None]:
-    """Returns the values of two leaves that have only one each."""
+    """Returns the values of two single-element leaves as text; None for larger leaves."""
     if math.prod(shape_of(pair.first) or ()) != 1:
         return None, None
     first, second = (_value(leaf) for leaf in (pair.first, pair.second))

@@ -1,9 +1,9 @@
-"""How far the values of two leaves are apart.
+"""How far apart the values of two leaves are.
 
-What a processor can read, numpy measures, a block at a time and in float64: nothing is compiled, and
-jax's arrays on a processor are read where they are. So it goes with small leaves of other devices too,
-as compiling for each of their many shapes takes longer than fetching them. Only large ones, of which
-the shapes are few, and those that are spread over several hosts, are measured where they are.
+numpy measures leaves in host memory, block by block and in float64: nothing is compiled, and jax arrays
+on the CPU are not copied. Small leaves on other devices are fetched first, which is faster than
+compiling for each of their many shapes. Large leaves, which have few shapes, and leaves that span
+several hosts are measured on their devices.
 """
 
 import math
@@ -18,19 +18,19 @@ from paramtree.core.arrays import dtype_of, shape_of
 
 __all__ = ["Distance", "comparable", "distances", "numeric"]
 
-BLOCK = 1 << 16  # elements: what is computed from them stays in a processor's cache
-LARGE = 1 << 20  # elements from which on a leaf is measured where it is
+BLOCK = 1 << 16  # elements; the intermediate results stay in cache
+LARGE = 1 << 20  # elements from which a leaf is measured on its device
 
 
 class Distance(NamedTuple):
-    """How far two leaves are apart.
+    """How far apart two leaves are.
 
     Attributes:
-      differing: how many elements differ by more than is tolerated.
-      size: of how many.
-      largest: the largest absolute difference of all; NaN if one has a NaN where the other has none,
-        None for what is no number.
-      relative: the Euclidean norm of the difference, divided by that of what is finite in the first.
+      differing: the number of elements that differ by more than the tolerance.
+      size: the number of elements.
+      largest: the largest absolute difference; NaN if exactly one side is NaN somewhere, None if the
+        leaf is not numeric.
+      relative: the Euclidean norm of the difference over that of the first leaf's finite elements.
     """
 
     differing: int
@@ -39,88 +39,83 @@ class Distance(NamedTuple):
     relative: float | None
 
 
-def comparable(one: Any, other: Any) -> bool:
-    """Whether two leaves have values that can be compared one by one."""
-    if isinstance(one, jax.ShapeDtypeStruct) or isinstance(other, jax.ShapeDtypeStruct):
+def comparable(a: Any, b: Any) -> bool:
+    """Whether the values of two leaves can be compared element by element."""
+    if isinstance(a, jax.ShapeDtypeStruct) or isinstance(b, jax.ShapeDtypeStruct):
         return False
-    if shape_of(one) != shape_of(other):
+    if shape_of(a) != shape_of(b):
         return False
-    return bool(dtype_of(one) == dtype_of(other)) or (numeric(one) and numeric(other))
+    return bool(dtype_of(a) == dtype_of(b)) or (numeric(a) and numeric(b))
 
 
 def distances(
     pairs: Iterable[tuple[Any, Any]], rtol: float = 0.0, atol: float = 0.0
 ) -> list[Distance | None]:
-    """Returns how far comparable leaves are apart; None for two that are equal as far as tolerated."""
-    found: list[Any] = []
-    for one, other in pairs:
-        if not numeric(one):
-            found.append(_of_others(one, other))
-        elif one is other:
-            found.append(None)
-        elif _on_host(one, other):
-            found.append(_of_arrays(np.asarray(one), np.asarray(other), rtol, atol))
-        else:  # started, and waited for when all are
-            found.append((one.size, _on_device(one, other, rtol, atol)))
-    return [_fetched(*each) if type(each) is tuple else each for each in found]
+    """Returns the distance of each pair of comparable leaves; None if equal within the tolerance."""
+    results: list[Any] = []
+    for a, b in pairs:
+        if not numeric(a):
+            results.append(_of_objects(a, b))
+        elif a is b:
+            results.append(None)
+        elif _on_host(a, b):
+            results.append(_of_arrays(np.asarray(a), np.asarray(b), rtol, atol))
+        else:  # starts without waiting; the results are fetched together below
+            results.append((a.size, _on_device(a, b, rtol, atol)))
+    return [_fetched(*result) if type(result) is tuple else result for result in results]
 
 
 def numeric(leaf: Any) -> bool:
-    """Whether a leaf is made of numbers or truth values."""
+    """Whether a leaf holds numbers or booleans."""
     dtype = dtype_of(leaf)
     if dtype is None:
         return isinstance(leaf, bool | int | float | complex) and np.asarray(leaf).dtype != object
     return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
 
 
-def _on_host(one: Any, other: Any) -> bool:
-    """Whether numpy is to compare two leaves."""
-    if not (isinstance(one, jax.Array) and isinstance(other, jax.Array)):
-        return True  # also because jax would make float32 of numpy's float64
-    devices: Any = one.sharding.device_set
-    if devices != other.sharding.device_set:
+def _on_host(a: Any, b: Any) -> bool:
+    """Whether numpy compares two leaves."""
+    if not (isinstance(a, jax.Array) and isinstance(b, jax.Array)):
+        return True  # jax would truncate numpy's float64 to float32
+    devices: Any = a.sharding.device_set
+    if devices != b.sharding.device_set:
         return True
-    if not one.is_fully_addressable:
+    if not a.is_fully_addressable:
         return False
-    return one.size < LARGE or all(device.platform == "cpu" for device in devices)
+    return a.size < LARGE or all(device.platform == "cpu" for device in devices)
 
 
-# Numbers
+# Numeric leaves
 
 
 def _parts(xp: Any, x: Any, y: Any, rtol: Any, atol: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns how far apart numbers are, exactly and as floats, if that is too far, and the sizes of x.
+    """Returns elementwise differences, exactly and as floats, which exceed the tolerance, and ``|x|``.
 
-    Args:
-      xp: numpy or jax.numpy.
-      x: numbers.
-      y: as many numbers.
-      rtol: what is tolerated, in terms of y.
-      atol: what is tolerated.
+    ``xp`` is numpy or jax.numpy; ``|x|`` is 0 where x is not finite.
     """
     x, y = _widened(x), _widened(y)
     wide = _wide(xp, x, y)
     if x.dtype.kind == y.dtype.kind and x.dtype.kind in "iu":
-        whole = max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
-        a, b = x.astype(whole), y.astype(whole)
-        # As unsigned the difference of any two is exact: what overflows comes round.
-        far = xp.where(a > b, a - b, b - a).astype(f"uint{8 * whole.itemsize}")
-        size, reference = (xp.abs(each.astype(wide)) for each in (a, b))
+        dtype = max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+        a, b = x.astype(dtype), y.astype(dtype)
+        # Overflow wraps around, so as unsigned integers all differences are exact.
+        far = xp.where(a > b, a - b, b - a).astype(f"uint{8 * dtype.itemsize}")
+        size, reference = (xp.abs(array.astype(wide)) for array in (a, b))
         equal, off = a == b, far.astype(wide)
     else:
         a, b = x.astype(wide), y.astype(wide)
-        nan, other_nan = xp.isnan(a), xp.isnan(b)
-        equal = (a == b) | (nan & other_nan)
+        a_nan, b_nan = xp.isnan(a), xp.isnan(b)
+        equal = (a == b) | (a_nan & b_nan)
         size, reference = xp.abs(a), xp.abs(b)
-        # Of a complex number with a part that is NaN the absolute value may be infinite.
-        far = off = xp.where(equal, 0, xp.where(nan | other_nan, xp.nan, xp.abs(a - b)))
-    # Nothing is near to infinity, though a tolerance in terms of it is infinite.
+        # The absolute value of a complex number with one NaN part may be infinite.
+        far = off = xp.where(equal, 0, xp.where(a_nan | b_nan, xp.nan, xp.abs(a - b)))
+    # An infinite y has an infinite tolerance, but nothing other than itself is close to it.
     near = xp.isfinite(off) & (off <= atol + rtol * reference)
     return far, off, ~(equal | near), xp.where(xp.isfinite(size), size, 0)
 
 
 def _widened(x: Any) -> Any:
-    """Returns truth values and small whole numbers as numbers of 32 bits."""
+    """Returns booleans and small integers as 32-bit integers."""
     if jnp.issubdtype(x.dtype, jnp.signedinteger) and x.dtype.itemsize < 4:
         return x.astype(np.int32)
     if (jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4) or x.dtype == np.bool_:
@@ -129,7 +124,7 @@ def _widened(x: Any) -> Any:
 
 
 def _wide(xp: Any, *arrays: Any) -> Any:
-    """Returns the dtype to compute in: float64, or float32 where jax has not been given more."""
+    """Returns the dtype to compute in: float64, or in jax float32 unless an input has 64 bits."""
     kinds = {x.dtype.kind for x in arrays}
     if xp is np:
         return np.result_type(np.float64, *(x.dtype for x in arrays if x.dtype.kind in "fc"))
@@ -140,38 +135,38 @@ def _wide(xp: Any, *arrays: Any) -> Any:
 
 
 def _of_arrays(x: np.ndarray, y: np.ndarray, rtol: float, atol: float) -> Distance | None:
-    """Compares two numpy arrays, a block at a time."""
+    """Compares two numpy arrays block by block."""
     x, y = x.reshape(-1), y.reshape(-1)
     blocks = [slice(i, i + BLOCK) for i in range(0, x.size, BLOCK)]
     if x.dtype == y.dtype and not any((x[block] != y[block]).any() for block in blocks):
         return None
-    differing, tops, apart, size = 0, [], 0.0, 0.0
+    differing, tops, apart, length = 0, [], 0.0, 0.0
     with np.errstate(all="ignore"):
         for block in blocks:
             far, off, beyond, sizes = _parts(np, x[block], y[block], rtol, atol)
             differing += int(np.count_nonzero(beyond))
             tops.append(far.max())
             apart = math.hypot(apart, _norm(*_scaled(np, off)))
-            size = math.hypot(size, _norm(*_scaled(np, sizes)))
-        return _distance(differing, x.size, np.max(tops), apart, size) if differing else None
+            length = math.hypot(length, _norm(*_scaled(np, sizes)))
+        return _distance(differing, x.size, np.max(tops), apart, length) if differing else None
 
 
 @jax.jit
 def _on_device(x: Any, y: Any, rtol: Any, atol: Any) -> tuple[Any, ...]:
-    """Compares two arrays of jax, where they are."""
+    """Compares two jax arrays on their devices."""
     far, off, beyond, sizes = _parts(jnp, x, y, rtol, atol)
-    # More than an int32 can count are counted nearly.
+    # Beyond the range of int32 the count is approximate.
     count = jnp.sum(beyond, dtype=jnp.int32 if x.size < 2**31 else jnp.float32)
     return count, jnp.max(far, initial=0), _scaled(jnp, off), _scaled(jnp, sizes)
 
 
-def _fetched(size: int, found: tuple[Any, ...]) -> Distance | None:
-    differing, top, apart, of = jax.device_get(found)
-    return _distance(int(differing), size, top, _norm(*apart), _norm(*of)) if differing else None
+def _fetched(size: int, result: tuple[Any, ...]) -> Distance | None:
+    differing, top, apart, length = jax.device_get(result)
+    return _distance(int(differing), size, top, _norm(*apart), _norm(*length)) if differing else None
 
 
 def _scaled(xp: Any, values: Any) -> tuple[Any, Any]:
-    """Returns the largest value, and the sum of squares in terms of it, which does not overflow."""
+    """Returns the largest value, and the sum of squares in units of it, which does not overflow."""
     top = xp.max(values, initial=0)
     unit = xp.where((top > 0) & xp.isfinite(top), top, 1)
     return top, xp.sum((values / unit) ** 2)
@@ -181,40 +176,40 @@ def _norm(top: Any, squares: Any) -> float:
     return float(top) * math.sqrt(float(squares)) if math.isfinite(top) else float(top)
 
 
-def _distance(differing: int, of: int, top: Any, apart: float, size: float) -> Distance:
+def _distance(differing: int, size: int, top: Any, apart: float, length: float) -> Distance:
     largest = int(top) if top.dtype.kind == "u" else float(top)
-    relative = math.nan if math.isnan(largest) else apart / size if size else math.inf
-    return Distance(differing, of, largest, relative)
+    relative = math.nan if math.isnan(largest) else apart / length if length else math.inf
+    return Distance(differing, size, largest, relative)
 
 
-# Everything else
+# Non-numeric leaves
 
 
-def _of_others(one: Any, other: Any) -> Distance | None:
-    """Compares what is not made of numbers: keys, strings, dates, and any object."""
-    dtype = dtype_of(one)
+def _of_objects(a: Any, b: Any) -> Distance | None:
+    """Compares PRNG keys, strings, dates and arbitrary objects."""
+    dtype = dtype_of(a)
     if dtype is None:
-        return None if _same(one, other) else Distance(1, 1, None, None)
+        return None if _same(a, b) else Distance(1, 1, None, None)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        words = [np.asarray(jax.random.key_data(leaf)) for leaf in (one, other)]
-        unequal = np.any(words[0] != words[1], axis=-1)
+        x, y = (np.asarray(jax.random.key_data(leaf)) for leaf in (a, b))
+        unequal = np.any(x != y, axis=-1)
     elif dtype == jax.dtypes.float0:
-        return None  # all of them are zero
+        return None  # float0 has no values
     else:
-        x, y = np.asarray(one), np.asarray(other)
-        if x.dtype == object:  # anything: also arrays, of which numpy would ask whether they are true
+        x, y = np.asarray(a), np.asarray(b)
+        if x.dtype == object:  # elements may be arrays, whose truth value is an error in numpy
             pairs = zip(x.ravel().tolist(), y.ravel().tolist(), strict=True)
             unequal = np.array([not _same(*pair) for pair in pairs])
         else:
-            unequal = np.asarray((x != y) & ~((x != x) & (y != y)))  # what is not a time is not itself
+            unequal = np.asarray((x != y) & ~((x != x) & (y != y)))  # NaT != NaT
     count = int(np.count_nonzero(unequal))
     return Distance(count, unequal.size, None, None) if count else None
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(a: Any, b: Any) -> bool:
     try:
-        if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-            return np.array_equal(one, other)
-        return one is other or bool(one == other) or bool(one != one and other != other)
-    except Exception:  # a leaf may be any object, and what cannot be compared is not known to be equal
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return np.array_equal(a, b)
+        return a is b or bool(a == b) or bool(a != a and b != b)
+    except Exception:  # arbitrary objects may fail to compare; such leaves count as different
         return False

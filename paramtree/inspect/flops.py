@@ -1,8 +1,8 @@
-"""How many floating-point operations each call of a layer is, by XLA's own cost analysis.
+"""Counts the floating-point operations of each layer call, with XLA's cost analysis.
 
-The model is traced once. The equations of its jaxpr say in which call they were made, so those of one
-call are lowered by themselves, and XLA counts them. Nothing is compiled. XLA counts what is inside a
-loop once, however often it runs; so a scan is taken apart here, and counts as often as it runs.
+The model is traced once. Each equation of its jaxpr names the call that made it; the equations of one
+call are lowered together, and XLA counts them without compiling. XLA counts the body of a loop once,
+so scans are opened here and counted once per iteration.
 """
 
 import functools
@@ -17,9 +17,9 @@ from jax.extend.core import Literal
 
 from paramtree.model.observe import call_of
 
-__all__ = ["Work", "calls_in", "count_flops", "divide"]
+__all__ = ["Work", "calls_in", "count_flops", "split_by_call"]
 
-# Equations that only hold others, and the parameter that has these; newer and older names alike.
+# Primitives that wrap a jaxpr, and the parameter that holds it; names of new and old jax versions.
 _WRAPPERS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -33,7 +33,7 @@ _WRAPPERS = {
 
 
 class Work(NamedTuple):
-    """Equations of one call and how often they run, or branches of which one runs."""
+    """Equations of one call and how often they run, or branches, only one of which runs."""
 
     call: int
     equations: Any = None  # a jaxpr
@@ -42,31 +42,31 @@ class Work(NamedTuple):
 
 
 def calls_in(jaxpr: Any) -> set[int]:
-    """Returns the numbers of the calls that left an equation in a jaxpr or in those inside it."""
-    found: set[int] = set()
+    """Returns the numbers of the calls with an equation in a jaxpr, or in one nested in it."""
+    numbers: set[int] = set()
     for equation in jaxpr.eqns:
         number = call_of(equation)
         if number is not None:
-            found.add(number)
-        for inner in _inside(equation):
-            found |= calls_in(inner)
-    return found
+            numbers.add(number)
+        for inner in _inner_jaxprs(equation):
+            numbers |= calls_in(inner)
+    return numbers
 
 
-def divide(jaxpr: Any) -> tuple[list[bool], list[Work]]:
+def split_by_call(jaxpr: Any) -> tuple[list[bool], list[Work]]:
     """Returns which inputs the outputs of a jaxpr depend on, and the work of each call in it.
 
-    What no output depends on is no work, as jax leaves it out when it lowers the whole.
+    Equations that no output depends on are left out, as jax drops them when it lowers the program.
     """
-    return _Divider().divide(jaxpr, [True] * len(jaxpr.outvars), 0)
+    return _Splitter().split(jaxpr, [True] * len(jaxpr.outvars), 0)
 
 
-class _Divider:
+class _Splitter:
     def __init__(self) -> None:
-        self._found: dict[int, tuple[Any, bool]] = {}  # by the id of a jaxpr, which lives here
+        self._opened: dict[int, tuple[Any, bool]] = {}  # keyed by id; the value keeps the jaxpr alive
 
-    def divide(self, jaxpr: Any, wanted: Sequence[bool], call: int) -> tuple[list[bool], list[Work]]:
-        """Divides a jaxpr of which some outputs are wanted; ``call`` has what does not say its own."""
+    def split(self, jaxpr: Any, wanted: Sequence[bool], call: int) -> tuple[list[bool], list[Work]]:
+        """Splits a jaxpr, given which outputs are needed; unmarked equations belong to ``call``."""
         needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and _varies(v)}
         own: dict[int, list[Any]] = defaultdict(list)
         work: list[Work] = []
@@ -78,65 +78,65 @@ class _Divider:
             number = call if number is None else number
             uses = [True] * len(equation.invars)
             if self._opens(equation):
-                uses, inner = self._within(equation, outputs, number)
+                uses, inner = self._open_equation(equation, outputs, number)
                 work += inner
             else:
                 own[number].append(equation)
             needed |= {v for v, use in zip(equation.invars, uses, strict=True) if use and _varies(v)}
-        work += [Work(number, _part(jaxpr, equations)) for number, equations in own.items()]
+        work += [Work(number, _sub_jaxpr(jaxpr, equations)) for number, equations in own.items()]
         return [v in needed for v in jaxpr.invars], work
 
     def _opens(self, equation: Any) -> bool:
-        """Whether an equation is taken apart: it is a scan, or has calls or scans in it."""
+        """Whether to look inside an equation: it is a scan, or contains calls or scans."""
         name = equation.primitive.name
         if name == "scan":
             return True
         opened = name in _WRAPPERS or name in ("cond", "while")
-        return opened and any(map(self._has_parts, _inside(equation)))
+        return opened and any(map(self._has_calls, _inner_jaxprs(equation)))
 
-    def _has_parts(self, jaxpr: Any) -> bool:
-        if id(jaxpr) not in self._found:
-            found = any(
+    def _has_calls(self, jaxpr: Any) -> bool:
+        if id(jaxpr) not in self._opened:
+            has_calls = any(
                 call_of(equation) is not None or self._opens(equation) for equation in jaxpr.eqns
             )
-            self._found[id(jaxpr)] = jaxpr, found
-        return self._found[id(jaxpr)][1]
+            self._opened[id(jaxpr)] = jaxpr, has_calls
+        return self._opened[id(jaxpr)][1]
 
-    def _within(self, equation: Any, outputs: list[bool], call: int) -> tuple[list[bool], list[Work]]:
+    def _open_equation(
+        self, equation: Any, outputs: list[bool], call: int
+    ) -> tuple[list[bool], list[Work]]:
         name, params = equation.primitive.name, equation.params
-        if name == "scan":  # a step may need what the step before made, so all of it is needed
+        if name == "scan":  # a step may read anything that the previous step carries
             body = _open(params["jaxpr"])
-            uses, work = self.divide(body, [True] * len(body.outvars), call)
-            return uses, [one._replace(times=one.times * params["length"]) for one in work]
+            uses, work = self.split(body, [True] * len(body.outvars), call)
+            return uses, [item._replace(times=item.times * params["length"]) for item in work]
         if name == "cond":
-            each = [self.divide(_open(branch), outputs, call) for branch in params["branches"]]
-            uses = [any(some) for some in zip(*(uses for uses, _ in each), strict=True)]
-            return [True, *uses], [Work(call, branches=tuple(work for _, work in each))]
-        if name == "while":  # nobody knows how often it runs: once, as XLA has it
-            parts = [_open(params["cond_jaxpr"]), _open(params["body_jaxpr"])]
-            halves = [self.divide(part, [True] * len(part.outvars), call)[1] for part in parts]
-            return [True] * len(equation.invars), [*halves[0], *halves[1]]
-        return self.divide(_open(params[_WRAPPERS[name]]), outputs, call)
+            branches = [self.split(_open(branch), outputs, call) for branch in params["branches"]]
+            uses = [any(flags) for flags in zip(*(uses for uses, _ in branches), strict=True)]
+            return [True, *uses], [Work(call, branches=tuple(work for _, work in branches))]
+        if name == "while":  # the trip count is unknown; XLA counts one iteration
+            bodies = [_open(params["cond_jaxpr"]), _open(params["body_jaxpr"])]
+            work = [w for body in bodies for w in self.split(body, [True] * len(body.outvars), call)[1]]
+            return [True] * len(equation.invars), work
+        return self.split(_open(params[_WRAPPERS[name]]), outputs, call)
 
 
 def count_flops(work: Sequence[Work], known: dict[Hashable, float]) -> dict[int, float]:
-    """Returns the floating-point operations of each call that has work; NaN where nobody knows.
+    """Returns the floating-point operations of each call that has work; NaN where unknown.
 
-    Args:
-      work: what ``divide`` found.
-      known: the counts of equations so far; what is alike is lowered only once.
+    ``known`` caches the counts, so that equal sets of equations are lowered once.
     """
     total: dict[int, float] = defaultdict(float)
     for call, equations, times, branches in work:
-        if branches:  # the one with the most, as XLA has it
-            found = max((count_flops(branch, known) for branch in branches), key=_weight)
+        if branches:  # like XLA, count the most expensive branch
+            counts = max((count_flops(branch, known) for branch in branches), key=_weight)
         else:
             key = frozenset(Counter(map(_form, equations.eqns)).items())
             if key not in known:
                 known[key] = _analysed(equations)
-            found = {call: known[key]}
-        for number, value in found.items():
-            total[number] += times * value
+            counts = {call: known[key]}
+        for number, count in counts.items():
+            total[number] += times * count
     return total
 
 
@@ -146,33 +146,33 @@ def _weight(counts: dict[int, float]) -> float:
 
 
 def _analysed(equations: Any) -> float:
-    """Returns what XLA counts for the equations of a jaxpr."""
+    """Returns XLA's count of the operations in a jaxpr; NaN if it has none."""
     inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equations.invars]
     run = functools.partial(jax.core.eval_jaxpr, equations, ())
     try:
-        # The backends of accelerators count only what they compiled; that of a CPU need not compile.
+        # The CPU backend analyses without compiling; those of accelerators do not.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            found: Any = jax.jit(run).lower(*inputs).cost_analysis()
-    except Exception:  # of any library below: then this number is not known, but all others are
+            analysis: Any = jax.jit(run).lower(*inputs).cost_analysis()
+    except Exception:  # from any backend; only this count becomes unknown
         return math.nan
-    if isinstance(found, list):
-        found = found[0] if found else None
-    # Below 0 is XLA's way to say that it does not know a custom call.
-    return math.nan if found is None else max(0.0, float(found.get("flops", 0.0)))
+    if isinstance(analysis, list):
+        analysis = analysis[0] if analysis else None
+    # XLA reports a negative count for custom calls it does not know.
+    return math.nan if analysis is None else max(0.0, float(analysis.get("flops", 0.0)))
 
 
-def _part(jaxpr: Any, reverse: Sequence[Any]) -> Any:
-    """Returns some equations of a jaxpr as one that keeps all they compute."""
+def _sub_jaxpr(jaxpr: Any, reverse: Sequence[Any]) -> Any:
+    """Returns a jaxpr of some equations, given in reverse order, that outputs all their results."""
     equations = list(reversed(reverse))
-    made = [v for equation in equations for v in equation.outvars]
-    free = dict.fromkeys(v for equation in equations for v in equation.invars if _varies(v))
-    known = set(made)
-    inputs = [v for v in free if v not in known]
-    return jaxpr.replace(constvars=[], invars=inputs, outvars=made, eqns=equations)
+    outputs = [v for equation in equations for v in equation.outvars]
+    read = dict.fromkeys(v for equation in equations for v in equation.invars if _varies(v))
+    bound = set(outputs)
+    inputs = [v for v in read if v not in bound]
+    return jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=equations)
 
 
 def _form(equation: Any) -> Hashable:
-    """Returns what the count of an equation depends on."""
+    """Returns a hashable key of everything the count of an equation depends on."""
     avals = tuple(v.aval for v in (*equation.invars, *equation.outvars))
     params = tuple((name, _form_of(value)) for name, value in equation.params.items())
     return equation.primitive.name, avals, params
@@ -184,12 +184,12 @@ def _form_of(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_form_of, value))
     if callable(value):
-        return type(value)  # such as the rule of a derivative
+        return type(value)  # such as a custom derivative rule
     return value if isinstance(value, str | int | float | None) else repr(value)
 
 
-def _inside(equation: Any) -> list[Any]:
-    """Returns the jaxprs that an equation has as parameters."""
+def _inner_jaxprs(equation: Any) -> list[Any]:
+    """Returns the jaxprs among the parameters of an equation."""
     values = [
         value
         for parameter in equation.params.values()

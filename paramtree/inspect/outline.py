@@ -1,8 +1,7 @@
-"""A tree as a reader sees it: levels with their totals, leaves, ties, holes; and all that as text.
+"""The outline of a tree: levels with totals, leaves, ties and holes; and its rendering as text.
 
-The outline is made once and drawn as text here and as HTML in ``paramtree.inspect.show``. A leaf
-counts where its canonical name is, so the children of a level add up to its totals and what is tied
-counts once. No value of an array is read.
+``paramtree.inspect.show`` renders the same outline as HTML. A leaf counts at its canonical name, so the
+children of a level add up to its totals and tied leaves count once. No array value is read.
 """
 
 import math
@@ -14,16 +13,16 @@ import jax
 from jax.sharding import NamedSharding
 
 from paramtree.core.arrays import describe, dtype_of, join, printable, shape_of, short
-from paramtree.core.names import from_tree
-from paramtree.core.structure import HOLE, STATE, Node
-from paramtree.core.tree import ParamTree, whole
+from paramtree.core.pytrees import open_tree
+from paramtree.core.structure import EMPTY, HOLE, STATE, Path
+from paramtree.core.tree import ParamTree, flatten, is_flat, place_of, unflatten
 from paramtree.inspect.report import bytes_text, count_text, plural
 
 __all__ = [
     "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "text", "title",
 ]  # fmt: skip
 
-DEEPEST = 100  # levels that are drawn; a browser gives up at a few hundred
+DEEPEST = 100  # levels drawn; browsers fail at a few hundred
 
 Measures = Mapping[int, tuple[str, ...]]
 
@@ -32,9 +31,9 @@ Measures = Mapping[int, tuple[str, ...]]
 class Leaf:
     """One leaf, alias or hole, as it is drawn.
 
-    ``name`` is that on its level and ``full`` the one in rules. An alias has the full name of the
-    leaf it leads to in ``tied``, and no size of its own. ``leaves`` is how many jax sees in its place,
-    and ``note`` whatever else there is to say.
+    ``name`` is its name within its level, ``full`` the name that rules match. ``tied`` is the full name
+    of the leaf that an alias leads to; an alias has no size. ``leaves`` is how many leaves jax sees in
+    its place, and ``note`` is any further remark.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Leaf:
 
 @dataclass(slots=True)
 class Level:
-    """One level: its children, and what the leaves at and below it amount to."""
+    """One level: its children, and the totals of the leaves at and below it."""
 
     name: str
     full: str
@@ -61,112 +60,96 @@ class Level:
     leaves: int = 0
     count: int = 0
     nbytes: int = 0
-    state: int = 0  # how much of count is state
+    state: int = 0  # the share of count that is state
     holes: int = 0
-    tied: int = 0  # names of leaves that count elsewhere
+    tied: int = 0  # aliases of leaves that count elsewhere
 
-    def add(self, other: "Level | Leaf") -> None:
-        """Adds a child to what there is at and below this level."""
-        if isinstance(other, Level):
-            self.leaves += other.leaves
-            self.state += other.state
-            self.holes += other.holes
-            self.tied += other.tied
+    def add(self, child: "Level | Leaf") -> None:
+        """Adds a child to the totals of this level."""
+        if isinstance(child, Level):
+            self.leaves += child.leaves
+            self.state += child.state
+            self.holes += child.holes
+            self.tied += child.tied
         else:
-            is_hole, is_tied = other.slot == HOLE, bool(other.tied)
+            is_hole, is_tied = child.slot == HOLE, bool(child.tied)
             self.holes += is_hole
             self.tied += is_tied
-            self.leaves += 0 if is_hole or is_tied else other.leaves
-            self.state += (other.count or 0) if other.state else 0
-        self.count += other.count or 0
-        self.nbytes += other.nbytes or 0
+            self.leaves += 0 if is_hole or is_tied else child.leaves
+            self.state += (child.count or 0) if child.state else 0
+        self.count += child.count or 0
+        self.nbytes += child.nbytes or 0
 
 
 def as_tree(tree: Any) -> ParamTree:
-    """Returns whatever is to be looked at as a tree of all its leaves, a leaf by itself too."""
-    if isinstance(tree, ParamTree):
-        return whole(tree)
-    alone = tree is None or jax.tree_util.all_leaves([tree])
-    return from_tree({"value": tree} if alone else tree)
+    """Returns any pytree, or a single leaf, as a parameter tree."""
+    if isinstance(tree, ParamTree) and is_flat(tree):
+        return tree
+    source = open_tree(tree, counts=None, declared=True)
+    return unflatten(source.structure, source.leaves, source.place)
 
 
 def outline(tree: ParamTree) -> Level:
-    """Returns the outline of a whole tree; text in it is safe to print, but not escaped for HTML."""
-    structure, place = tree._structure, tree._place
-    canonical = structure.canonical
-    known: dict[Any, str] = {}  # texts of shapes, dtypes and shardings: a large tree has few of each
+    """Returns the outline of a tree; its text is printable, but not escaped for HTML."""
+    (structure, leaves), place = flatten(tree), place_of(tree)
+    texts: dict[Any, str] = {}  # of shapes, dtypes and shardings, which repeat in a large tree
     top = Level("", short(join(place)), 0)
-    # Levels below the deepest are not drawn: their leaves are drawn there by their path from there.
-    stack: list[tuple[Node, Level]] = [(structure.root, top)]
-    order: list[tuple[Level, Level]] = []
-    while stack:
-        node, level = stack.pop()
-        shallow = level.depth < DEEPEST
-        below = node.children.items() if shallow else _all_below(node)
-        for name, found in below:
-            full = join((*place, *node.path, name))
-            if isinstance(found, Node):
-                inner = Level(short(name), short(full), level.depth + 1)
-                level.children.append(inner)
-                order.append((level, inner))
-                stack.append((found, inner))
-                continue
-            if found != HOLE and tree._leaves[found] is None:  # how other containers leave a leaf out
-                found = HOLE
-            made = Leaf(short(name), short(full), found)
-            level.children.append(made)
-            if found != HOLE:
-                path = canonical[found]
-                if path == (*node.path, *((name,) if shallow else name.split("/"))):
-                    made.state = structure.kinds[found] == STATE
-                    _fill(made, tree._leaves[found], known)
-                else:
-                    made.tied = short(join((*place, *path)))
-            level.add(made)
-    for parent, inner in reversed(order):  # every level after all those below it
-        parent.add(inner)
+    levels: dict[Path, Level] = {(): top}
+    for path, child in zip(structure.paths, structure.slots, strict=True):
+        # The deepest level drawn lists all leaves below it by their relative paths.
+        above = (path if child == EMPTY else path[:-1])[:DEEPEST]
+        for depth in range(len(above) + 1):
+            if above[:depth] not in levels:
+                inner = Level(short(above[depth - 1]), short(join(place + above[:depth])), depth)
+                levels[above[: depth - 1]].children.append(inner)
+                levels[above[:depth]] = inner
+        if child == EMPTY:
+            continue
+        # In other containers None marks a hole.
+        slot = HOLE if child == HOLE or leaves[child] is None else child
+        leaf = Leaf(short("/".join(path[len(above) :])), short(join(place + path)), slot)
+        levels[above].children.append(leaf)
+        if slot != HOLE:
+            first = structure.canonical[slot]
+            if path == first:
+                leaf.state = structure.kinds[slot] == STATE
+                _fill(leaf, leaves[slot], texts)
+            else:
+                leaf.tied = short(join(place + first))
+        levels[above].add(leaf)
+    for path, inner in reversed(levels.items()):  # children before their parents
+        if path:
+            levels[path[:-1]].add(inner)
     return top
 
 
-def _all_below(node: Node) -> Iterator[tuple[str, int]]:
-    """Yields the leaves at and below a level, by their paths from there."""
-    stack: list[tuple[str, Node]] = [("", node)]
-    while stack:
-        prefix, level = stack.pop()
-        for name, found in level.children.items():
-            if isinstance(found, Node):
-                stack.append((f"{prefix}{name}/", found))
-            else:
-                yield prefix + name, found
-
-
-def _fill(made: Leaf, leaf: Any, known: dict[Any, str]) -> None:
-    shape, dtype = shape_of(leaf), dtype_of(leaf)
+def _fill(leaf: Leaf, value: Any, texts: dict[Any, str]) -> None:
+    shape, dtype = shape_of(value), dtype_of(value)
     if shape is None or dtype is None:
-        inside = jax.tree.leaves(leaf)
-        made.leaves = len(inside)
-        # Of a container, as jax.tree.map may put in a leaf's place, the values are not to be read.
-        whole_leaf = not inside or inside[0] is leaf
-        kind = f"{type(leaf).__name__} of {plural(len(inside), 'leaf', 'leaves')}"
-        made.note = printable(describe(leaf)) if whole_leaf else kind
+        inner = jax.tree.leaves(value)
+        leaf.leaves = len(inner)
+        # jax.tree.map may put a container in a leaf's place; describing it would read its arrays.
+        is_leaf = not inner or inner[0] is value
+        container = f"{type(value).__name__} of {plural(len(inner), 'leaf', 'leaves')}"
+        leaf.note = printable(describe(value)) if is_leaf else container
         return
-    made.shape = known.get(shape) or known.setdefault(shape, str(shape))
-    made.dtype = known.get(dtype) or known.setdefault(dtype, str(dtype))
-    if all(isinstance(size, int) for size in shape):  # not yet known to a function that is exported
-        made.count = math.prod(shape)
-        made.nbytes = made.count * dtype.itemsize
-    if isinstance(leaf, jax.core.Tracer):
-        made.note = "traced"
+    leaf.shape = texts.get(shape) or texts.setdefault(shape, str(shape))
+    leaf.dtype = texts.get(dtype) or texts.setdefault(dtype, str(dtype))
+    if all(isinstance(size, int) for size in shape):  # jax.export has symbolic sizes
+        leaf.count = math.prod(shape)
+        leaf.nbytes = leaf.count * dtype.itemsize
+    if isinstance(value, jax.core.Tracer):
+        leaf.note = "traced"
         return
-    sharding = getattr(leaf, "sharding", None)
+    sharding = getattr(value, "sharding", None)
     if sharding is not None:
-        if sharding not in known:
-            known[sharding] = _sharding_text(sharding)
-        made.note = known[sharding]
+        if sharding not in texts:
+            texts[sharding] = _sharding_text(sharding)
+        leaf.note = texts[sharding]
 
 
 def _sharding_text(sharding: Any) -> str:
-    """Returns how an array lies on several devices; nothing if it is on one."""
+    """Returns a text for a sharding over several devices; empty for a single device."""
     named = isinstance(sharding, NamedSharding)
     devices = sharding.mesh.size if named else sharding.num_devices
     if devices == 1:
@@ -178,7 +161,7 @@ def _sharding_text(sharding: Any) -> str:
 
 
 def title(level: Level, what: str = "ParamTree") -> str:
-    """Returns one line about a whole tree."""
+    """Returns the title line of an outline."""
     parts = [plural(level.leaves, "leaf", "leaves")]
     parts.append(plural(level.count - level.state, "parameter", "parameters"))
     if level.state:
@@ -191,36 +174,36 @@ def title(level: Level, what: str = "ParamTree") -> str:
 
 
 def opened(top: Level, most: int | None) -> set[int]:
-    """Returns which levels to open, by ``id``: all of a depth, as long as ``most`` rows suffice."""
+    """Returns the ids of the levels to open: all down to the depth that fits in ``most`` rows."""
     open_ids: set[int] = set()
-    depth, rows = [top], 0
-    while depth:
-        rows += sum(len(level.children) for level in depth)
-        if most is not None and rows > most and depth != [top]:
+    levels, rows = [top], 0
+    while levels:
+        rows += sum(len(level.children) for level in levels)
+        if most is not None and rows > most and levels != [top]:
             break
-        open_ids.update(map(id, depth))
-        depth = [below for level in depth for below in level.children if isinstance(below, Level)]
+        open_ids.update(map(id, levels))
+        levels = [child for level in levels for child in level.children if isinstance(child, Level)]
     return open_ids
 
 
 def text(top: Level, most: int | None = None, measures: Measures | None = None) -> str:
-    """Returns the outline as lines of text, all of it or about ``most`` lines."""
+    """Returns the outline as text, in full or cut to about ``most`` lines."""
     return "\n".join(lines(top, most, measures))
 
 
 def lines(top: Level, most: int | None = None, measures: Measures | None = None) -> Iterator[str]:
-    """Yields the lines of ``text``, which in one piece may be large.
+    """Yields the lines of ``text`` one by one, since the full text may be large.
 
     Args:
       top: the outline.
-      most: about how many lines; None for all.
-      measures: more cells for some slots, all of them as many; those of the slot -1 are a heading.
+      most: the approximate number of lines; None for all.
+      measures: extra cells by slot, the same number for each; slot -1 holds their headings.
     """
     open_ids = opened(top, most)
     heading = (measures or {}).get(-1, ())
     blank = ("",) * len(heading)
     rows: list[tuple[str, ...]] = [("", "", "", "", "", *heading, "")] if heading else []
-    # Each item: what to draw, and the guides to its left.
+    # Each item: what to draw, the guides to its left, and those to the left of its children.
     stack: list[tuple[Level | Leaf | str, str, str]] = []
     _push(stack, top, "", most)
     while stack:
@@ -249,7 +232,7 @@ def lines(top: Level, most: int | None = None, measures: Measures | None = None)
 
 
 def contents(level: Level) -> str:
-    """Returns how much is at and below a level."""
+    """Returns the leaves, ties and holes at and below a level, as text."""
     parts = [
         plural(level.leaves, "leaf", "leaves") if level.leaves else "",
         f"{count_text(level.tied)} tied" if level.tied else "",
@@ -259,7 +242,7 @@ def contents(level: Level) -> str:
 
 
 def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None:
-    """Puts a level's children on the stack, the first on top; of very many only the first."""
+    """Pushes a level's children onto the stack, first on top, and cuts a long list after ``most``."""
     shown: list[Level | Leaf | str] = list(level.children)
     if most is not None and len(shown) > most:
         shown = [*shown[:most], f"... {count_text(len(shown) - most)} more"]
@@ -270,7 +253,7 @@ def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None
 
 
 def _remark(leaf: Leaf) -> str:
-    """Returns what is to be said of a leaf beside its size."""
+    """Returns the remark after a leaf's size."""
     if leaf.slot == HOLE:
         return "hole"
     if leaf.tied:

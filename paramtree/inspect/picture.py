@@ -1,7 +1,6 @@
-"""How pictures are drawn, with matplotlib; ``paramtree.inspect.plots`` imports this when it draws.
+"""Draws plots with matplotlib; ``paramtree.inspect.plots`` imports this module lazily.
 
-pyplot has no part in it. Names come from whoever made the tree, so no ``$`` in one begins mathematics,
-and no LaTeX sees it.
+pyplot is not used. Names are untrusted text, so neither mathtext nor LaTeX ever interprets them.
 """
 
 import io
@@ -22,32 +21,24 @@ from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, 
 from paramtree.inspect.tiling import arranged, extremes, tiled
 
 __all__ = [
-    "BLUE",
-    "VERMILION",
-    "Picture",
-    "grid",
-    "heat",
-    "histogram",
-    "proportion",
-    "ratios",
-    "wrapped",
-]
+    "BLUE", "VERMILION", "Picture", "grid", "heat", "histogram", "proportion", "ratios", "wrapped",
+]  # fmt: skip
 
 SMALL, NORMAL = 6, 7  # points
-# Okabe and Ito's colours, which readers tell apart whether or not they see red and green. The yellow
-# is for what must not be overlooked on a heat map; as a line it is too faint.
+# The palette of Okabe and Ito, safe for colour-blind readers. Yellow marks non-finite cells in a heat
+# map; it is too faint for a line.
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 ORANGE, SKY, YELLOW, GREY = "#e69f00", "#56b4e9", "#f0e442", "0.5"
 COLORS, STYLES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":")
-HUGE = 1e300  # counts as infinite: matplotlib subtracts limits
-MOST_LINES = 40  # between tiles
+HUGE = 1e300  # counts as infinite, since matplotlib subtracts limits
+MOST_LINES = 40  # lines drawn between tiles
 
 
 class Picture(Figure):
-    """A figure that pyplot does not know, and a notebook shows all the same.
+    """A figure outside pyplot that a notebook still renders.
 
-    So it is shown once, and none stays open. A notebook would show such a figure as text as long as
-    nothing has imported pyplot; it asks this method.
+    Unlike pyplot figures it is shown once and does not stay open. Until pyplot is imported, a notebook
+    renders a plain ``Figure`` as text; it calls this class's ``_repr_png_``.
     """
 
     def _repr_png_(self) -> bytes:
@@ -61,24 +52,20 @@ def _picture(width: float, height: float) -> Picture:
 
 
 def grid(columns: int, width: float, heights: Sequence[float]) -> tuple[Picture, list[Axes]]:
-    """Returns a figure, and axes in rows, each of a width and a height in inches.
-
-    A row is as high as the highest of its axes.
-    """
+    """Returns a figure and its axes in rows; sizes are in inches, and a row fits its highest axes."""
     count = len(heights)
     columns = min(columns, count)
-    high = [max(heights[i : i + columns]) for i in range(0, count, columns)]
-    picture = _picture(columns * width, sum(high))
-    grid = picture.subplots(len(high), columns, squeeze=False, height_ratios=high)
-    axes = grid.ravel().tolist()
+    rows = [max(heights[i : i + columns]) for i in range(0, count, columns)]
+    picture = _picture(columns * width, sum(rows))
+    axes = picture.subplots(len(rows), columns, squeeze=False, height_ratios=rows).ravel().tolist()
     for unused in axes[count:]:
         unused.remove()
-    for one in axes[:count]:
-        _plain(one, SMALL)
+    for used in axes[:count]:
+        _style(used, SMALL)
     return picture, axes[:count]
 
 
-def _plain(axes: Axes, size: float) -> None:
+def _style(axes: Axes, size: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_linewidth(0.5)
@@ -88,14 +75,14 @@ def _plain(axes: Axes, size: float) -> None:
 
 
 def _literal(text: Text, content: str) -> None:
-    """Sets a text that is drawn as it is."""
+    """Sets a text without interpreting it as mathtext or LaTeX."""
     text.set_parse_math(False)
     text.set_usetex(False)
     text.set_text(content)
 
 
 def wrapped(text: str, most: int) -> str:
-    """Returns a name in lines of so many characters, broken after what joins its parts if possible.
+    """Returns a name wrapped to lines of ``most`` characters, preferably after a separator.
 
     Example:
       >>> wrapped("blocks_attention_query_weight", 20).split(chr(10))
@@ -110,7 +97,7 @@ def wrapped(text: str, most: int) -> str:
 
 
 def _head(axes: Axes, title: str, note: str, problem: str = "") -> None:
-    """Writes a name above the axes, and below it what there is to note; a problem has a colour."""
+    """Writes the title above the axes, and a note below it, coloured if there is a problem."""
     _literal(axes.set_title("", loc="left", fontsize=NORMAL, pad=11, linespacing=1.1), title)
     text, color = ", ".join(filter(None, (note, problem))), VERMILION if problem else GREY
     axes.annotate(text, (0, 1), (0, 2.5), "axes fraction", "offset points", fontsize=SMALL, color=color)
@@ -123,9 +110,9 @@ def _blank(axes: Axes, text: str) -> None:
 
 
 def _not_finite(values: Any) -> tuple[Any, str]:
-    """Returns which values cannot be drawn, and how many they are in words."""
+    """Returns a mask of the values that cannot be drawn, and a text that counts them."""
     top = HUGE if values.dtype == np.float64 else np.inf
-    bad = ~(np.abs(values) < top)  # a nan is not less than anything
+    bad = ~(np.abs(values) < top)  # also true for NaN
     nans = int(np.isnan(values).sum()) if bad.any() else 0
     counts = {"nan": nans, "inf": int(bad.sum()) - nans}
     return bad, ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
@@ -134,7 +121,7 @@ def _not_finite(values: Any) -> tuple[Any, str]:
 def histogram(
     axes: Axes, values: Any, title: str, note: str, color: str, bins: int | None, log: bool
 ) -> None:
-    """Draws a histogram of real values, in any number of axes."""
+    """Draws a histogram of an array of real values."""
     bad, problem = _not_finite(values)
     _head(axes, title, note, problem)
     good = values[~bad] if problem else values.ravel()
@@ -142,7 +129,7 @@ def histogram(
         _blank(axes, "nothing finite" if problem else "no values")
         return
     low, high = np.float64(good.min()), np.float64(good.max())
-    if high - low <= max(1e-12 * max(-low, high), 1 / HUGE):  # too near each other for bins between
+    if high - low <= max(1e-12 * max(-low, high), 1 / HUGE):  # too narrow to divide into bins
         half = abs(low) / 2 if abs(low) > 1 / HUGE else 0.5
         counts, edges = np.array([good.size]), np.array([low - half, low + half])
     else:
@@ -165,13 +152,13 @@ def histogram(
 
 
 def proportion(shape: Sequence[int]) -> float:
-    """Returns the height of a heat map whose width is 1; cells are squares, unless it is long."""
+    """Returns the height of a heat map of width 1; cells are square unless the map is long."""
     rows, columns, _ = arranged(shape)
     return 0.12 if rows <= 1 else min(max(rows / columns, 0.25), 1.3)
 
 
 def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) -> None:
-    """Draws a heat map of real values, in any number of axes."""
+    """Draws a heat map of an array of real values."""
     bad, problem = _not_finite(values)
     axes.set_anchor("NW")
     axes.set_box_aspect(proportion(values.shape))
@@ -186,16 +173,16 @@ def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) ->
         note += ", extremes of {} x {}".format(*block)
     _head(axes, title, note, problem)
     rows, columns = tiles.cells.shape
-    look: Any = {"extent": (-0.5, columns - 0.5, rows - 0.5, -0.5), "aspect": "auto"}
-    look["interpolation"] = "none"  # a file of vectors has the cells themselves
+    style: Any = {"extent": (-0.5, columns - 0.5, rows - 0.5, -0.5), "aspect": "auto"}
+    style["interpolation"] = "none"  # a vector file keeps the cells
     if tiles.there is not None:
         cells = np.ma.masked_array(cells, ~extremes(tiles.there)[0])
     largest = float(np.abs(cells).max())
     top = limit or (largest if largest > 1 / HUGE else 1.0)
-    image = axes.imshow(cells, cmap=matplotlib.colormaps["RdBu_r"], vmin=-top, vmax=top, **look)
+    image = axes.imshow(cells, cmap=matplotlib.colormaps["RdBu_r"], vmin=-top, vmax=top, **style)
     if problem:
         where = extremes(tiled(bad).cells)[0]
-        axes.imshow(np.ma.masked_array(where, ~where), cmap=ListedColormap([YELLOW]), **look)
+        axes.imshow(np.ma.masked_array(where, ~where), cmap=ListedColormap([YELLOW]), **style)
     axes.spines[:].set_visible(True)
     if tiles.tile:
         axes.set_xticks([])
@@ -212,20 +199,20 @@ def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) ->
         for size, ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
             if size == 1:
                 ticks([])
-    beside = axes.inset_axes((1.03, 0, 0.04, 1))  # as high as the map, whatever its aspect
-    bar = axes.figure.colorbar(image, cax=beside, extend="both" if largest > top else "neither")
+    scale = axes.inset_axes((1.03, 0, 0.04, 1))  # keeps the height of the map at any aspect
+    bar = axes.figure.colorbar(image, cax=scale, extend="both" if largest > top else "neither")
     marks = (-top, top) if rows == 1 else (-top, 0, top)
     bar.set_ticks(marks, labels=[Formatter.fix_minus(f"{value:.2g}") for value in marks])
-    beside.tick_params(labelsize=SMALL, width=0.5, length=2, pad=2)
-    beside.spines[:].set_linewidth(0.5)
+    scale.tick_params(labelsize=SMALL, width=0.5, length=2, pad=2)
+    scale.spines[:].set_linewidth(0.5)
 
 
 def ratios(steps: Any, names: Sequence[str], table: Any) -> Picture:
-    """Draws a line for each row of a table on a logarithmic axis; what is not above zero is a gap."""
+    """Draws a line for each row of a table on a logarithmic axis; non-positive values are gaps."""
     table = np.where((table > 0) & (table < HUGE), table, np.nan)
     picture = _picture(7.0, 2.8)
     axes = picture.subplots()
-    _plain(axes, NORMAL)
+    _style(axes, NORMAL)
     axes.set_yscale("log")
     axes.set_ylim(np.nanmin(table, initial=5e-4) / 2, np.nanmax(table, initial=2e-3) * 2)
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -250,7 +237,7 @@ def ratios(steps: Any, names: Sequence[str], table: Any) -> Picture:
     if not few:
         _order_bar(picture, axes, labels)
         return picture
-    # matplotlib leaves out labels that begin with an underscore, so they are set afterwards.
+    # matplotlib drops labels that begin with an underscore, so the texts are set afterwards.
     legend = picture.legend(
         lines, ["name"] * len(lines), loc="outside right upper", fontsize=SMALL, frameon=False
     )
@@ -260,12 +247,12 @@ def ratios(steps: Any, names: Sequence[str], table: Any) -> Picture:
 
 
 def _shade(share: float) -> tuple[float, float, float, float]:
-    """Returns a colour between two ends: viridis without the pale one."""
+    """Returns a colour of viridis, without its pale end."""
     return matplotlib.colormaps["viridis"](0.9 * share)
 
 
 def _order_bar(picture: Picture, axes: Axes, labels: Sequence[str]) -> None:
-    """Adds a scale from the first line to the last, with the names of some."""
+    """Adds a colour bar from the first line to the last, with some of their names."""
     last = len(labels) - 1
     shades = ListedColormap([_shade(i / last) for i in range(last + 1)])
     order = ScalarMappable(Normalize(-0.5, last + 0.5), shades)
@@ -278,4 +265,4 @@ def _order_bar(picture: Picture, axes: Axes, labels: Sequence[str]) -> None:
         _literal(text, labels[i])
     bar.ax.tick_params(width=0.5, length=2)
     bar.ax.spines[:].set_linewidth(0.5)
-    bar.ax.invert_yaxis()  # the first at the top, as in a legend
+    bar.ax.invert_yaxis()  # first at the top, as in a legend

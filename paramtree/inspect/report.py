@@ -1,8 +1,7 @@
-"""What every report shares: it is a table, which rich prints and a notebook shows, and plain data.
+"""The base of all reports, which print as tables, render in notebooks and convert to plain values.
 
-A report says what it found as a ``Table`` of text; this file turns the table into whatever the
-reader looks at. Names may come from a file that nobody has checked, so no text is trusted: control
-characters are spelled out and HTML is escaped here, once, for all reports.
+A report describes itself as a ``Table`` of text, and this module renders it with rich or as HTML. Names
+may come from untrusted files, so control characters and HTML are escaped here, for all reports.
 """
 
 import html
@@ -17,13 +16,13 @@ __all__ = [
     "Column", "Report", "Table", "bytes_text", "count_text", "float_text", "plural", "rendered",
 ]  # fmt: skip
 
-MOST_ROWS = 1000  # rich takes half a millisecond a row, and nobody reads more
+MOST_ROWS = 1000  # rich takes half a millisecond per row
 CELL, NOTE = 100, 400  # characters
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; numbers stand on the right."""
+    """A column of a table; numbers are right-aligned."""
 
     title: str
     number: bool = False
@@ -34,11 +33,11 @@ class Table:
     """A table of text.
 
     Attributes:
-      title: a line above it.
-      columns: what is in each column.
-      rows: as many cells each as there are columns.
-      totals: rows below a line.
-      notes: sentences below it all.
+      title: a line above the table.
+      columns: the columns.
+      rows: rows of text, one cell per column.
+      totals: rows below a rule.
+      notes: sentences below the table.
     """
 
     title: str
@@ -48,7 +47,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def rich(self, most: int | None = MOST_ROWS) -> Any:
-        """Returns it as a renderable of rich, with all rows or the first of them."""
+        """Returns a rich renderable of all rows, or of the first ``most``."""
         from rich import box
         from rich.console import Group
         from rich.table import Table as RichTable
@@ -70,11 +69,11 @@ class Table:
         return Group(*lines, *(Text(short(note, NOTE)) for note in (*self._more(most), *self.notes)))
 
     def text(self, most: int | None = MOST_ROWS) -> str:
-        """Returns it as text, as wide as it is, with all rows or the first of them."""
+        """Returns the table as text of any width, with all rows or the first ``most``."""
         from rich.console import Console
 
         out = io.StringIO()
-        # In a notebook's kernel rich would not write to the file, but show the text in the notebook.
+        # In a notebook, rich would display the text instead of writing it to the file.
         console = Console(
             file=out, width=10_000, color_system=None, legacy_windows=False, force_jupyter=False
         )
@@ -82,17 +81,17 @@ class Table:
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
 
     def html(self) -> str:
-        """Returns it as HTML that needs nothing around it: no script, no style sheet, no network."""
+        """Returns the table as self-contained HTML: no script, no style sheet, no network."""
 
         def row(tag: str, cells: tuple[str, ...], style: str = "") -> str:
-            made = []
+            parts = []
             for cell, column in zip(cells, self.columns, strict=True):
                 align = "right" if column.number else "left"
-                made.append(
+                parts.append(
                     f'<{tag} style="text-align:{align};padding:.15em .7em;white-space:pre;'
                     f'font-variant-numeric:tabular-nums;{style}"><bdi>{rendered(cell)}</bdi></{tag}>'
                 )
-            return f"<tr>{''.join(made)}</tr>"
+            return f"<tr>{''.join(parts)}</tr>"
 
         head = row("th", tuple(column.title for column in self.columns), f"font-weight:600;{_RULE}")
         body = "".join(row("td", cells) for cells in self.rows[:MOST_ROWS])
@@ -117,7 +116,7 @@ class Table:
 
     def _more(self, most: int | None) -> list[str]:
         more = 0 if most is None else len(self.rows) - most
-        return [f"... and {more:,} rows more; .to_dict() has them all."] if more > 0 else []
+        return [f"... and {more:,} more rows; .to_dict() has them all."] if more > 0 else []
 
 
 _RULE = "border-bottom:1px solid rgba(128,128,128,.6);"
@@ -129,11 +128,11 @@ class Report(ABC):
 
     @abstractmethod
     def table(self) -> Table:
-        """Returns what is to be shown."""
+        """Returns the report as a table."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain values, for programs."""
+        """Returns the report as plain Python values."""
 
     def __repr__(self) -> str:
         return self.table().text()
@@ -149,7 +148,7 @@ class Report(ABC):
 
 
 def rendered(text: str, most: int = CELL) -> str:
-    """Returns a text as HTML: short, nothing in it active, nothing that turns the line round.
+    """Returns a text as escaped, shortened HTML, without control characters.
 
     Example:
       >>> rendered("<b>&")
@@ -159,7 +158,7 @@ def rendered(text: str, most: int = CELL) -> str:
 
 
 def count_text(count: int) -> str:
-    """Returns a number of things, with commas.
+    """Returns a count with thousands separators.
 
     Example:
       >>> count_text(5376)
@@ -168,18 +167,18 @@ def count_text(count: int) -> str:
     return f"{count:,}"
 
 
-def plural(count: int, one: str, many: str) -> str:
-    """Returns a number of things.
+def plural(count: int, noun: str, nouns: str) -> str:
+    """Returns a count with its noun.
 
     Example:
       >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
       ('1 leaf', '2,000 leaves')
     """
-    return f"{count_text(count)} {one if count == 1 else many}"
+    return f"{count_text(count)} {noun if count == 1 else nouns}"
 
 
 def bytes_text(size: float) -> str:
-    """Returns a number of bytes in the unit that suits it.
+    """Returns a number of bytes in a suitable unit.
 
     Example:
       >>> bytes_text(320), bytes_text(21504), bytes_text(4 * 2**20)
@@ -193,7 +192,7 @@ def bytes_text(size: float) -> str:
 
 
 def float_text(value: Any) -> str:
-    """Returns a number with four digits that count.
+    """Returns a number with four significant digits.
 
     Example:
       >>> float_text(0.01234567), float_text(1234567.0), float_text(float("nan")), float_text(0.0)

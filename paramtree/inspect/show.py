@@ -1,9 +1,8 @@
-"""A tree as HTML, for notebooks: levels open and close, ties are links, and nothing runs.
+"""Renders a tree as HTML for notebooks: levels open and close, and ties are links.
 
-The HTML needs nothing around it, neither script nor network, so it looks the same in Jupyter,
-nbconvert, VS Code and on GitHub, which takes the style away and leaves a readable list. Colours are
-those of the page, in full or in part, so a dark theme is dark. A browser opens the levels that hide
-the target of a link by itself.
+The HTML is self-contained, without script or network, so it works in Jupyter, nbconvert and VS Code;
+GitHub strips the style and leaves a readable list. Colours derive from the page, so dark themes work.
+Browsers open the levels that hide the target of a link.
 """
 
 import secrets
@@ -15,22 +14,22 @@ import jax
 import numpy as np
 
 from paramtree.core.structure import HOLE
-from paramtree.core.tree import ParamTree
+from paramtree.core.tree import ParamTree, flatten
+from paramtree.inspect.measure import FIELDS, measure
 from paramtree.inspect.outline import Leaf, Level, as_tree, contents, opened, outline, text, title
 from paramtree.inspect.report import bytes_text, count_text
-from paramtree.inspect.stats import FIELDS, MEASURES, measurable, measured, measures, sparkline
+from paramtree.inspect.stats import MEASURES, measurable, measures, sparkline
 from paramtree.inspect.treescoped import treescoped
 
 __all__ = ["View", "page", "show"]
 
 BINS = 16
-GROUP = 100  # children; more of them are shown in groups of so many
-OPEN_ROWS = 40  # how many rows to show at first
+GROUP = 100  # more children than this are grouped
+OPEN_ROWS = 40  # rows visible at first
 TEXT_ROWS = 200
 
-# One grid for all rows. Levels are indented on the left only, and all columns but the first have a
-# fixed width, so they are aligned on the right across levels without a table. Greys are the colour
-# of the text, thinned.
+# All rows share one grid: only the first column is indented, and the others have fixed widths, so they
+# align across levels without a table. Greys are the text colour at reduced opacity.
 _STYLE = """<style>
 .paramtree{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 color:inherit;overflow-x:auto;padding:2px 0 6px}
@@ -72,7 +71,7 @@ _ODD = (("nan", "NaN"), ("inf", "infinite"))
 
 @dataclass(frozen=True)
 class View:
-    """A tree to look at: text when printed, HTML in a notebook. ``pt.show`` makes one."""
+    """The result of ``pt.show``: text when printed, HTML in a notebook."""
 
     tree: ParamTree
     statistics: dict[int, dict[str, Any]] | None = None
@@ -92,25 +91,25 @@ class View:
         printer.text(repr(self))
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        return treescoped(self.tree, path, subtree_renderer, View)
+        return treescoped(self.tree, path, subtree_renderer)
 
 
 def show(tree: Any, *, stats: bool = False) -> View:
-    """Returns a view of a tree: an outline when printed, in a notebook one whose levels open and close.
+    """Returns a view of a tree: a text outline, or in a notebook an outline with collapsible levels.
 
-    A parameter tree that is the last value of a notebook's cell shows itself in the same way; this
-    also shows any other pytree, and statistics. No value is read unless they are asked for.
+    A parameter tree at the end of a notebook cell renders in the same way; ``show`` also takes any
+    other pytree, and adds statistics. Array values are read only for statistics.
 
     Args:
       tree: a parameter tree of arrays, shapes or tracers, or any other pytree.
-      stats: adds mean, deviation, extremes, the share of zeros, what is not finite, and a histogram
-        from the least to the greatest value.
+      stats: adds mean, standard deviation, extremes, fraction of zeros, non-finite counts, and a
+        histogram from minimum to maximum.
 
     Raises:
-      NameCollisionError: two leaves have one path, as those of {"a/b": x, "a": {"b": y}}.
-      RuleError: a key of a mapping is empty, or has an empty part, as "a//b".
-      MismatchError: statistics are asked for, and there are only shapes.
-      TypeError: statistics are asked for, and the values are being traced.
+      NameCollisionError: two leaves share a path, as in {"a/b": x, "a": {"b": y}}.
+      RuleError: a key of a mapping is empty, or has an empty segment, as in "a//b".
+      MismatchError: statistics need values, but the tree has only shapes.
+      TypeError: statistics need values, but these are traced.
 
     Example:
       >>> import paramtree as pt
@@ -120,37 +119,38 @@ def show(tree: Any, *, stats: bool = False) -> View:
          ├─ weight  (2, 3)  float32  6  24 B
          └─ bias    (2,)    float32  2   8 B
     """
-    made = as_tree(tree)
+    viewed = as_tree(tree)
     if not stats:
-        return View(made)
-    slots = measurable(made)
-    columns = measured([made._leaves[slot] for slot in slots], BINS)
+        return View(viewed)
+    slots = measurable(viewed)
+    leaves = flatten(viewed)[1]
+    columns = measure([leaves[slot] for slot in slots], BINS)
     if any(isinstance(column, jax.core.Tracer) for column in columns):
         raise TypeError(
-            "show: the values are not known while a function is being traced. Leave out stats=True, or "
-            "return pt.stats(tree) from the function."
+            "show: values are unknown while a function is traced. Leave out stats=True, or return "
+            "pt.stats(tree) from the function."
         )
     rows = zip(*(column.tolist() for column in columns), strict=True)
     keys = (*FIELDS, "histogram")
     return View(
-        made, {s: dict(zip(keys, row, strict=True)) for s, row in zip(slots, rows, strict=True)}
+        viewed, {s: dict(zip(keys, row, strict=True)) for s, row in zip(slots, rows, strict=True)}
     )
 
 
 def page(top: Level, statistics: dict[int, dict[str, Any]] | None = None) -> str:
-    """Returns an outline as HTML, with statistics for some of its slots."""
-    return _Writer(statistics).written(top)
+    """Returns an outline as HTML, with statistics by slot."""
+    return _Writer(statistics).write(top)
 
 
 class _Writer:
-    """Writes the rows of one outline; its ids differ from those of any other on the same page."""
+    """Writes the rows of one outline, with ids that are unique on the page."""
 
     def __init__(self, statistics: dict[int, dict[str, Any]] | None) -> None:
         self.statistics = statistics
         self.prefix = f"pt{secrets.token_hex(4)}-"
         self.skip = "" if statistics is None else "<span></span> " * len(_STATS_HEADS)
 
-    def written(self, top: Level) -> str:
+    def write(self, top: Level) -> str:
         heads = _HEADS if self.statistics is None else _HEADS + _STATS_HEADS
         cells = "".join(f"<span{_NUMBER if number else ''}>{head}</span> " for head, number in heads)
         out = [
@@ -204,10 +204,9 @@ class _Writer:
             if leaf.state:
                 note = f'<span class="pt-tag">state</span> {note}'
             if leaf.shape:
-                known = leaf.count is not None
-                sizes = (
-                    (count_text(leaf.count or 0), bytes_text(leaf.nbytes or 0)) if known else ("", "")
-                )
+                sizes = ("", "")
+                if leaf.count is not None:
+                    sizes = (count_text(leaf.count), bytes_text(leaf.nbytes or 0))
                 cells = (
                     f'<span class="pt-dim">{escape(leaf.shape)}</span> '
                     f'<span class="pt-dim">{escape(leaf.dtype)}</span> '
@@ -224,7 +223,7 @@ class _Writer:
 
 
 def _push(stack: list[Any], level: Level) -> None:
-    """Puts a level's children on the stack, the first on top; very many of them in groups."""
+    """Pushes a level's children onto the stack, first on top, in groups if there are many."""
     children: list[Level | Leaf] = level.children
     if len(children) > GROUP and level.depth != _GROUP_DEPTH:
         children = [_group(children[i : i + GROUP]) for i in range(0, len(children), GROUP)]
@@ -232,11 +231,11 @@ def _push(stack: list[Any], level: Level) -> None:
 
 
 def _group(children: list[Level | Leaf]) -> Level:
-    """Returns some children of a wide level as a level of their own, which is closed."""
+    """Returns a range of children as a closed level."""
     name = f"{children[0].name} ... {children[-1].name}"
     group = Level(name, "", _GROUP_DEPTH, children)
-    for below in children:
-        group.add(below)
+    for child in children:
+        group.add(child)
     return group
 
 
@@ -245,7 +244,7 @@ def _name(name: str, full: str) -> str:
 
 
 def _isolated(name: str) -> str:
-    """Returns a text that is escaped and does not turn what stands beside it round."""
+    """Returns escaped text, isolated so that right-to-left text does not reorder its surroundings."""
     return escape(name) if name.isascii() else f"<bdi>{escape(name)}</bdi>"
 
 
@@ -254,7 +253,7 @@ def _number(text: str) -> str:
 
 
 def _bars(counts: list[int]) -> str:
-    """Returns a histogram as a picture of one path."""
+    """Returns a histogram as an SVG of one path."""
     most = max(counts, default=0)
     if not most:
         return "<span></span>"

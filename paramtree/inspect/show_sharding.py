@@ -1,4 +1,4 @@
-"""Where the leaves of a tree lie: a row for each, with the bytes that every device holds of it."""
+"""How the leaves of a tree are sharded, with the bytes of each on every device."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, Sharding
 
 from paramtree.core.arrays import dtype_of, join, shape_of, short
 from paramtree.core.errors import MismatchError
-from paramtree.core.names import named
+from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.inspect.report import Column, Report, Table, bytes_text, plural
-from paramtree.sharding.shardings import spread
+from paramtree.sharding.place import spread
 
 __all__ = ["Place", "Places", "places", "show_sharding"]
 
@@ -20,15 +20,15 @@ LARGE = 2**20  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """Where one leaf lies.
+    """How one leaf is sharded.
 
     Attributes:
-      name: its name.
-      shape: the shape of the whole of it.
+      name: the name of the leaf.
+      shape: its global shape.
       dtype: its dtype.
-      spec: the axes of the mesh for each dimension, as text.
-      bytes_per_device: how many bytes each device holds.
-      replicated: whether it is large, and whole on each of several devices.
+      spec: its partition spec, as text.
+      bytes_per_device: the bytes that each device holds.
+      replicated: whether it is large and fully replicated over several devices.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Place:
 
 @dataclass(frozen=True, repr=False)
 class Places(Report):
-    """What ``pt.show_sharding`` found.
+    """The result of ``pt.show_sharding``.
 
     Attributes:
-      leaves: one for each stored leaf, in order.
-      total: the bytes per device of all of them.
-      whole: the bytes of all of them, each once.
-      above: how many bytes make a leaf large.
+      leaves: one entry for each stored leaf, in order.
+      total: the bytes of all leaves per device.
+      whole: the bytes of all leaves unsharded.
+      above: the size in bytes above which a leaf is large.
     """
 
     leaves: list[Place]
@@ -62,15 +62,15 @@ class Places(Report):
           >>> import jax, paramtree as pt
           >>> params = pt.abstract(pt.nn.Dense(8), jax.ShapeDtypeStruct((2, 4), "float32"))
           >>> mesh = jax.sharding.AbstractMesh((4,), ("model",))
-          >>> found = places(params, pt.shardings(params, mesh, {".*": jax.P("model")})).to_dict()
-          >>> found["total"], found["leaves"][0]["spec"]
+          >>> report = places(params, pt.shardings(params, mesh, {".*": jax.P("model")})).to_dict()
+          >>> report["total"], report["leaves"][0]["spec"]
           (40, "P('model')")
         """
         leaves = [{**asdict(leaf), "shape": list(leaf.shape)} for leaf in self.leaves]
         return {"leaves": leaves, "total": self.total, "whole": self.whole, "above": self.above}
 
     def table(self) -> Table:
-        """Returns the leaves and the total as text."""
+        """Returns a table of the leaves and the total."""
         rows: list[tuple[str, ...]] = [
             (
                 leaf.name,
@@ -87,7 +87,7 @@ class Places(Report):
         if large:
             more = f" and {len(large) - 3} more" if len(large) > 3 else ""
             notes.append(
-                f"Whole on every device, and above {bytes_text(self.above)}: "
+                f"Replicated on every device, and above {bytes_text(self.above)}: "
                 f"{', '.join(map(short, large[:3]))}{more}."
             )
         numbers = {"bytes per device"}
@@ -111,59 +111,55 @@ class Places(Report):
 
 
 def places(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Places:
-    """Returns where the leaves of a tree lie; see ``show_sharding``, which prints it as well.
-
-    Raises:
-      MismatchError: the shardings are those of another tree, or there are only shardings.
-    """
-    source = named(tree, numbers=True).tree
-    found: list[Any] = [getattr(leaf, "sharding", None) for leaf in source._leaves]
+    """Returns how the leaves of a tree are sharded; ``show_sharding`` also prints it."""
+    source = open_tree(tree, is_array_or_number)
+    by_leaf: list[Any] = [getattr(leaf, "sharding", None) for leaf in source.leaves]
     if shardings is not None:
-        found = spread(shardings, tree, "the shardings to show", real=False)
+        by_leaf = spread(shardings, tree, "the shardings to show", real=False)
     if any(isinstance(leaf, Sharding) for leaf in jax.tree.leaves(tree)):
         raise MismatchError(
-            "show_sharding takes a tree of arrays or shapes, and found one of shardings: give them "
-            "beside it, as in pt.show_sharding(params, shardings)."
+            "show_sharding takes a tree of arrays or shapes, but found one of shardings: pass both, as "
+            "in pt.show_sharding(params, shardings)."
         )
     leaves, total, full = [], 0, 0
-    for path, leaf, sharding in zip(source._structure.canonical, source._leaves, found, strict=True):
+    for path, leaf, sharding in zip(source.structure.canonical, source.leaves, by_leaf, strict=True):
         shape, dtype = shape_of(leaf), dtype_of(leaf)
         if shape is None or dtype is None:
             continue
-        whole_size = math.prod(shape) * dtype.itemsize
-        size = whole_size
+        full_size = math.prod(shape) * dtype.itemsize
+        size = full_size
         if sharding is not None:
             size = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
         several = sharding is not None and _devices(sharding) > 1
-        large = several and size == whole_size > above
+        large = several and size == full_size > above
         leaves.append(Place(join(path), shape, str(dtype), _spec(sharding), size, large))
-        total, full = total + size, full + whole_size
+        total, full = total + size, full + full_size
     return Places(leaves, total, full, above)
 
 
 def show_sharding(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Places:
-    """Prints name, shape, spec and bytes per device of every leaf, and the total per device.
+    """Prints name, shape, dtype, spec and bytes per device of every leaf, and the total per device.
 
-    Large leaves that are whole on each of several devices are marked.
+    Large leaves that are replicated over several devices are marked.
 
     Args:
       tree: a parameter tree, or any other pytree, of arrays or shapes.
-      shardings: a tree of shardings like it, as ``pt.shardings`` makes, or one sharding for all; the
-        arrays' own if not given.
-      above: how many bytes make a leaf large.
+      shardings: a matching tree of shardings, as from ``pt.shardings``, or one sharding for all leaves;
+        by default those of the arrays.
+      above: the size in bytes above which a leaf is large.
 
     Returns:
-      What was printed, as text with ``str`` and as plain values with ``.to_dict()``.
+      The printed report: text with ``str``, plain values with ``.to_dict()``.
 
     Raises:
-      MismatchError: the shardings are those of another tree, or there are only shardings.
+      MismatchError: the shardings do not fit the tree, or the tree itself is of shardings.
 
     Example:
       >>> import jax, paramtree as pt
       >>> params = pt.abstract(pt.nn.Dense(8), jax.ShapeDtypeStruct((2, 4), "float32"))
       >>> mesh = jax.sharding.AbstractMesh((4,), ("model",))
       >>> rules = {".*weight": jax.P("model"), ".*": None}
-      >>> found = pt.show_sharding(params, pt.shardings(params, mesh, rules))
+      >>> report = pt.show_sharding(params, pt.shardings(params, mesh, rules))
       name               shape    dtype     spec         bytes per device
       ──────────────────────────────────────────────────────────────────────
       weight             (8, 4)   float32   P('model')               32 B
@@ -171,9 +167,9 @@ def show_sharding(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Pl
       <BLANKLINE>
       total per device                                               64 B
     """
-    found = places(tree, shardings, above=above)
-    print(found)
-    return found
+    report = places(tree, shardings, above=above)
+    print(report)
+    return report
 
 
 def _devices(sharding: Any) -> int:

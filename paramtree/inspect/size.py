@@ -1,21 +1,21 @@
-"""How large a tree is; what is tied counts once."""
+"""The size of a tree, with tied leaves counted once."""
 
 import math
 from typing import Any
 
 from paramtree.core.arrays import dtype_of, shape_of
-from paramtree.core.names import Pattern, named
-from paramtree.verbs.parts import choose
+from paramtree.core.pytrees import is_array, open_tree
+from paramtree.core.rules import Patterns, select_slots
 
 __all__ = ["count", "nbytes"]
 
 
-def count(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None) -> int:
-    """Returns the number of scalars in a tree, or in the leaves that match; tied leaves count once.
+def count(tree: Any, pattern: Patterns = None, *, kind: str | None = None) -> int:
+    """Returns the number of scalars in a tree or its matching leaves; tied leaves count once.
 
     Args:
       tree: a parameter tree of arrays or shapes, or any other pytree.
-      pattern: a regular expression for whole names.
+      pattern: a regular expression that matches full names; None selects all leaves.
       kind: "param" or "state" to count only these.
 
     Raises:
@@ -29,12 +29,12 @@ def count(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None)
     return sum(math.prod(shape_of(leaf) or ()) for leaf in _arrays("count", tree, pattern, kind))
 
 
-def nbytes(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None) -> int:
-    """Returns the number of bytes of a tree's arrays, or of those that match; tied ones count once.
+def nbytes(tree: Any, pattern: Patterns = None, *, kind: str | None = None) -> int:
+    """Returns the number of bytes in a tree or its matching leaves; tied leaves count once.
 
     Args:
       tree: a parameter tree of arrays or shapes, or any other pytree.
-      pattern: a regular expression for whole names.
+      pattern: a regular expression that matches full names; None selects all leaves.
       kind: "param" or "state" to count only these.
 
     Raises:
@@ -51,7 +51,7 @@ def nbytes(tree: Any, pattern: Pattern | None = None, *, kind: str | None = None
     )
 
 
-def _arrays(verb: str, tree: Any, pattern: Pattern | None, kind: str | None) -> list[Any]:
-    source = named(tree).tree
-    chosen = choose(source._structure, pattern, kind, verb)[0].slots
-    return [source._leaves[slot] for slot in chosen if dtype_of(source._leaves[slot]) is not None]
+def _arrays(verb: str, tree: Any, pattern: Patterns, kind: str | None) -> list[Any]:
+    source = open_tree(tree)
+    chosen, _ = select_slots(source, pattern, kind, verb)
+    return [leaf for leaf in chosen.take(source.leaves) if is_array(leaf)]

@@ -1,4 +1,4 @@
-"""Arrays of any number of axes as one matrix of cells, small enough to be looked at."""
+"""Arranges an array of any rank as one matrix of cells, small enough to draw."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["Tiles", "arranged", "extremes", "tiled"]
 
-MOST = 256  # cells along an axis of a picture: about as many as a panel has pixels
+MOST = 256  # cells along an axis: about the number of pixels in a panel
 
 
 class Tiles(NamedTuple):
@@ -16,8 +16,8 @@ class Tiles(NamedTuple):
 
     Attributes:
       cells: (rows, columns).
-      there: which cells are there, of the same shape; None if all are.
-      tile: the size of the matrices that the cells are put together from; None if it is one.
+      there: a mask of the cells that hold a value, of the same shape; None if all do.
+      tile: the (height, width) of the tiles; None for a single matrix.
     """
 
     cells: Any
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 
 def arranged(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Returns how many rows and columns of cells an array of this shape has, and folds.
+    """Returns the number of rows and columns of cells for an array of this shape, and of folds.
 
     Example:
       >>> arranged(()), arranged((3,)), arranged((16, 1, 5, 5)), arranged((32, 16, 3, 3))
@@ -39,8 +39,8 @@ def arranged(shape: Sequence[int]) -> tuple[int, int, int]:
     tall = down * height / (across * width)
     folds = 1
     if len(shape) > 2 and across == 1:
-        folds = math.ceil(math.sqrt(tall))  # the picture is about as wide as high
-    elif tall > 4 and len(shape) > 2:  # else output by input channels, which both have a direction
+        folds = math.ceil(math.sqrt(tall))  # makes the map about square
+    elif tall > 4 and len(shape) > 2:  # not output by input channels, whose order matters
         folds = round(math.sqrt(tall))
     rows = math.ceil(down / folds)
     folds = math.ceil(down / rows)
@@ -48,10 +48,10 @@ def arranged(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def tiled(array: Any) -> Tiles:
-    """Returns an array as a matrix: a vector is a row, and other axes than the last two are tiled.
+    """Returns an array as a matrix: a vector is a row, and the last two of more axes form a tile.
 
-    Matrices go downwards along the first axis, and to the right along those after it. A column of them
-    that is much taller than wide is folded: it goes on at the top, to the right.
+    Tiles go down along the first axis, and right along the others. A column of tiles much taller than
+    wide is folded: it continues at the top, to the right.
 
     Example:
       >>> tiled(np.array([[[1, 2]], [[3, 4]], [[5, 6]], [[7, 8]]])).cells
@@ -62,27 +62,27 @@ def tiled(array: Any) -> Tiles:
         return Tiles(np.atleast_2d(array))
     down, *right, height, width = array.shape
     rows, _, folds = arranged(array.shape)
-    whole = np.zeros((folds * rows // height, math.prod(right), height, width), array.dtype)
-    whole[:down] = array.reshape(down, *whole.shape[1:])
+    padded = np.zeros((folds * rows // height, math.prod(right), height, width), array.dtype)
+    padded[:down] = array.reshape(down, *padded.shape[1:])
     there = None
-    if len(whole) > down:
-        there = np.broadcast_to((np.arange(len(whole)) < down)[:, None, None, None], whole.shape)
-        there = _laid(there, folds)
-    return Tiles(_laid(whole, folds), there, (height, width))
+    if len(padded) > down:
+        there = np.broadcast_to((np.arange(len(padded)) < down)[:, None, None, None], padded.shape)
+        there = _joined(there, folds)
+    return Tiles(_joined(padded, folds), there, (height, width))
 
 
-def _laid(matrices: Any, folds: int) -> Any:
-    """Returns (down, across, height, width) as one matrix in which ``down`` is folded."""
-    down, across, height, width = matrices.shape
-    split = matrices.reshape(folds, down // folds, across, height, width)
+def _joined(tiles: Any, folds: int) -> Any:
+    """Returns tiles of shape (down, across, height, width) as one matrix, with ``down`` folded."""
+    down, across, height, width = tiles.shape
+    split = tiles.reshape(folds, down // folds, across, height, width)
     return split.transpose(1, 3, 0, 2, 4).reshape(down // folds * height, folds * across * width)
 
 
 def extremes(cells: Any, most: int = MOST) -> tuple[Any, tuple[int, int]]:
-    """Returns a matrix of at most so many rows and columns, and of how many values each cell is.
+    """Returns a matrix of at most ``most`` rows and columns, and the size of the block behind a cell.
 
-    A cell is the value of its block that is farthest from zero. A mean would be the same grey for
-    every large weight, and hide the few values that stand out.
+    A cell is the value of its block farthest from zero. Means would make all large weights look alike,
+    and hide outliers.
 
     Example:
       >>> extremes(np.array([[1, -2, 0, 3]]), most=2)

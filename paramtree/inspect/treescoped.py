@@ -1,15 +1,13 @@
-"""A tree as treescope draws it, for those who look at everything with treescope.
+"""Renders a tree with treescope.
 
-treescope draws the levels and arrays itself; what only a tree knows, ties and holes, is put in their
-places as text.
+treescope draws the levels and arrays; ties and holes, which only the tree knows, are inserted as text.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from paramtree.core.arrays import join, short
-from paramtree.core.structure import HOLE, Node
-from paramtree.core.tree import ParamTree
+from paramtree.core.structure import EMPTY, HOLE
+from paramtree.core.tree import ParamTree, flatten, place_of
 
 __all__ = ["treescoped"]
 
@@ -22,26 +20,27 @@ class _Remark:
         return self.text
 
 
-def treescoped(
-    tree: ParamTree, path: str | None, subtree_renderer: Any, level: Callable[[ParamTree], Any]
-) -> Any:
-    """Returns treescope's rendering of one level, which draws what ``level`` makes of those below."""
-    from treescope.repr_lib import render_dictionary_wrapper  # type: ignore[import-untyped]
+class _Level(dict[str, Any]):
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.repr_lib import render_dictionary_wrapper  # type: ignore[import-untyped]
 
-    structure = tree._structure
-    node = tree._node or structure.root
-    children: dict[str, Any] = {}
-    for name, found in node.children.items():
-        shown = short(name, 200)
-        if isinstance(found, Node):
-            children[shown] = level(tree._view(found))
-        elif found == HOLE or tree._leaves[found] is None:
-            children[shown] = _Remark("<hole>")
-        elif structure.canonical[found] != (*node.path, name):
-            first = short(join((*tree._place, *structure.canonical[found])), 200)
-            children[shown] = _Remark(f"<tied to {first}>")
-        else:
-            children[shown] = tree._leaves[found]
-    return render_dictionary_wrapper(
-        object_type=ParamTree, wrapped_dict=children, path=path, subtree_renderer=subtree_renderer
-    )
+        return render_dictionary_wrapper(
+            object_type=ParamTree, wrapped_dict=dict(self), path=path, subtree_renderer=subtree_renderer
+        )
+
+
+def treescoped(tree: ParamTree, path: str | None, subtree_renderer: Any) -> Any:
+    """Returns treescope's rendering of a tree."""
+    (structure, leaves), place = flatten(tree), place_of(tree)
+    top = _Level()
+    for entry, slot in zip(structure.paths, structure.slots, strict=True):
+        level, segments = top, [short(segment, 200) for segment in entry]
+        for segment in segments if slot == EMPTY else segments[:-1]:
+            level = level.setdefault(segment, _Level())
+        if slot == HOLE or (slot >= 0 and leaves[slot] is None):
+            level[segments[-1]] = _Remark("<hole>")
+        elif slot >= 0:
+            first = structure.canonical[slot]
+            tied = _Remark(f"<tied to {short(join(place + first), 200)}>")
+            level[segments[-1]] = leaves[slot] if first == entry else tied
+    return top.__treescope_repr__(path, subtree_renderer)

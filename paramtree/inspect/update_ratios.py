@@ -1,6 +1,5 @@
-"""How far one step moves each parameter, as a part of its length; the picture is in ``plots``."""
+"""How far one step moves each parameter relative to its norm; ``plots`` draws it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,38 +7,33 @@ import jax.numpy as jnp
 
 from paramtree.core.arrays import absent, dtype_of, shape_of, short
 from paramtree.core.errors import MismatchError, suggest
-from paramtree.core.names import Pattern
-from paramtree.core.structure import PARAM, build
-from paramtree.core.tree import ParamTree, _rebuild
-from paramtree.verbs.parts import taken
-from paramtree.verbs.selection import collect
+from paramtree.core.rules import Patterns
+from paramtree.core.tree import ParamTree
+from paramtree.verbs.collect import collect, collect_matching, flat_tree
 
-__all__ = ["flat", "update_ratios"]
+__all__ = ["update_ratios"]
 
 
-def update_ratios(
-    params: Any, updates: Any, pattern: Pattern | None = None, *, sep: str = "_"
-) -> ParamTree:
-    """Returns the length of each update divided by that of the parameter it is added to.
+def update_ratios(params: Any, updates: Any, pattern: Patterns = None, *, sep: str = "_") -> ParamTree:
+    """Returns the norm of each update divided by the norm of its parameter.
 
-    With a learning rate that suits, it is about 1e-3: far below, a parameter hardly learns, and far
-    above, it is thrown about. Call it in the training step, as it can be jitted, and keep what it
-    returns: ``pt.plots.update_ratios`` draws a list of these.
+    With a suitable learning rate the ratio is about 1e-3: far below, a parameter hardly learns, and far
+    above, training is unstable. The function can be jitted. Call it in the training step and collect
+    the results; ``pt.plots.update_ratios`` draws a list of them.
 
     Args:
       params: the parameters, before or after the update.
-      updates: what is added to them, a tree with the same names, as from optax; it may have fewer.
-      pattern: a regular expression for whole names; None takes all.
-      sep: what joins the names in the result.
+      updates: the updates, as from optax: a tree with the same names, or some of them.
+      pattern: a regular expression that matches full names; None selects all leaves.
+      sep: the separator that joins names in the result.
 
     Returns:
-      A flat tree with a number for each name; a tied leaf has one. An update of zeros gives 0, and
-      another update of a leaf that is all zeros gives inf. Leaves that are not floating point have no
-      ratio, and are left out.
+      A flat tree with one number per name; a tied leaf has one. A zero update gives 0, and a nonzero
+      update of a zero leaf gives inf. Leaves that are not floating-point are left out.
 
     Raises:
-      MismatchError: an update has no parameter of its name and shape, or one of the two has no values;
-        all of these are listed.
+      MismatchError: an update has no parameter of its name and shape, or one of them has no values; all
+        are listed.
       RuleError: the pattern matches nothing.
 
     Example:
@@ -50,14 +44,14 @@ def update_ratios(
       {'weight': Array(0.25, dtype=float32), 'bias': Array(0., dtype=float32)}
     """
     weights = collect(params, sep=sep, aliases=True)
-    made, problems = {}, []
-    for name, update in taken("update_ratios", updates, pattern, sep=sep).items():
+    ratios, problems = {}, []
+    for name, update in collect_matching("update_ratios", updates, pattern, sep=sep).items():
         if name not in weights:
             hint = suggest(name, list(weights))
             problems.append(f"`{short(name)}` is not in params.{hint}")
         elif shape_of(update) != shape_of(weights[name]):
             problems.append(
-                f"`{short(name)}` has shape {shape_of(weights[name])} in params, and its update "
+                f"`{short(name)}` has shape {shape_of(weights[name])} in params, but its update has "
                 f"{shape_of(update)}."
             )
         elif why := absent(weights[name]):
@@ -65,19 +59,13 @@ def update_ratios(
         elif why := absent(update):
             problems.append(f"The update of `{short(name)}` {why}, so it has no values.")
         elif _floating(update) and _floating(weights[name]):
-            made[name] = _ratio(update, weights[name])
+            ratios[name] = _ratio(update, weights[name])
     if problems:
         raise MismatchError(
-            f"update_ratios: {' '.join(problems)} The two are one step's: "
+            f"update_ratios: {' '.join(problems)} Pass the params and updates of one step: "
             "updates, state = tx.update(grads, state, params)."
         )
-    return flat(made)
-
-
-def flat(values: Mapping[str, Any]) -> ParamTree:
-    """Returns a tree of one level; unlike ``from_tree`` it takes names as they are."""
-    structure, order = build([((name,), name) for name in values], dict.fromkeys(values, PARAM))
-    return _rebuild(structure, tuple(values[name] for name in order))
+    return flat_tree(ratios)
 
 
 def _floating(leaf: Any) -> bool:
@@ -86,15 +74,15 @@ def _floating(leaf: Any) -> bool:
 
 
 def _ratio(update: Any, weight: Any) -> jax.Array:
-    above, below = _length(update), _length(weight)
-    dtype = max(above.dtype, below.dtype, key=lambda dtype: dtype.itemsize)
-    above, below = above.astype(dtype), below.astype(dtype)
-    still = above == 0
-    return jnp.where(still, 0, above / jnp.where(still, 1, below))  # no 0 / 0, also where unused
+    step, size = _norm(update), _norm(weight)
+    dtype = max(step.dtype, size.dtype, key=lambda dtype: dtype.itemsize)
+    step, size = step.astype(dtype), size.astype(dtype)
+    still = step == 0
+    return jnp.where(still, 0, step / jnp.where(still, 1, size))  # never 0 / 0, for jax_debug_nans
 
 
-def _length(array: Any) -> jax.Array:
-    """Returns the Euclidean length; the square of a vanishing gradient must not be zero."""
+def _norm(array: Any) -> jax.Array:
+    """Returns the Euclidean norm, scaled so that squares neither underflow nor overflow."""
     array = jnp.asarray(array)
     array = jnp.abs(array) if jnp.iscomplexobj(array) else array
     array = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)

@@ -1,1 +1,1 @@
-"""Files: trees into safetensors, npz, MXNet's and Orbax's formats, and back onto a tree by name."""
+"""Saving trees to safetensors, npz, MXNet and Orbax files, and loading them back by name."""

@@ -1,4 +1,4 @@
-"""Writing a file so that at every moment the old one or the new one is there, whole."""
+"""Atomic writes: a reader sees the complete old file or the complete new one."""
 
 import contextlib
 import os
@@ -10,20 +10,20 @@ __all__ = ["replacing", "sync"]
 
 try:
     import fcntl
-except ImportError:  # only to clean up after processes that were killed
+except ImportError:  # Windows: folders that killed processes left behind stay there
     fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the path of a new file, in a folder of its own beside ``path``, and moves it to ``path``.
+    """Yields a temporary path to write to, and renames that file to ``path`` on success.
 
-    The new file is on the disk before it takes the name, and the name is on the disk before this
-    returns. If anything goes wrong before, the new file is deleted and the old one stays. Whoever
-    writes the new file may do it as it likes, by way of another file in the same folder too.
+    The temporary file has its own folder next to ``path``, so the writer may create further files
+    there. Both the file and its new name are synced to disk. On failure the temporary file is deleted
+    and the old file stays.
 
     Raises:
-      OSError: the folder is missing, full, or not to be written to.
+      OSError: the folder is missing, full or not writable.
 
     Example:
       >>> import pathlib, tempfile
@@ -34,15 +34,15 @@ def replacing(path: str) -> Iterator[str]:
       >>> path.read_text()
       'all of it'
     """
-    path = os.path.realpath(path)  # a link stays a link
+    path = os.path.realpath(path)  # replace a symlink's target, not the link
     folder, name = os.path.split(path)
     prefix = os.path.join(folder, f".{name[:150]}.unfinished-")
     _clean(prefix)
-    own, lock = _create(prefix)
+    scratch, lock = _create(prefix)
     try:
-        new = os.path.join(own, "new")
+        new = os.path.join(scratch, "new")
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT, 0o666))
-        mode = os.stat(new).st_mode  # what the umask leaves
+        mode = os.stat(new).st_mode  # set by the umask
         yield new
         with contextlib.suppress(FileNotFoundError):
             mode = os.stat(path).st_mode
@@ -51,12 +51,12 @@ def replacing(path: str) -> Iterator[str]:
         os.replace(new, path)
         sync(folder)
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
 
 
 def _create(prefix: str) -> tuple[str, int]:
-    """Returns a new folder, and its descriptor: a lock for as long as this process runs."""
+    """Creates a folder. Returns it and its descriptor, locked for as long as this process runs."""
     for _ in range(20):
         path = prefix + secrets.token_hex(8)
         os.mkdir(path)
@@ -66,21 +66,21 @@ def _create(prefix: str) -> tuple[str, int]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             os.stat(path)
         except FileNotFoundError:
-            continue  # cleaned away before it was locked
+            continue  # another process deleted it before it was locked
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
         return path, lock
-    raise FileNotFoundError(f"somebody else deletes the new files in {os.path.dirname(prefix)}")
+    raise FileNotFoundError(f"another process keeps deleting new files in {os.path.dirname(prefix)}")
 
 
 def sync(path: str) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
         if os.path.isdir(path):
-            return  # not every system opens folders
+            return  # some systems cannot open folders
         raise
     try:
         os.fsync(descriptor)
@@ -89,7 +89,7 @@ def sync(path: str) -> None:
 
 
 def _clean(prefix: str) -> None:
-    """Deletes the folders of processes that were killed: those whose lock is free."""
+    """Deletes the folders that killed processes left behind: those whose lock is free."""
     if fcntl is None:
         return
     folder, start = os.path.split(prefix)

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written while it goes on, the last few and the best of them kept.
+"""Checkpoints of a training run, written in the background; the latest and the best are kept.
 
-Orbax does the work: each process writes its own parts in the background, a checkpoint appears whole or
-not at all, and old ones are deleted. What is added is what every file of this library has: names, ties,
-kinds, keys and holes, so that ``pt.load`` reads a checkpoint like any other file.
+Orbax does the work: each process writes its own shards in the background, a checkpoint appears
+atomically, and old ones are deleted. This module adds names, ties, kinds, keys and holes, so that
+``pt.load`` reads a checkpoint like any other file.
 """
 
 import math
@@ -22,17 +22,17 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """A folder with the checkpoints of a run.
+    """A folder of checkpoints of a training run.
 
     Args:
-      folder: where; it is made if it is not there.
-      keep: how many of the last checkpoints stay.
-      best: the name of a metric; the checkpoint with the best value of it stays as well.
+      folder: the folder, created if missing.
+      keep: how many of the latest checkpoints to keep.
+      best: the name of a metric; the checkpoint with its best value is kept as well.
       mode: whether the best value is the "min" or the "max".
 
     Raises:
-      ValueError: ``keep`` is less than 1, or ``mode`` is something else.
-      NotADirectoryError: the folder is a file.
+      ValueError: ``keep`` is less than 1, or ``mode`` is neither "min" nor "max".
+      NotADirectoryError: ``folder`` is a file.
       ParamTreeError: Orbax is not installed.
 
     Example:
@@ -55,13 +55,13 @@ class Checkpoints:
         mode: str = "min",
     ) -> None:
         if keep < 1:
-            raise ValueError(f"keep is how many checkpoints stay, at least 1, not {keep}.")
+            raise ValueError(f"keep={keep}: expected a number of checkpoints, at least 1.")
         if mode not in ("min", "max"):
-            raise ValueError(f"mode is 'min' or 'max', not {mode!r}.")
+            raise ValueError(f"mode={mode!r}: expected 'min' or 'max'.")
         ocp = orbax.orbax()
         self.folder = os.path.abspath(os.fspath(folder))
         if os.path.exists(self.folder) and not os.path.isdir(self.folder):
-            raise NotADirectoryError(f"{self.folder} is a file: checkpoints are kept in a folder.")
+            raise NotADirectoryError(f"{self.folder} is a file. Checkpoints need a folder.")
         self._best, self._mode = best, mode
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(keep)]
@@ -78,40 +78,39 @@ class Checkpoints:
     def save(
         self, step: int, run: Any, metrics: Mapping[str, Any] | None = None, *, wait: bool = False
     ) -> None:
-        """Saves everything that a run goes on from; it returns as soon as the arrays may change.
+        """Saves a run. Returns as soon as its arrays may be changed or donated.
 
-        An earlier save that failed in the background raises here, or in ``wait``.
+        If an earlier save failed in the background, its error is raised here or in ``wait``.
 
         Args:
-          step: the number of the checkpoint, larger than that of every one before.
-          run: parameters, state, optimiser, keys and step, in any pytree.
-          metrics: numbers to keep beside it, such as the one that says which is best.
-          wait: whether to wait until it is on the disk.
+          step: the number of the checkpoint, greater than all previous ones.
+          run: everything needed to resume: parameters, optimizer state, keys and step, in any pytree.
+          metrics: numbers to save with it, including the metric ``best``.
+          wait: whether to block until the checkpoint is on disk.
 
         Raises:
-          TypeError: the step is no whole number of 0 or more, or a metric no number.
-          ParamTreeError: there is a checkpoint of that step or a later one, or the metrics lack the
-            one that says which is best.
-          MismatchError: leaves that cannot be saved; all are listed.
+          TypeError: the step is not a non-negative integer, or a metric is not a number.
+          ParamTreeError: this step or a later one is already saved, or the metric ``best`` is missing.
+          MismatchError: some leaves cannot be saved; all are listed.
         """
         if not isinstance(step, int | np.integer) or isinstance(step, bool) or step < 0:
-            raise TypeError(f"a step is a whole number, 0 or more, not {step!r}.")
+            raise TypeError(f"expected a non-negative integer as the step, not {step!r}.")
         last = self.latest
         if last is not None and step <= last:
             raise ParamTreeError(
-                f"{self.folder} has a checkpoint of step {last}, and the next one is of a later step, "
-                f"not {step}. A run that begins again needs a folder of its own."
+                f"cannot save step {step}: {self.folder} already has a checkpoint of step {last}, and "
+                "steps must increase. Save a restarted run to a new folder."
             )
-        found = {}
+        values = {}
         for name, value in (metrics or {}).items():
             try:
-                found[name] = float(value)
+                values[name] = float(value)
             except (TypeError, ValueError):
-                raise TypeError(f"the metric `{name}` is a number, not {value!r}.") from None
-        if self._best is not None and self._best not in found:
+                raise TypeError(f"the metric `{name}` is not a number: {value!r}.") from None
+        if self._best is not None and self._best not in values:
             raise ParamTreeError(
-                f"`{self._best}` says which checkpoint is best, and the metrics of step {step} have "
-                f"{', '.join(found) or 'nothing'}: give it, as in save({step}, run, "
+                f"the metrics of step {step} lack `{self._best}`, which selects the best checkpoint; "
+                f"they have {', '.join(values) or 'nothing'}. Pass it, as in save({step}, run, "
                 f"{{{self._best!r}: 0.5}})."
             )
         arrays, layout = flattened(self.folder, run, ".", orbax.NATIVE)
@@ -119,7 +118,7 @@ class Checkpoints:
         self._manager.save(
             int(step),
             args=orbax.orbax().args.StandardSave(state),
-            metrics=found or None,
+            metrics=values or None,
             custom_metadata=metadata,
             force=True,
         )
@@ -127,59 +126,57 @@ class Checkpoints:
             self.wait()
 
     def load(self, like: Any = None, *, step: int | str | None = None, **options: Any) -> Any:
-        """Returns the run that was saved, on the devices and in the types of another one.
+        """Returns a saved run.
 
         Args:
-          like: a run as it is to be: arrays, or shapes with shardings; any mesh will do.
-          step: which one, "best" for the best; the last if not given.
-          **options: what ``pt.load`` takes, such as ``shardings`` and ``allow_missing``.
+          like: a run with the structure, types and shardings to load into: arrays, or shapes with
+            shardings on any mesh.
+          step: the step to load, "best" for the best one; by default the latest.
+          **options: options of ``pt.load``, such as ``shardings`` and ``allow_missing``.
 
         Raises:
-          LoadError: there is no such checkpoint, or it does not fit.
+          LoadError: the checkpoint does not exist, or does not fit ``like``.
         """
         self.wait()
         wanted = self.latest if step is None else self.best if step == "best" else step
         if wanted is None or wanted not in self.steps:
-            there = ", ".join(map(str, self.steps)) or "none yet"
-            what = "" if wanted is None else f" of step {wanted}"
-            raise LoadError(f"{self.folder} has no checkpoint{what}: the steps there are {there}.")
+            steps = ", ".join(map(str, self.steps)) or "none yet"
+            of_step = "" if wanted is None else f" of step {wanted}"
+            raise LoadError(f"{self.folder} has no checkpoint{of_step}. Steps saved: {steps}.")
         return load(os.path.join(self.folder, str(wanted)), like, **options)
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, in order."""
+        """The saved steps, in increasing order."""
         return sorted(self._manager.all_steps())
 
     @property
     def latest(self) -> int | None:
-        """The last step of which there is a checkpoint; None if there is none."""
+        """The latest saved step, or None."""
         return max(self._manager.all_steps(), default=None)
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint; None if there is none, or nothing says which is best."""
+        """The step of the best checkpoint; None if there is none, or without a ``best`` metric."""
         if self._best is None:
             return None
         self.wait()
-        found: int | None = self._manager.best_step()
-        return found
+        step: int | None = self._manager.best_step()
+        return step
 
     def wait(self) -> None:
-        """Waits until all that was saved is on the disk."""
+        """Blocks until all checkpoints are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the threads that write."""
+        """Waits for pending saves and stops the writer threads."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 

@@ -1,4 +1,4 @@
-"""A model with its parameters as one compiled program, to run where this library is not installed."""
+"""Exporting a model with its parameters as one StableHLO program, which runs without paramtree."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ def save_model(
 ) -> None:
     """Saves a model together with its parameters, as StableHLO.
 
-    The file needs no paramtree, only jax: ``jax.export.deserialize(bytes).call(*inputs)`` runs it.
+    Running it requires only jax: ``jax.export.deserialize(bytes).call(*inputs)``.
 
     Args:
-      path: where to; a file that is there is replaced, at once.
-      f: a model, ``f(params, *inputs)``, without static arguments; under ``jax.jit`` or not.
+      path: the file to write; an existing one is replaced atomically.
+      f: a model, ``f(params, *inputs)``, without static arguments; may be jitted.
       params: its parameters, which become constants of the program.
-      *inputs: arrays or ``jax.ShapeDtypeStruct``s. Sizes that are to stay free are symbols:
+      *inputs: arrays or ``jax.ShapeDtypeStruct``s. Use symbolic shapes for sizes that may vary:
         ``jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 20"), "float32")``.
-      platforms: which to compile for, of "cpu", "cuda", "rocm" and "tpu"; None is this one.
+      platforms: the platforms to lower for: "cpu", "cuda", "rocm" or "tpu"; by default the current one.
 
     Raises:
-      Whatever jax raises when it traces the model.
+      Exception: whatever jax raises while tracing the model.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp, tempfile
@@ -50,15 +50,15 @@ def save_model(
 
 
 def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
-    """Returns the function of the inputs that ``save_model`` saved. It runs under ``jax.jit`` too.
+    """Returns the function of the inputs that ``save_model`` saved. It can be jitted.
 
-    A program is code: load only those that you would run.
+    A program is code: load only programs that you trust.
 
     Args:
       path: the file.
 
     Raises:
-      LoadError: it is no such program, or one of a newer jax.
+      LoadError: the file is not an exported program, or was written by a newer jax.
 
     Example:
       See ``save_model``:
@@ -73,7 +73,6 @@ def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
         data = bytearray(file.read())
     try:
         return jax.export.deserialize(data).call
-    except Exception as error:  # flatbuffers and jax raise what they meet
-        raise LoadError(
-            f"{os.fspath(path)}: is no exported model that this jax can run: {error}"
-        ) from error
+    except Exception as error:  # flatbuffers and jax raise many types
+        problem = f"is not an exported model that this jax can run: {error}"
+        raise LoadError(f"{os.fspath(path)}: {problem}") from error

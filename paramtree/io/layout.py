@@ -1,7 +1,7 @@
-"""The structure of a tree as text, for formats that have a place for it.
+"""The structure of a tree as JSON, for formats that can hold metadata.
 
-Everything that a file of arrays alone would lose is in it: the order, the nesting, ties, kinds, levels
-that hold nothing, holes, and dtypes that the format does not have.
+It records what the arrays alone would lose: order, nesting, ties, kinds, stacks, empty levels, holes,
+and dtypes that the format lacks.
 """
 
 import json
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from paramtree.core.errors import ParamTreeError
-from paramtree.core.structure import EMPTY, PARAM, STATE, Path, Structure, build
+from paramtree.core.structure import EMPTY, PARAM, STATE, Path, Stack, Structure, build
 
 __all__ = ["CLIMBS", "DEEPEST", "LONGEST_SEP", "Layout", "decode_layout", "encode_layout", "odd_parts"]
 
 _VERSION = 1
 DEEPEST = 128  # levels; a hostile name could otherwise ask for millions
-# A part between separators of folders that is empty, "." or ".."; or what utf-8 or a zip file has not.
+# A path component that is empty, "." or ".."; or a character that utf-8 or a zip file cannot hold.
 CLIMBS = re.compile(r"(^|[/\\])\.{0,2}([/\\]|$)|\0|[\ud800-\udfff]")
-LONGEST_SEP = 16  # a long one, often repeated, would take much more memory than the file
+LONGEST_SEP = 16  # joining many paths with a long one takes much more memory than the file
 
 
 class Layout(NamedTuple):
-    """A structure, the name in the file of each of its slots, and what ``wire.encode`` said of it."""
+    """A structure, with the name in the file and the dtype tag (see ``wire.encode``) of each slot."""
 
     structure: Structure
     names: tuple[str, ...]
@@ -31,22 +31,23 @@ class Layout(NamedTuple):
     sep: str
 
     def aliases(self) -> dict[str, list[str]]:
-        """Returns all names of every stored leaf, canonical first, joined as in the file."""
-        found: dict[str, list[str]] = {name: [] for name in self.names}
+        """Returns all names of each stored leaf, canonical first, joined as in the file."""
+        aliases: dict[str, list[str]] = {name: [] for name in self.names}
         for path, slot in self.structure.entries():
-            found[self.names[slot]].append(self.sep.join(path))
-        return found
+            aliases[self.names[slot]].append(self.sep.join(path))
+        return aliases
 
 
 def encode_layout(structure: Structure, names: Sequence[str], tags: Sequence[str], sep: str) -> str:
-    """Returns a structure as JSON; ``decode_layout`` reads it."""
-    whole = structure.whole
+    """Returns a structure as JSON, for ``decode_layout``."""
+    full = structure.full
     text = {
         "version": _VERSION,
         "sep": sep,
-        "paths": whole.paths,
-        "slots": whole.slots,
-        "kinds": whole.kinds,
+        "paths": full.paths,
+        "slots": full.slots,
+        "kinds": full.kinds,
+        **({"stacks": full.stacks} if full.stacks else {}),
         "kept": structure.kept,
         "names": names,
         "dtypes": {str(slot): tag for slot, tag in enumerate(tags) if tag},
@@ -55,80 +56,96 @@ def encode_layout(structure: Structure, names: Sequence[str], tags: Sequence[str
 
 
 def decode_layout(text: str) -> Layout:
-    """Returns what ``encode_layout`` wrote. The text is untrusted: nothing in it is believed.
+    """Returns what ``encode_layout`` wrote. The text is untrusted, so everything in it is checked.
 
     Raises:
-      ValueError: it is not such a text; it says why.
+      ValueError: the text is not a valid layout; the message says why.
     """
     try:
-        given = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON: {error}") from None
-    if not isinstance(given, dict) or not isinstance(given.get("version"), int):
+        raise ValueError(f"it is not JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("version"), int):
         raise ValueError("it has no version")
-    if given["version"] != _VERSION:
+    if fields["version"] != _VERSION:
         raise ValueError(
-            f"it is of version {given['version']}, and this paramtree reads version {_VERSION}: "
+            f"it has version {fields['version']}, and this paramtree reads version {_VERSION}: "
             "use the paramtree that wrote it"
         )
-    paths = [_path(item) for item in _list(given, "paths")]
+    paths = [_path(segments) for segments in _list(fields, "paths")]
     if odd := odd_parts(paths):
-        raise ValueError(f"a path is not a list of names: {odd[0]!r} cannot be part of one")
-    slots = _list(given, "slots")
-    kinds = _list(given, "kinds")
-    kept = _list(given, "kept")
-    names = _list(given, "names")
-    tags = given.get("dtypes")
-    sep = given.get("sep")
+        raise ValueError(f"a path is not a list of names: {odd[0]!r} cannot be in one")
+    slots = _list(fields, "slots")
+    kinds = _list(fields, "kinds")
+    kept = _list(fields, "kept")
+    names = _list(fields, "names")
+    tags = fields.get("dtypes")
+    sep = fields.get("sep")
     if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or not isinstance(tags, dict):
-        raise ValueError("its separator or dtypes are missing")
+        raise ValueError("its separator or dtypes are missing or invalid")
     if len(paths) != len(slots) or not all(type(s) is int and EMPTY <= s < len(kinds) for s in slots):
-        raise ValueError("its slots are not those of its paths")
+        raise ValueError("its slots do not match its paths")
     if any(kind not in (PARAM, STATE) for kind in kinds):
         raise ValueError("a kind is neither param nor state")
-    if not all(type(slot) is int and 0 <= slot < len(kinds) for slot in kept) or kept != sorted(
-        set(kept)
-    ):
-        raise ValueError("the leaves that it says it has are not among those of its paths")
+    in_range = all(type(slot) is int and 0 <= slot < len(kinds) for slot in kept)
+    if not in_range or kept != sorted(set(kept)):
+        raise ValueError("its list of stored leaves does not match its paths")
     if len(names) != len(kept) or len(set(map(str, names))) != len(names):
-        raise ValueError("it does not give each leaf a name of its own")
+        raise ValueError("its leaves do not have one distinct name each")
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a name is not a string")
     if not all(isinstance(tag, str) and _in(key, len(kept)) for key, tag in tags.items()):
-        raise ValueError("its dtypes are not those of its leaves")
+        raise ValueError("its dtypes do not match its leaves")
     try:
         items = [(p, None if s == EMPTY else s) for p, s in zip(paths, slots, strict=True)]
-        structure, order = build(items, kinds)
+        structure, order = build(items, kinds, _stacks(fields, paths))
     except ParamTreeError as error:
         raise ValueError(str(error)) from None
     if structure.paths != tuple(paths) or order != tuple(range(len(kinds))):
         raise ValueError("its paths are not in order")
-    filled = tuple(tags.get(str(slot), "") for slot in range(len(kept)))
-    return Layout(structure.keep(kept), tuple(names), filled, sep)
+    by_slot = tuple(tags.get(str(slot), "") for slot in range(len(kept)))
+    return Layout(structure.keep(kept), tuple(names), by_slot, sep)
 
 
 def odd_parts(paths: Sequence[Path]) -> list[str]:
-    """Returns the parts of paths that no file may have.
+    """Returns the segments that no file may contain.
 
-    Only a tree of one level, such as ``pt.collect(tree, sep="/")`` gives, may have "/" in its names:
-    elsewhere the path "a/b" would lead to one leaf by its name, and to another through its levels.
+    Only a flat tree, such as ``pt.collect(tree, sep="/")``, may have "/" in its names. In a nested one
+    "a/b" could mean a leaf of that name or the leaf "b" in "a".
     """
     nested = any(len(path) > 1 for path in paths)
-    return [part for path in paths for part in path if CLIMBS.search(part) or ("/" in part and nested)]
+    return [name for path in paths for name in path if CLIMBS.search(name) or ("/" in name and nested)]
 
 
-def _list(given: dict[str, Any], key: str) -> list[Any]:
-    found = given.get(key)
-    if not isinstance(found, list):
+def _list(fields: dict[str, Any], key: str) -> list[Any]:
+    value = fields.get(key)
+    if not isinstance(value, list):
         raise ValueError(f"its {key} are missing")
-    return found
+    return value
 
 
-def _path(item: Any) -> Path:
-    parts = isinstance(item, list) and item and all(isinstance(part, str) and part for part in item)
-    if not parts or len(item) > DEEPEST:
+def _path(segments: Any) -> Path:
+    valid = isinstance(segments, list) and all(isinstance(name, str) and name for name in segments)
+    if not valid or not 0 < len(segments) <= DEEPEST:
         raise ValueError("a path is not a list of names")
-    return tuple(map(sys.intern, item))  # a large tree has few different ones
+    return tuple(map(sys.intern, segments))  # even a large tree has few distinct segments
+
+
+def _stacks(fields: dict[str, Any], paths: Sequence[Path]) -> dict[Path, Stack]:
+    """Returns the stacks of the paths; files of version 0.1 have none."""
+    stacks = _list(fields, "stacks") if "stacks" in fields else []
+    if stacks and len(stacks) != len(paths):
+        raise ValueError("its stacks do not match its paths")
+    valid: dict[Path, Stack] = {}
+    for path, stack in zip(paths, stacks, strict=False):
+        pairs = stack if isinstance(stack, list) and len(stack) <= DEEPEST else [None]
+        for pair in pairs:
+            numbers = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+            if not numbers or not 0 <= pair[0] < len(path) or pair[1] < 0:
+                raise ValueError("a stack is not a list of positions and sizes")
+        if pairs:
+            valid[path] = tuple((position, size) for position, size in pairs)
+    return valid
 
 
 def _in(key: str, count: int) -> bool:

@@ -1,4 +1,4 @@
-"""``pt.load``: a file into a tree, all of it or an error that says all that is wrong."""
+"""``pt.load``: loads a file into a tree, or raises one error that lists every problem."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from paramtree.core.arrays import dtype_of, join, printable, shape_of
-from paramtree.core.names import Pattern, Rules, named
-from paramtree.core.tree import ParamTree, _rebuild
+from paramtree.core.pytrees import is_array_or_number, open_tree
+from paramtree.core.rules import Pattern, Rules
+from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.peek import arranged, items_of, open_source
 from paramtree.io.placing import Placing, divides
@@ -18,7 +19,7 @@ from paramtree.io.restack import restack
 from paramtree.io.source import Source, segments
 from paramtree.io.transforms import transform_all
 from paramtree.io.wire import decode
-from paramtree.sharding.shardings import spread
+from paramtree.sharding.place import spread
 
 __all__ = ["LoadReport", "load", "load_part"]
 
@@ -29,11 +30,11 @@ class LoadReport:
 
     Attributes:
       path: the file.
-      format: what it is: "safetensors", "params", "npz" or "orbax".
-      loaded: for each name in the tree the names in the file that its value came from.
-      missing: names of the tree that kept the value they had.
-      ignored: names of the file that were not used.
-      cast: for each name whose dtype was changed the dtype in the file.
+      format: its format: "safetensors", "params", "npz" or "orbax".
+      loaded: the names in the file that each leaf was loaded from, by the name of the leaf.
+      missing: names of leaves that are not in the file and kept their values.
+      ignored: names in the file that were not used.
+      cast: the dtype in the file of each leaf that was cast, by the name of the leaf.
 
     Example:
       >>> print(LoadReport("a.npz", "npz", {"w": ["weight"]}, [], ["step"], {}))
@@ -50,7 +51,7 @@ class LoadReport:
     cast: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain values."""
+        """Returns the report as a dict of plain Python values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -77,46 +78,46 @@ def load(
     report: bool = False,
     shardings: Any = None,
 ) -> Any:
-    r"""Returns the tree that a file holds; what the file is shows from its content.
+    r"""Loads a tree from a file. The format is recognized from the content.
 
     Reads safetensors, MXNet's ``.params``, numpy's ``.npz`` and Orbax checkpoints, never a pickle.
-    Names are found in ``like`` joined with ".", "/" or "_", with the positions of layers in place of
-    their names (``0.weight``), under any name of a tied leaf, and in ``.params`` by order as well.
-    Nothing is returned unless all of it fits.
+    Names in the file match leaves of ``like`` if joined with ".", "/" or "_", with positions in place
+    of layer names (``0.weight``), under any name of a tied leaf, and in ``.params`` also by order.
+    If anything does not fit, nothing is loaded.
 
     Args:
-      path: a file, the folder that Orbax wrote, or the ``.index.json`` of a model in several files.
-      like: a tree of arrays, or of the shapes that ``pt.abstract`` gives; or any other pytree. The
-        result has its structure, ties, kinds, types of arrays and shardings. Without it the tree is
-        the one that was saved or, if somebody else wrote the file, one built from the names.
+      path: a file, an Orbax folder, or the ``.index.json`` of a model split into several files.
+      like: a tree of arrays, a tree of shapes as ``pt.abstract`` returns, or any other pytree. The
+        result has its structure, ties, kinds, array types and shardings. Without it the result is
+        the tree that was saved or, for files from other libraries, a tree built from the names.
       rename: pairs of a regular expression and its replacement, each applied in turn to every name in
         the file with ``re.sub``, or a function of a name. None as the replacement drops the name.
       transform: a rule table from names in the tree to functions of an array, such as
-        ``{".*_kernel": np.transpose}``. To split an array, return a mapping of names, in which
-        ``\1`` stands for the first group of the pattern:
+        ``{".*_kernel": np.transpose}``. To split an array, return a mapping of names to arrays, with
+        ``\1`` for the first group of the pattern:
         ``{"(.*)_qkv": lambda a: dict(zip([r"\1_q", r"\1_k", r"\1_v"], np.split(a, 3)))}``.
-        To stack several, rename them to one name; the function is then called with all of them.
+        To combine arrays, rename them to the same name; the function is called with all of them.
       strict: False allows both missing and extra names.
-      allow_missing: whether names of the tree may be missing in the file and keep their values; or
-        a pattern of those that may.
-      ignore_extra: whether the file may have names that the tree does not; or a pattern of those.
-      cast_dtype: whether arrays of another dtype are cast to that of ``like``.
-      sep: what separates the levels in names that become a tree; "/" always does.
-      report: whether to return the report as well.
-      shardings: where the leaves are to be: what ``pt.shardings`` makes of ``like``, or without it of
-        ``pt.peek(path)``; or one sharding for all. Of a safetensors file or an Orbax checkpoint, every
-        process reads the parts that its devices hold and no more.
+      allow_missing: whether leaves that are not in the file keep their values; or a pattern of leaves
+        that may be missing.
+      ignore_extra: whether to skip names that the tree does not have; or a pattern of names to skip.
+      cast_dtype: whether to cast arrays to the dtypes of ``like``.
+      sep: the separator of levels in names when a tree is built from them; "/" always separates too.
+      report: whether to return a report as well.
+      shardings: the shardings of the leaves: ``pt.shardings`` of ``like``, or of ``pt.peek(path)``
+        without ``like``; or one sharding for all. From safetensors and Orbax, each process reads only
+        the slices that its devices hold.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
-      arrays where ``like`` has these, or where jax could not hold the dtype without 64-bit types.
+      arrays where ``like`` has them or where the dtype needs jax's 64-bit mode.
 
     Raises:
-      LoadError: the file is damaged, or does not fit ``like``: all that is missing, unexpected, or of
-        another shape or dtype is listed.
-      MismatchError: the shardings are those of another tree.
+      LoadError: the file is damaged or does not fit ``like``; all missing and unexpected names and
+        mismatched shapes and dtypes are listed.
+      MismatchError: the shardings do not fit the tree.
       RuleError: ``rename`` or ``transform`` has a pattern that matches nothing.
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp, tempfile
@@ -130,39 +131,37 @@ def load(
       Parameter head_bias (shape=(2,), dtype=float32)
     """
     with open_source(os.fspath(path)) as source:
-        plan = _Plan(source, rename_all(items_of(source), rename), transform, sep)
+        loader = _Loader(source, rename_all(items_of(source), rename), transform, sep)
         if like is None:
-            tree, made = plan.into_names(
-                rename is None and transform is None, lambda found: found, shardings
-            )
+            exact = rename is None and transform is None
+            result = loader.saved_tree(exact, lambda tree: tree, shardings)
         else:
-            free = allow_missing or not strict, ignore_extra or not strict
-            tree, made = plan.into(
-                like, *free, cast_dtype, source.ordered and rename is None, shardings
-            )
-    return (tree, made) if report else tree
+            lenient = allow_missing or not strict, ignore_extra or not strict
+            ordered = source.ordered and rename is None
+            result = loader.tree_like(like, *lenient, cast_dtype, ordered, shardings)
+    return result if report else result[0]
 
 
 def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamTree]) -> ParamTree:
-    """Returns a part of the tree that a file holds; of the rest nothing is read.
+    """Loads selected leaves of a file, and reads no others.
 
     Args:
       path: the file.
-      choose: returns a part of a tree, with holes for the rest. The leaves of the tree are no arrays.
+      choose: returns the tree with holes for unselected leaves. It must not look at the leaves.
 
     Raises:
       LoadError: the file is damaged.
     """
     with open_source(os.fspath(path)) as source:
-        return _Plan(source, items_of(source), None, ".").into_names(True, choose)[0]
+        return _Loader(source, items_of(source), None, ".").saved_tree(True, choose)[0]
 
 
 def _shape(item: Item) -> Any:
     return jax.ShapeDtypeStruct(item.shape, item.dtype)
 
 
-class _Plan:
-    """Which array goes where, and the reading of it once that is known to be right."""
+class _Loader:
+    """Matches the arrays of a file to leaves, checks them all, then reads them."""
 
     def __init__(
         self, source: Source, items: Sequence[Item], transform: Rules | None, sep: str
@@ -176,39 +175,38 @@ class _Plan:
 
     def value(self, item: Item) -> Any:
         """Returns the array of an item."""
-        if item.read is not None:
-            return item.read()
-        return self.stored(item.origin)
+        return self.stored(item.origin) if item.read is None else item.read()
 
-    def unexpected(self, name: str) -> Any:
-        """Returns an array of the file for a transform, of which nobody has said the shape."""
+    def untrusted(self, name: str) -> Any:
+        """Returns an array for a transform, whose shape ``like`` cannot vouch for."""
         if self.source.arrays[name].expands:
             self.source.check_expansion({})
         return self.stored(name)
 
     def stored(self, name: str) -> Any:
-        """Returns an array of the file as the leaf that it stands for."""
+        """Returns an array of the file, decoded to its leaf."""
         return decode(self.source.get(name), self.tags.get(name, ""))
 
-    # Without a tree to fit
+    # Without ``like``
 
-    def into_names(
+    def saved_tree(
         self, exact: bool, choose: Callable[[ParamTree], ParamTree], shardings: Any = None
     ) -> tuple[ParamTree, LoadReport]:
-        """Returns what is chosen of the tree that was saved, or of one of the names in the file."""
+        """Returns the chosen leaves of the saved tree, or of a tree built from the names."""
         source = self.source
         source.check_expansion({})
-        items = transform_all(self.items, self.transform, self._flat, self.unexpected)
-        found = choose(arranged(source, items, self.sep, exact))
-        chosen: Sequence[Item] = found._leaves
-        places = self._places(shardings, _rebuild(found._structure, tuple(map(_shape, chosen))))
-        self._prepare([[item] for item in chosen], places)
+        items = transform_all(self.items, self.transform, self._flat, self.untrusted)
+        chosen: Sequence[Item]
+        structure, chosen = flatten(choose(arranged(source, items, self.sep, exact)))
+        like = unflatten(structure, tuple(map(_shape, chosen)))
+        placements = self._placements(shardings, like)
+        self._prepare([[item] for item in chosen], placements)
         placing = Placing()
-        for item, place in zip(chosen, places, strict=True):
-            self._place(placing, item, None, place)
-        first = found._structure.canonical
-        loaded = {join(path): [item.origin] for path, item in zip(first, chosen, strict=True)}
-        tree = _rebuild(found._structure, placing.done())
+        for item, sharding in zip(chosen, placements, strict=True):
+            self._add(placing, item, None, sharding)
+        paired = zip(structure.canonical, chosen, strict=True)
+        loaded = {join(path): [item.origin] for path, item in paired}
+        tree = unflatten(structure, placing.done())
         return tree, LoadReport(source.path, source.format, loaded, [], self._dropped(chosen), {})
 
     def _flat(self, name: str) -> str:
@@ -218,50 +216,46 @@ class _Plan:
         used = {origin for item in items for origin in item.origin.split(", ")}
         return [name for name in self.source.arrays if name not in used]
 
-    # To their places
+    # Onto devices
 
-    def _places(self, shardings: Any, like: Any) -> list[Any]:
-        """Returns the sharding of every leaf of a tree, None where it does not matter."""
+    def _placements(self, shardings: Any, like: Any) -> list[Any]:
+        """Returns the sharding of each leaf, None for the default."""
         if shardings is not None:
             return spread(shardings, like, "the shardings for load")
-        return [getattr(leaf, "sharding", None) for leaf in named(like, numbers=True).tree._leaves]
+        leaves = open_tree(like, is_array_or_number).leaves
+        return [getattr(leaf, "sharding", None) for leaf in leaves]
 
-    def _prepare(self, givers: Sequence[Sequence[Item]], places: Sequence[Any]) -> None:
-        """Tells the source what will be read."""
-        self.source.prepare(
-            {
-                item.origin: place
-                for found, place in zip(givers, places, strict=True)
-                for item in found
-                if item.read is None
-            }
-        )
+    def _prepare(self, matches: Sequence[Sequence[Item]], placements: Sequence[Any]) -> None:
+        """Tells the source which arrays will be read."""
+        pairs = zip(matches, placements, strict=True)
+        read_by_source = ((item, s) for items, s in pairs for item in items if item.read is None)
+        self.source.prepare({item.origin: sharding for item, sharding in read_by_source})
 
-    def _place(self, placing: Placing, item: Item, like: Any, place: Any) -> None:
-        """Reads an array, or those parts of it that this process holds."""
+    def _add(self, placing: Placing, item: Item, like: Any, sharding: Any) -> None:
+        """Reads an array, or only the slices that this process holds, and adds it to ``placing``."""
         direct = item.read is None
         stored = self.source.arrays[item.origin] if direct and not self.tags.get(item.origin) else None
         dtype = item.dtype if like is None else dtype_of(like)
-        if stored and stored.part and dtype is not None and divides(place, dtype):
-            placing.add_parts(stored.part, stored.shape, dtype, place)
+        if stored and stored.read_slice and dtype is not None and divides(sharding, dtype):
+            placing.add_sharded(stored.read_slice, stored.shape, dtype, sharding)
         else:
-            placing.add(self.value(item), like, place, copy=not direct)
+            placing.add(self.value(item), like, sharding, copy=not direct)
 
-    # Into a tree
+    # With ``like``
 
-    def into(
+    def tree_like(
         self,
         like: Any,
         allow_missing: Any,
         ignore_extra: Any,
         cast: bool,
         ordered: bool,
-        shardings: Any = None,
+        shardings: Any,
     ) -> tuple[Any, LoadReport]:
-        """Returns a tree like another one, with the values of the file."""
+        """Returns ``like`` with the values of the file."""
         source = self.source
-        target, restore, _ = named(like, numbers=True)
-        structure, leaves = target._structure, target._leaves
+        target = open_tree(like, is_array_or_number)
+        structure, leaves = target.structure, target.leaves
         lookup = Lookup(structure, self.sep)
         shapes = [shape_of(leaf) for leaf in leaves]
 
@@ -269,45 +263,45 @@ class _Plan:
             path = lookup.find(name)
             return name.replace("/", "_").replace(self.sep or "/", "_") if path is None else join(path)
 
-        items = transform_all(self.items, self.transform, shown, self.unexpected)
+        items = transform_all(self.items, self.transform, shown, self.untrusted)
         items = restack(items, lookup, shapes, self.value)
         paths = lookup.assign(items, shapes, ordered, source.nameless)
-        givers: list[list[Item]] = [[] for _ in leaves]
+        matches: list[list[Item]] = [[] for _ in leaves]
         extra = []
-        for item, found in zip(items, paths, strict=True):
-            for slot in dict.fromkeys(lookup.slot_of[path] for path in found):
-                givers[slot].append(item)
-            if not found:
+        for item, item_paths in zip(items, paths, strict=True):
+            for slot in dict.fromkeys(lookup.slot_of[path] for path in item_paths):
+                matches[slot].append(item)
+            if not item_paths:
                 extra.append(item)
         problems = Problems(source.path, source.format == "params")
-        missing = problems.missing(structure, leaves, givers, extra, allow_missing)
+        missing = problems.missing(structure, leaves, matches, extra, allow_missing)
         ignored = problems.extra(extra, ignore_extra)
         for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
-            for item in givers[slot]:
+            for item in matches[slot]:
                 problems.compare(join(path), leaves[slot], item, cast)
         problems.check()
-        source.check_expansion({i.origin: i.shape for found in givers for i in found})
-        places = self._places(shardings, like)
-        self._prepare(givers, places)
+        source.check_expansion({item.origin: item.shape for group in matches for item in group})
+        placements = self._placements(shardings, like)
+        self._prepare(matches, placements)
         placing = Placing()
         loaded: dict[str, list[str]] = {}
-        changed: dict[str, str] = {}
-        for slot, (leaf, chosen) in enumerate(zip(leaves, givers, strict=True)):
-            if not chosen:
+        casts: dict[str, str] = {}
+        for slot, (leaf, group) in enumerate(zip(leaves, matches, strict=True)):
+            if not group:
                 placing.keep(leaf)
                 continue
             name = join(structure.canonical[slot])
-            if len(chosen) == 1:
-                self._place(placing, chosen[0], leaf, places[slot])
+            if len(group) == 1:
+                self._add(placing, group[0], leaf, placements[slot])
             else:
-                value = self.value(chosen[0])
-                for other in chosen[1:]:
-                    problems.equal(name, chosen[0], value, other, self.value(other))
-                placing.add(value, leaf, places[slot], copy=chosen[0].read is not None)
-            loaded[name] = [item.origin for item in chosen]
-            if dtype_of(leaf) not in (None, chosen[0].dtype):
-                changed[name] = str(chosen[0].dtype)
+                value = self.value(group[0])
+                for alias in group[1:]:
+                    problems.equal(name, group[0], value, alias, self.value(alias))
+                placing.add(value, leaf, placements[slot], copy=group[0].read is not None)
+            loaded[name] = [item.origin for item in group]
+            if dtype_of(leaf) not in (None, group[0].dtype):
+                casts[name] = str(group[0].dtype)
         problems.check()
         ignored += [name for name in self._dropped(items) if name not in ignored]
-        made = LoadReport(source.path, source.format, loaded, missing, ignored, changed)
-        return restore(placing.done()), made
+        report = LoadReport(source.path, source.format, loaded, missing, ignored, casts)
+        return target.restore(placing.done()), report

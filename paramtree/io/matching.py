@@ -1,29 +1,31 @@
-"""Which leaf of a tree each array of a file belongs to.
+"""Matching the arrays of a file to the leaves of a tree.
 
-Names are tried as they are: joined with ".", "/" or "_", and with the position of a layer in place
-of its name, as in ``0.weight``. Gluon counts layers in the whole process and puts the name of the
-network first, so its names, such as ``net_dense7_weight``, may also go by their order.
+A name matches a path joined with ".", "/" or "_", or one with positions in place of layer names, as in
+``0.weight``. Gluon numbers layers per process and prefixes the name of the network, so its names, such
+as ``net_dense7_weight``, are also matched by order.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import RuleError, close_names
-from paramtree.core.names import compiled, no_match
-from paramtree.core.structure import Node, Path, Structure
+from paramtree.core.errors import close_names
+from paramtree.core.structure import Path, Structure
+from paramtree.verbs.restructure import rewriter
 
 __all__ = ["Item", "Lookup", "Rename", "rename_all"]
 
 Rename = Sequence[tuple[Any, str | None]] | Callable[[str], str | None]
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Item:
     """An array on its way into a tree.
 
-    ``names`` are all that it has, more than one where the file knows of ties; ``origin`` is what the
-    file calls it. ``read`` is None for what the source reads, else it returns the array.
+    ``names`` are all its names, several if the file records ties; ``origin`` is its name in the file.
+    ``read`` returns the array; None means that the source reads it.
     """
 
     origin: str
@@ -34,132 +36,97 @@ class Item(NamedTuple):
 
 
 def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
-    """Returns the items with their names rewritten; what is renamed to None is left out.
+    """Returns the items with their names rewritten, without those renamed to None.
 
     Raises:
-      RuleError: a pattern changes nothing, or is none.
-      TypeError: ``rename`` is neither pairs nor a function, or gives something else than names.
+      RuleError: a pattern is not a regular expression, or matches no name.
+      TypeError: ``rename`` is neither pairs nor a function, or returns something other than a name.
     """
     items = list(items)
     if rename is None:
         return items
-    if callable(rename):
-        change = rename
-    else:
-        change = _by_pairs(rename, [name for item in items for name in item.names])
+    change = rename
+    if not callable(rename):
+        change = rewriter(rename, [name for item in items for name in item.names], "rename")
     out = []
     for item in items:
         names = [change(name) for name in item.names]
         if wrong := [name for name in names if not isinstance(name, str | None)]:
-            raise TypeError(f"rename gives {wrong[0]!r} for `{item.origin}`; expected a name or None.")
+            raise TypeError(f"rename returned {wrong[0]!r} for `{item.origin}`, not a name or None.")
         kept = tuple(dict.fromkeys(name for name in names if name is not None))
         if kept:
-            out.append(item._replace(names=kept))
+            out.append(replace(item, names=kept))
     return out
 
 
-def _by_pairs(pairs: Any, names: Sequence[str]) -> Callable[[str], str | None]:
-    try:
-        table = [(compiled(pattern), to) for pattern, to in pairs]
-    except (TypeError, ValueError) as error:
-        if isinstance(error, RuleError):
-            raise
-        raise TypeError(
-            f"rename is a list of pairs (pattern, replacement), or a function of a name, not {pairs!r}."
-        ) from None
-    unused = dict(enumerate(pattern for pattern, _ in table))
-
-    def change(name: str) -> str | None:
-        for i, (pattern, to) in enumerate(table):
-            if pattern.search(name):
-                unused.pop(i, None)
-                if to is None:
-                    return None
-                try:
-                    name = pattern.sub(to, name)
-                except (re.error, IndexError) as error:
-                    raise RuleError(
-                        f"rename: {to!r} cannot replace {pattern.pattern!r}: {error}."
-                    ) from None
-        return name
-
-    known = {name: change(name) for name in names}
-    if unused:
-        problems = "; ".join(no_match(f".*({pattern.pattern}).*", names) for pattern in unused.values())
-        raise RuleError(
-            f"rename: {problems}. The patterns are searched for in the names of the file, each in what "
-            "the ones before it made of a name."
-        )
-    return known.__getitem__
-
-
 class Lookup:
-    """Finds the path that a name of a file leads to in a structure."""
+    """Finds the path in a structure that a name in a file refers to."""
 
     def __init__(self, structure: Structure, sep: str) -> None:
         self.structure = structure
         self.slot_of = dict(structure.entries())
         self._spelled: dict[str, Path | None] = {}
-        for by in dict.fromkeys((sep, ".", "/", "_")):  # what the file itself joins with goes first
-            here: dict[str, Path | None] = {}
+        for by in dict.fromkeys((sep, ".", "/", "_")):  # the file's own separator comes first
+            spelled: dict[str, Path | None] = {}
             for path in self.slot_of:
-                spelling = join(path, by)
-                here[spelling] = None if spelling in here else path  # two alike mean neither
-            self._spelled = {**here, **self._spelled}
+                name = join(path, by)
+                spelled[name] = None if name in spelled else path  # an ambiguous name matches nothing
+            self._spelled = {**spelled, **self._spelled}
 
     def find(self, name: str) -> Path | None:
-        """Returns the path of a leaf, or None."""
+        """Returns the path of the leaf with a name, or None."""
         if name in self._spelled:
             return self._spelled[name]
         return self._by_position(re.split("[./]", name))
 
     def _by_position(self, parts: Sequence[str]) -> Path | None:
-        found: Node | int = self.structure.root
-        path = []
-        for part in parts:
-            if not isinstance(found, Node):
+        path: list[str] = []
+        structure = self.structure
+        for i, name in enumerate(parts):
+            children = structure.children()
+            if name not in children and name.isascii() and name.isdigit() and len(name) < 10:
+                name = dict(enumerate(children)).get(int(name), name)
+            if name not in children:
                 return None
-            if part not in found.children and part.isascii() and part.isdigit() and len(part) < 10:
-                part = dict(enumerate(found.children)).get(int(part), part)
-            if part not in found.children:
-                return None
-            found = found.children[part]
-            path.append(part)
-        return tuple(path) if tuple(path) in self.slot_of else None
+            path.append(name)
+            if isinstance(children[name], int):
+                return tuple(path) if i + 1 == len(parts) and tuple(path) in self.slot_of else None
+            structure, _ = structure.level(name)
+        return None
 
     def assign(
         self, items: Sequence[Item], shapes: Sequence[Any], ordered: bool, nameless: bool
     ) -> list[list[Path]]:
-        """Returns for every item the paths that its names lead to.
+        """Returns for each item the paths that its names refer to.
 
         Args:
-          items: what is to be placed.
+          items: the arrays to match.
           shapes: the shape of each leaf.
-          ordered: names may go by their order where they lead nowhere, as Gluon's do.
-          nameless: names say nothing, only the order does.
+          ordered: whether to match by order if the names do not match, as for Gluon files.
+          nameless: whether to match by order only, as the file has no names.
         """
-        ways = [lambda name: name, *(_GLUON if ordered else ())]
+        spellings = [lambda name: name, *(_GLUON if ordered else ())]
         if not nameless:
             prefix = _common_prefix([name for item in items for name in item.names]) if ordered else ""
             if prefix:
-                ways.append(lambda name: name.removeprefix(prefix))
-            tried = [self._by(way, items) for way in ways]
-            for paths in tried:
+                spellings.append(lambda name: name.removeprefix(prefix))
+            attempts = [self._by_name(spelling, items) for spelling in spellings]
+            for paths in attempts:
                 if all(paths):
                     return paths
         if ordered and (paths := self._by_order(items, shapes, nameless)):
             return paths
         if nameless:
             return [[] for _ in items]
-        return max(tried, key=lambda paths: sum(map(bool, paths)))
+        return max(attempts, key=lambda paths: sum(map(bool, paths)))
 
-    def _by(self, way: Callable[[str], str], items: Sequence[Item]) -> list[list[Path]]:
-        return [[path for name in item.names if (path := self.find(way(name)))] for item in items]
+    def _by_name(self, spelling: Callable[[str], str], items: Sequence[Item]) -> list[list[Path]]:
+        return [[path for name in item.names if (path := self.find(spelling(name)))] for item in items]
 
     def _by_order(
         self, items: Sequence[Item], shapes: Sequence[Any], nameless: bool
     ) -> list[list[Path]]:
-        """Returns the paths in order if that fits: as many, of the same shapes and last names."""
+        """Returns the paths in order if their number, shapes and last segments match; else nothing."""
         for paths in (self.structure.canonical, tuple(self.slot_of)):
             if len(paths) == len(items) and all(
                 nameless
@@ -171,17 +138,17 @@ class Lookup:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """Returns what all names begin with, up to an underscore: the name of a whole network."""
+    """Returns the common prefix of names up to an underscore: Gluon's name of the network."""
     low, high = min(names, default=""), max(names, default="")
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[: low.rfind("_", 0, same) + 1]
+    length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[: low.rfind("_", 0, length) + 1]
 
 
 def _unfused(name: str) -> str:
-    """Returns a recurrent layer's name for what Gluon's files call by the cells that it stands for."""
+    """Returns the parameter name of a recurrent layer for the name of a cell in a Gluon file."""
     return re.sub(
         r"(?:_unfused\.)(\d+)\.(?:([lr])_cell\.)?(?=[ih]2h_)",
-        lambda found: f"{found[2] or 'l'}{found[1]}_",
+        lambda match: f"{match[2] or 'l'}{match[1]}_",
         name,
     )
 
@@ -190,7 +157,7 @@ _GLUON = (_unfused,)
 
 
 def closest(name: str, shape: tuple[int, ...] | None, items: Mapping[str, Item]) -> str:
-    """Returns the name of the array that is most like a missing leaf, or nothing."""
+    """Returns the name of the array closest to a missing leaf, or an empty string."""
     near = close_names(name, [n for n in items if items[n].shape == shape]) if shape else []
     near = near or close_names(name, list(items))
     return near[0] if near else ""

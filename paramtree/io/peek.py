@@ -1,4 +1,4 @@
-"""What a file says before any array of it is read: its format, and the tree that its names make."""
+"""``pt.peek``: the format and the tree of a file, from its headers alone."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import jax
 
 from paramtree.core.errors import NameCollisionError
 from paramtree.core.structure import PARAM, build
-from paramtree.core.tree import ParamTree, _rebuild
+from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.formats import mxnet, npz, orbax, safetensors
 from paramtree.io.matching import Item
 from paramtree.io.source import Source, fail, segments
@@ -20,22 +20,22 @@ __all__ = ["arranged", "items_of", "open_source", "peek"]
 
 
 def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
-    """Returns the tree that a file holds, with shapes and dtypes in place of the arrays.
+    """Returns the tree in a file, with shapes and dtypes in place of the arrays.
 
-    Only headers are read, so many gigabytes take milliseconds, and no memory. The tree has the order,
-    ties, kinds and holes that ``pt.load`` gives it. It can be the ``like`` of ``pt.load``, in part too:
-    ``pt.load(path, like=pt.select(pt.peek(path), "head_.*"), ignore_extra=True)``.
+    Reads only headers, so even a file of many gigabytes takes milliseconds and almost no memory. The
+    tree has the order, ties, kinds and holes that ``pt.load`` returns. Pass it, or a selection of it,
+    to ``pt.load``: ``pt.load(path, like=pt.select(pt.peek(path), "head_.*"), ignore_extra=True)``.
 
     Args:
       path: a file, folder or index, as for ``pt.load``.
-      sep: what separates the levels in names that become a tree; "/" always does.
+      sep: the separator of levels in names when a tree is built from them; "/" always separates too.
 
     Returns:
-      A tree of ``jax.ShapeDtypeStruct``s, with the dtypes that are in the file, 64-bit ones too.
+      A tree of ``jax.ShapeDtypeStruct``s with the dtypes of the file, including 64-bit ones.
 
     Raises:
-      LoadError: the file is damaged, or of no format that is read here.
-      FileNotFoundError: there is no such file.
+      LoadError: the file is damaged, or its format is not supported.
+      FileNotFoundError: the file does not exist.
 
     Example:
       >>> import numpy as np, paramtree as pt, tempfile
@@ -49,18 +49,18 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
     """
     with open_source(os.fspath(path)) as source:
         tree = arranged(source, items_of(source), sep)
-    shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in tree._leaves]
-    return _rebuild(tree._structure, shapes)
+    structure, items = flatten(tree)
+    return unflatten(structure, [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in items])
 
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def open_source(path: str) -> Source:
-    """Returns what a file holds, of whatever format it is; it is to be used in a ``with`` statement.
+    """Opens a file of any supported format. Use it in a ``with`` statement.
 
     Raises:
-      LoadError: it is of no format that is read here, or damaged.
+      LoadError: the file is damaged, or its format is not supported.
     """
     if os.path.isdir(path):
         return orbax.read(path)
@@ -82,24 +82,24 @@ def _read(path: str, file: BufferedReader) -> Source:
         return npz.read(path, file)
     if head[8:9] == b"{":
         return safetensors.read(path, file)
-    what = "is neither safetensors, .params nor .npz, and no folder of Orbax."
+    problem = "is neither safetensors, .params nor .npz, nor an Orbax folder."
     if not head:
-        what = "is empty."
+        problem = "is empty."
     elif head[:1] == b"\x80" or path.lower().endswith(_PICKLED):
-        what = npz.PICKLE
+        problem = npz.PICKLE
     elif head.startswith(b"\x93NUMPY"):
-        what = "holds one array without a name: write it with numpy.savez."
+        problem = "holds one array without a name. Write it with numpy.savez."
     elif head.startswith(b"\x89HDF"):
-        what = "is an HDF5 file, as Keras writes them: save its arrays as .npz."
-    return fail(path, "", what)
+        problem = "is an HDF5 file, as Keras writes. Save its arrays as .npz."
+    return fail(path, "", problem)
 
 
 def items_of(source: Source) -> list[Item]:
-    """Returns the arrays of a source with all their names, as the leaves that they stand for."""
+    """Returns an item for each array of a source, with all its names and decoded shape and dtype."""
     layout = source.layout
     if layout is None:
         names = list(source.arrays)
-        if source.format == "safetensors":  # the package writes them in the order of the alphabet
+        if source.format == "safetensors":  # the package sorts by dtype and name
             names.sort(key=natural)
         return [
             Item(name, (name,), source.arrays[name].shape, source.arrays[name].dtype) for name in names
@@ -120,23 +120,19 @@ def arranged(source: Source, items: Sequence[Item], sep: str, exact: bool = True
 
     Args:
       source: the file.
-      items: what is to be in the tree.
-      sep: what separates the levels in the names.
-      exact: whether the items are those of the file, so that the tree is the one that was saved, if the
-        file tells it.
+      items: the leaves of the tree.
+      sep: the separator of levels in names.
+      exact: whether the items are the file's own, so that its recorded layout applies.
     """
     layout, kinds = source.layout, dict(source.kinds)
     if layout is not None:
         if exact:
-            return _rebuild(layout.structure, items)
+            return unflatten(layout.structure, items)
         kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
-    entries = [
-        (segments(source.path, name, sep), label)
-        for label, item in enumerate(items)
-        for name in item.names
-    ]
+    names = [(name, label) for label, item in enumerate(items) for name in item.names]
+    entries = [(segments(source.path, name, sep), label) for name, label in names]
     try:
         structure, order = build(entries, [kinds.get(item.origin, PARAM) for item in items])
     except NameCollisionError as error:
-        fail(source.path, "the names", f"make no tree: {error}")
-    return _rebuild(structure, [items[label] for label in order])
+        fail(source.path, "the names", f"do not form a tree: {error}")
+    return unflatten(structure, [items[label] for label in order])

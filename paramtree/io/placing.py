@@ -1,4 +1,4 @@
-"""Where the arrays of a file end up: as jax arrays on devices, or as numpy arrays."""
+"""Turning the arrays of a file into leaves: jax arrays on their devices, or numpy arrays."""
 
 import functools
 import itertools
@@ -10,31 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.io.wire import is_key
-from paramtree.sharding.shardings import scatter
+from paramtree.sharding.place import scatter
 
 __all__ = ["Placing", "divides"]
 
 
 class Placing:
-    """Takes the leaves of a tree one by one, and puts them on their devices all at once."""
+    """Collects the leaves of a tree one by one, and transfers them to their devices together."""
 
     def __init__(self) -> None:
         self._leaves: list[Any] = []
-        self._to: dict[Any, list[int]] = {}  # the shardings, and None for the default device
+        self._pending: dict[Any, list[int]] = {}  # leaves by sharding, None for the default device
         self._default = jnp.zeros(()).sharding
 
     def keep(self, leaf: Any) -> None:
-        """Takes a leaf that stays as it is."""
+        """Adds a leaf unchanged."""
         self._leaves.append(leaf)
 
-    def add(self, value: Any, like: Any = None, place: Any = None, copy: bool = False) -> None:
-        """Takes an array that is to be like another leaf, or a jax array if jax can hold it.
+    def add(self, value: Any, like: Any = None, sharding: Any = None, copy: bool = False) -> None:
+        """Adds an array, with the type and dtype of ``like``; without it as a jax array if possible.
 
         Args:
-          value: a numpy array; or a jax array, which is where it belongs.
+          value: a numpy array, or a jax array that is already on its devices.
           like: an array, a shape with a dtype, or a number.
-          place: a sharding; None for a numpy array if ``like`` is one, or else the default device.
-          copy: whether somebody else may have the same memory, as a function that returned it.
+          sharding: a sharding; None for the default device, or numpy if ``like`` is a numpy array.
+          copy: whether to copy, as the memory may be shared, for example by a user's function.
         """
         dtype = getattr(like, "dtype", None)
         if not is_key(value) and dtype is not None and value.dtype != dtype:
@@ -45,62 +45,62 @@ class Placing:
             value = type(like)(value.item())
         elif isinstance(like, np.generic):
             value = np.asarray(value)[()]
-        elif isinstance(like, np.ndarray) and place is None:
+        elif isinstance(like, np.ndarray) and sharding is None:
             value = np.asarray(value)
         elif isinstance(value, np.ndarray) and _holds(value.dtype):
-            if divides(place):
-                value = scatter(value, place)  # at once, for its memory
+            if divides(sharding):
+                value = scatter(value, sharding)  # now, to free the host memory
             else:
-                to = None if place == self._default else place
-                self._to.setdefault(to, []).append(len(self._leaves))
+                key = None if sharding == self._default else sharding
+                self._pending.setdefault(key, []).append(len(self._leaves))
         self._leaves.append(value)
 
-    def add_parts(
-        self, read: Callable[[tuple[slice, ...]], Any], shape: Any, dtype: Any, place: Any
+    def add_sharded(
+        self, read: Callable[[tuple[slice, ...]], Any], shape: Any, dtype: Any, sharding: Any
     ) -> None:
-        """Takes an array that is read part by part, each once, and only those of this process.
+        """Adds an array by reading each slice that this process holds, once.
 
         Args:
-          read: returns a part, given a slice for each dimension.
-          shape: that of the array.
-          dtype: what to cast it to.
-          place: its sharding.
+          read: reads the given slice of each dimension.
+          shape: the shape of the array.
+          dtype: the dtype to cast to.
+          sharding: its sharding.
         """
 
         @functools.cache
         def read_once(bounds: tuple[tuple[int | None, int | None], ...]) -> Any:
             return _in_dtype(read(tuple(itertools.starmap(slice, bounds))), dtype)
 
-        def part(index: Any) -> Any:  # a slice has no hash before Python 3.12
-            return read_once(tuple((one.start, one.stop) for one in index))
+        def callback(index: Any) -> Any:  # slices are not hashable before Python 3.12
+            return read_once(tuple((dim.start, dim.stop) for dim in index))
 
-        self._leaves.append(jax.make_array_from_callback(shape, place, part))
+        self._leaves.append(jax.make_array_from_callback(shape, sharding, callback))
 
     def done(self) -> tuple[Any, ...]:
         """Returns the leaves, on their devices."""
-        for sharding, places in self._to.items():
-            # One call for all, and on a CPU no copy: jax takes over memory that is aligned.
-            values = jax.device_put([self._leaves[i] for i in places], sharding)
-            for i, value in zip(places, values, strict=True):
+        for sharding, indices in self._pending.items():
+            # One call for all; on a CPU jax takes over aligned memory without a copy.
+            values = jax.device_put([self._leaves[i] for i in indices], sharding)
+            for i, value in zip(indices, values, strict=True):
                 self._leaves[i] = value
         return tuple(self._leaves)
 
 
-def _holds(dtype: Any) -> bool:
-    return _tried(dtype, jax.dtypes.canonicalize_dtype(np.int64) == np.int64)
+def _holds(dtype: Any) -> bool:  # whether a jax array can have the dtype
+    return _holds_if(dtype, jax.dtypes.canonicalize_dtype(np.int64) == np.int64)
 
 
 @functools.cache
-def _tried(dtype: Any, x64: bool) -> bool:
+def _holds_if(dtype: Any, x64: bool) -> bool:
     try:
         return bool(jax.device_put(np.zeros((), dtype)).dtype == dtype)
-    except Exception:  # jax raises several types for what it does not know
+    except Exception:  # jax raises several types for unsupported dtypes
         return False
 
 
-def divides(place: Any, dtype: Any = np.float32) -> bool:
-    """Whether arrays of a dtype can go to a sharding, and it is over several devices."""
-    return place is not None and len(place.device_set) > 1 and _holds(dtype)
+def divides(sharding: Any, dtype: Any = np.float32) -> bool:
+    """Whether a sharding spans several devices and jax can hold the dtype."""
+    return sharding is not None and len(sharding.device_set) > 1 and _holds(dtype)
 
 
 def _in_dtype(value: Any, dtype: Any) -> Any:
@@ -108,8 +108,8 @@ def _in_dtype(value: Any, dtype: Any) -> Any:
 
 
 def _cast(value: Any, dtype: Any) -> Any:
-    with np.errstate(all="ignore"):  # what is too large for the dtype becomes infinite
+    with np.errstate(all="ignore"):  # overflow gives infinity
         try:
             return value.astype(dtype)
-        except TypeError:  # two small floats may not know each other, and both are exact in float32
+        except TypeError:  # some pairs of small floats have no cast, but float32 holds both exactly
             return value.astype(np.float32).astype(dtype)

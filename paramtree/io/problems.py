@@ -1,4 +1,4 @@
-"""All that can be wrong when a file is to become a tree, told in one error."""
+"""Reporting every mismatch between a file and a tree in one error."""
 
 import re
 from collections.abc import Sequence
@@ -7,17 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from paramtree.core.arrays import casts, dtype_of, join, printable, shape_of
+from paramtree.core.arrays import dtype_of, join, printable, shape_of
 from paramtree.core.errors import LoadError
-from paramtree.core.names import compiled
+from paramtree.core.rules import compiled
 from paramtree.core.structure import Path, Structure
 from paramtree.io.matching import Item, closest
+from paramtree.verbs.cast import casts
 
 __all__ = ["Problems"]
 
 
 class Problems:
-    """Everything that is wrong with a file, collected so that one error can tell all of it."""
+    """Collects the mismatches between a file and a tree, to raise them as one error."""
 
     def __init__(self, path: str, deduplicated: bool) -> None:
         self.path = path
@@ -40,27 +41,24 @@ class Problems:
         self,
         structure: Structure,
         leaves: Sequence[Any],
-        givers: Sequence[Sequence[Item]],
+        matches: Sequence[Sequence[Item]],
         extra: Sequence[Item],
         allowed: Any,
     ) -> list[str]:
-        """Returns the missing names that may be missing, and notes the others."""
-        fine = []
+        """Returns the missing names that are allowed, and records the others as problems."""
+        accepted = []
         unexpected = {item.names[0]: item for item in extra}
         aliases: dict[int, list[Path]] = {}
         for path, slot in structure.entries():
             aliases.setdefault(slot, []).append(path)
-        hints = max(1, 20_000 // (len(unexpected) + 1))  # each comparison takes a while
-        for slot, (leaf, found) in enumerate(zip(leaves, givers, strict=True)):
-            if found or shape_of(leaf) is None:
+        hints = max(1, 20_000 // (len(unexpected) + 1))  # finding a close name is slow
+        for slot, (leaf, items) in enumerate(zip(leaves, matches, strict=True)):
+            if items or shape_of(leaf) is None:
                 continue
             names = [join(path) for path in aliases[slot]]
             if not any(_allows(allowed, name) for name in names):
-                near = (
-                    closest(join(structure.canonical[slot], "."), shape_of(leaf), unexpected)
-                    if hints
-                    else ""
-                )
+                name = join(structure.canonical[slot], ".")
+                near = closest(name, shape_of(leaf), unexpected) if hints else ""
                 hints -= bool(hints)
                 hint = f"; the closest unexpected name is `{_printable(near)}`" if near else ""
                 self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
@@ -69,32 +67,31 @@ class Problems:
             elif isinstance(leaf, jax.ShapeDtypeStruct):
                 self.add(f"`{names[0]}` is missing, and `like` has no value for it.", _NO_VALUE)
             else:
-                fine.append(names[0])
-        return fine
+                accepted.append(names[0])
+        return accepted
 
     def extra(self, extra: Sequence[Item], allowed: Any) -> list[str]:
-        """Returns the extra names that may be there, and notes the others."""
-        fine = []
+        """Returns the extra names that are allowed, and records the others as problems."""
+        accepted = []
         for item in extra:
             spelled = {item.origin, *item.names}
             spelled |= {re.sub("[./]", "_", name) for name in spelled}
             if any(_allows(allowed, name) for name in spelled):
-                fine.append(item.origin)
+                accepted.append(item.origin)
             else:
-                now = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
-                self.add(f"`{_printable(item.origin)}`{now} is unexpected.", _EXTRA)
-        return fine
+                renamed = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
+                self.add(f"`{_printable(item.origin)}`{renamed} is unexpected.", _EXTRA)
+        return accepted
 
     def compare(self, name: str, leaf: Any, item: Item, cast: bool) -> None:
-        """Notes a shape or dtype that is not that of the leaf."""
+        """Records a shape or dtype that differs from that of the leaf."""
         origin = "" if item.origin == name else f", from `{_printable(item.origin)}`,"
         shape, dtype = shape_of(leaf), dtype_of(leaf)
         if isinstance(dtype, np.dtype):
             dtype = dtype.newbyteorder("=")
         if shape is None:
-            self.add(
-                f"`{name}`{origin} has no place: `like` has a {type(leaf).__name__} there.", _SHAPE
-            )
+            kind = type(leaf).__name__
+            self.add(f"`{name}`{origin} does not fit: `like` has a {kind} there, not an array.", _SHAPE)
         elif item.shape != shape:
             self.add(f"`{name}`{origin} has shape {item.shape}, expected {shape}.", _SHAPE)
         if dtype is None or item.dtype == dtype:
@@ -104,25 +101,26 @@ class Problems:
         elif not casts(item.dtype, dtype):
             self.add(f"`{name}`{origin} has dtype {item.dtype}, which does not cast to {dtype}.", _CAST)
 
-    def equal(self, name: str, item: Item, value: Any, other: Item, found: Any) -> None:
-        """Notes two names of a tied leaf that have different values."""
-        if item.origin == other.origin or _same(value, found):
+    def equal(self, name: str, item: Item, value: Any, alias: Item, alias_value: Any) -> None:
+        """Records two names of a tied leaf that have different values."""
+        if item.origin == alias.origin or _same(value, alias_value):
             return
-        both = f"`{_printable(item.origin)}` and `{_printable(other.origin)}`"
-        self.add(f"{both} are one leaf, `{name}`, and differ{_distance(value, found)}.", _TIED)
+        both = f"`{_printable(item.origin)}` and `{_printable(alias.origin)}`"
+        distance = _distance(value, alias_value)
+        self.add(f"{both} are tied to one leaf, `{name}`, but differ{distance}.", _TIED)
 
 
-_MISSING = "allow_missing=True keeps the values of `like`; rename= says what the file calls a name."
+_MISSING = "allow_missing=True keeps the values of `like`; rename= rewrites the names in the file."
 _DEDUPLICATED = (
-    "If Gluon saved it deduplicated, tied arrays are in it once, under their last name: load into "
-    "pt.tie(like, {alias: source}), and pt.untie the result if it is to be untied."
+    "A file that Gluon deduplicated has each tied array once, under its last name: load into "
+    "pt.tie(like, {alias: source}), and pt.untie the result for separate arrays."
 )
-_NO_VALUE = "Only shapes were given: give a tree of values, from pt.init, to keep some of them."
-_EXTRA = "ignore_extra=True leaves out what the tree has no place for."
-_SHAPE = "transform= can bring an array into another shape; or the file is of another model."
+_NO_VALUE = "`like` has only shapes there: pass a tree of values, as from pt.init, to keep them."
+_EXTRA = "ignore_extra=True skips names that the tree does not have."
+_SHAPE = "transform= can change the shape of an array; or the file is of a different model."
 _DTYPE = "cast_dtype=True casts to the dtypes of `like`."
-_CAST = "Only numbers that are whole, or become less exact, are cast: use transform=."
-_TIED = "One leaf has one value: drop one name with rename=, or load into pt.untie(like)."
+_CAST = "Floats are not cast to integers, nor complex numbers to real ones: use transform=."
+_TIED = "A tied leaf has one value: drop one name with rename=, or load into pt.untie(like)."
 
 
 def _allows(allowed: Any, name: str) -> bool:

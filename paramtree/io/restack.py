@@ -1,112 +1,159 @@
-"""Checkpoints of layers that are stacked, for trees where they are not, and the other way round.
+"""Loading stacked layers into a tree of separate layers, and separate layers into a stacked tree.
 
-``blocks.weight`` with a first axis of twelve holds what ``blocks.0.weight`` to ``blocks.11.weight``
-hold. A file of either form loads into a tree of either; see ``pt.stack`` and ``pt.unstack``.
+``blocks.weight`` with a first axis of size 12 corresponds to ``blocks.0.weight`` to
+``blocks.11.weight``. Either form loads into the other; see ``pt.stack`` and ``pt.unstack``. A tree of
+``pt.init`` knows which axis runs over which copies; in other trees it is the first.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from paramtree.core.structure import Path
+from paramtree.core.structure import Path, Stack
 from paramtree.io.matching import Item, Lookup
 
 __all__ = ["restack"]
+
+_NESTED = 3  # stacks in stacks whose copies have numbers in one name
+
+Index = tuple[int, ...]
 
 
 def restack(
     items: Sequence[Item], lookup: Lookup, shapes: Sequence[Any], read: Callable[[Item], Any]
 ) -> list[Item]:
-    """Returns the items in the form of the tree: what leads nowhere as it is, but would if it were
-    a stack, or a part of one, is one.
+    """Returns the items, stacked or unstacked where only that makes their names match the tree.
 
     Args:
-      items: what the file has.
-      lookup: finds the leaves of the tree.
+      items: the arrays of the file.
+      lookup: finds leaves by name.
       shapes: the shape of each leaf.
       read: reads an item.
     """
+    structure = lookup.structure
+    stacks = dict(zip(structure.paths, structure.stacks, strict=True)) if structure.stacks else {}
     out: list[Item] = []
-    parts: dict[Path, dict[int, Item]] = {}
-    numbered = _without_numbers(lookup)
+    groups: dict[tuple[Path, Index], dict[Index, Item]] = {}
+    unnumbered = _unnumbered(lookup, stacks)
     for item in items:
         if any(lookup.find(name) for name in item.names):
             out.append(item)
-        elif copies := _copies(item, numbered, lookup, shapes):
-            out += [
-                item._replace(
-                    names=(".".join(path),), shape=item.shape[1:], read=partial(_part, read, item, i)
-                )
-                for i, path in enumerate(copies)
-            ]
-        elif at := _place(item, lookup):
-            path, number = at
-            parts.setdefault(path, {})[number] = item
+        elif copies := _copies(item, unnumbered, lookup, shapes):
+            for axes, index, path in copies:
+                slices = partial(_slice, read, item, axes, index)
+                shape = shapes[lookup.slot_of[path]]
+                out.append(replace(item, names=(".".join(path),), shape=shape, read=slices))
+        elif position := _position_in_stack(item, lookup, stacks):
+            path, axes, index = position
+            groups.setdefault((path, axes), {})[index] = item
         else:
             out.append(item)
-    for path, group in parts.items():
-        shape = shapes[lookup.slot_of[path]]
-        first = group.get(0)
-        alike = first is not None and all(
-            i.shape == first.shape and i.dtype == first.dtype for i in group.values()
-        )
-        if (
-            first is None
-            or not alike
-            or set(group) != set(range(len(group)))
-            or shape != (len(group), *first.shape)
-        ):
+    for (path, axes), group in groups.items():
+        first = next(iter(group.values()))
+        sizes = tuple(max(numbers) + 1 for numbers in zip(*group, strict=True))
+        like = {(item.shape, item.dtype) for item in group.values()} == {(first.shape, first.dtype)}
+        complete = len(group) == np.prod(sizes) and like
+        if not complete or shapes[lookup.slot_of[path]] != _inserted(first.shape, axes, sizes):
             out += group.values()
             continue
-        members = [group[i] for i in range(len(group))]
-        origin = ", ".join(item.origin for item in members)
-        whole = partial(_whole, read, members)
-        out.append(first._replace(origin=origin, names=(".".join(path),), shape=shape, read=whole))
+        copies = [group[index] for index in np.ndindex(sizes)]
+        origin = ", ".join(item.origin for item in copies)
+        stacked = partial(_stack, read, copies, axes, sizes)
+        shape = shapes[lookup.slot_of[path]]
+        out.append(replace(first, origin=origin, names=(".".join(path),), shape=shape, read=stacked))
     return out
 
 
-def _part(read: Callable[[Item], Any], item: Item, i: int) -> Any:
-    return read(item)[i]
+def _inserted(shape: tuple[int, ...], axes: Index, sizes: Index) -> tuple[int, ...]:
+    full = list(shape)
+    for axis, size in zip(axes, sizes, strict=True):
+        full.insert(axis, size)
+    return tuple(full)
 
 
-def _whole(read: Callable[[Item], Any], copies: Sequence[Item]) -> Any:
-    return np.stack([read(item) for item in copies])
+def _slice(read: Callable[[Item], Any], item: Item, axes: Index, index: Index) -> Any:
+    array = read(item)
+    return np.moveaxis(array, axes, range(len(axes)))[index]
 
 
-def _without_numbers(lookup: Lookup) -> dict[str, dict[int, Path]]:
-    """Returns for each name, with the number of a copy taken out, the paths of the copies."""
-    found: dict[str, dict[int, Path]] = {}
+def _stack(read: Callable[[Item], Any], copies: Sequence[Item], axes: Index, sizes: Index) -> Any:
+    arrays = np.stack([read(item) for item in copies])
+    return np.moveaxis(arrays.reshape(*sizes, *arrays.shape[1:]), range(len(axes)), axes)
+
+
+def _numbers(words: Sequence[str]) -> Iterator[tuple[Index, Index, list[str]]]:
+    """Yields some numbers among words: their places, the numbers, and the words without them."""
+    where = [i for i, word in enumerate(words[:-1]) if _is_number(word)]
+    for count in range(1, min(len(where), _NESTED) + 1):
+        for places in itertools.combinations(where, count):
+            rest = [word for i, word in enumerate(words) if i not in places]
+            yield places, tuple(int(words[i]) for i in places), rest
+
+
+_Unnumbered = dict[str, dict[Index, dict[Index, tuple[Index, Path]]]]
+
+
+def _unnumbered(lookup: Lookup, stacks: dict[Path, Stack]) -> _Unnumbered:
+    """Maps each name without numbers of copies, for each choice of numbers, to the paths of the copies.
+
+    With each path come the axes of the stack that its numbers index.
+    """
+    names: _Unnumbered = {}
     for path in lookup.slot_of:
-        for i, segment in enumerate(path[:-1]):
-            if _is_number(segment):
-                rest = path[:i] + path[i + 1 :]
-                for sep in "./_":
-                    found.setdefault(sep.join(rest), {})[int(segment)] = path
-    return found
+        for places, numbers, rest in _numbers(path):
+            # The axes of the stack come in the order of the path; some are axes of the copies too.
+            own = [position for position, _ in stacks.get(path, ())]
+            axes = tuple(
+                i + sum(position <= place for position in own) for i, place in enumerate(places)
+            )
+            for sep in "./_":
+                copies = names.setdefault(sep.join(rest), {}).setdefault(places, {})
+                copies[numbers] = axes, path
+    return names
 
 
 def _copies(
-    item: Item, numbered: dict[str, dict[int, Path]], lookup: Lookup, shapes: Sequence[Any]
-) -> list[Path]:
-    """Returns the paths that the parts of an item belong to, if it is a stack of all of them."""
+    item: Item, unnumbered: _Unnumbered, lookup: Lookup, shapes: Sequence[Any]
+) -> list[tuple[Index, Index, Path]]:
+    """Returns the axes, index and path of each copy if the item is a stack, else nothing."""
     for name in item.names:
-        paths = numbered.get(name, {})
-        whole = item.shape[:1] == (len(paths),) and set(paths) == set(range(len(paths)))
-        if paths and whole and all(shapes[lookup.slot_of[p]] == item.shape[1:] for p in paths.values()):
-            return [paths[i] for i in range(len(paths))]
+        for copies in unnumbered.get(name, {}).values():
+            sizes = tuple(max(numbers) + 1 for numbers in zip(*copies, strict=True))
+            complete = len(copies) == np.prod(sizes)
+            if complete and all(
+                item.shape == _inserted(shapes[lookup.slot_of[path]], axes, sizes)
+                for axes, path in copies.values()
+            ):
+                return [(axes, index, path) for index, (axes, path) in copies.items()]
     return []
 
 
-def _place(item: Item, lookup: Lookup) -> tuple[Path, int] | None:
-    """Returns the path of the leaf that would be the stack of an item and others, and its number."""
+def _position_in_stack(
+    item: Item, lookup: Lookup, stacks: dict[Path, Stack]
+) -> tuple[Path, Index, Index] | None:
+    """Returns the path of the stacked leaf that the item is a copy in, with its axes and index."""
     for name in item.names:
-        words = re.split("[./]", name)
-        for i, word in enumerate(words[:-1]):
-            if _is_number(word) and (path := lookup.find(".".join(words[:i] + words[i + 1 :]))):
-                return path, int(word)
+        for places, numbers, rest in _numbers(re.split("[./]", name)):
+            path = lookup.find(".".join(rest))
+            if path is None:
+                continue
+            stack = stacks.get(path)
+            if stack is None:
+                return path, tuple(range(len(places))), numbers
+            free = [(axis, position) for axis, (position, _) in enumerate(stack)]
+            axes = []
+            for removed, place in enumerate(places):
+                axis = next((a for a, position in free if position == place - removed), None)
+                if axis is not None:
+                    axes.append(axis)
+                    free = [(a, position) for a, position in free if a > axis]
+            if len(axes) == len(places):
+                return path, tuple(axes), numbers
     return None
 
 

@@ -1,50 +1,47 @@
-"""``pt.save``: a tree into a file, in the format that its name asks for."""
+"""``pt.save``: saves a tree in the format given by the file extension."""
 
-import contextlib
 import os
 from collections.abc import Container
 from typing import Any
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError, ParamTreeError
-from paramtree.core.names import check_unique, from_tree, named
+from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.structure import Structure
-from paramtree.core.tree import ParamTree
 from paramtree.io.formats import mxnet, npz, orbax, safetensors
 from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout, odd_parts
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
+from paramtree.verbs.collect import check_unique
 
 __all__ = ["flattened", "save"]
 
 _WRITERS = {".safetensors": safetensors, ".npz": npz, ".orbax": orbax}
-# fmt: off
 _OTHERS = (
     ".pt", ".pth", ".bin", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".gguf", ".onnx", ".npy",
     ".json",
-)
-# fmt: on
+)  # fmt: skip
 
 
 def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
-    """Saves a tree, in the format that the path ends in.
+    """Saves a tree in the format given by the file extension.
 
-    ``.safetensors``, or an ending that is not listed here: safetensors. ``.npz``: numpy's. ``.orbax``:
-    a folder that Orbax writes, for trees that are sharded over devices and processes. These keep order,
-    ties, kinds, holes and every dtype, store a tied leaf once, and are read by their own packages too.
-    ``.params``: MXNet's, which has names and arrays only; a tied leaf is in it under all its names.
+    ``.npz`` is numpy's format, ``.orbax`` an Orbax folder for trees sharded over devices and processes,
+    and ``.safetensors`` or any extension not listed here is safetensors. These keep order, ties, kinds,
+    holes and every dtype, store a tied leaf once, and can be read by their own packages. ``.params`` is
+    MXNet's format. It has only names and arrays, so a tied leaf is stored under each of its names.
 
-    At every moment the old file or the new one is there, whole, even if the process is killed.
+    The write is atomic: if the process is killed, the old file is still intact.
 
     Args:
-      path: where to; a file that is there is replaced.
-      tree: a parameter tree or a sub-tree, whose names then start there; or any other pytree, of which
-        the arrays and numbers are saved.
-      sep: what joins the names in the file, as in ``dense0.weight``.
+      path: the file to write; an existing one is replaced.
+      tree: a parameter tree, a sub-tree (its names start at the sub-tree), or any other pytree of
+        arrays and numbers.
+      sep: the separator of names in the file, as in ``dense0.weight``.
 
     Raises:
       NameCollisionError: two paths join to one name.
-      MismatchError: leaves that cannot be saved, such as shapes, tracers and strings; all are listed.
-      ParamTreeError: the format is another library's, or has no way to write the tree.
+      MismatchError: some leaves cannot be saved, such as shapes, tracers or strings; all are listed.
+      ParamTreeError: the extension belongs to another library, or the format cannot hold the tree.
       OSError: the folder is missing or full.
 
     Example:
@@ -58,16 +55,14 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
     if extension in _OTHERS:
-        raise ParamTreeError(
-            f"{path}: files that end in {extension} are another library's. Choose .safetensors, .npz, "
-            ".orbax or .params."
-        )
+        formats = ".safetensors, .npz, .orbax or .params"
+        raise ParamTreeError(f"{path}: {extension} is another library's format. Choose {formats}.")
     if extension == ".params":
-        source = _as_tree(tree)
-        structure = source._structure
+        source = open_tree(tree, is_array_or_number)
+        structure = source.structure
         _check_names(structure, sep)
         slots = [(join(path, sep), slot) for path, slot in structure.entries()]
-        arrays, _ = _encoded(path, structure, source._leaves, mxnet.NATIVE)
+        arrays, _ = _encoded(path, structure, source.leaves, mxnet.NATIVE)
         mxnet.write(path, {name: arrays[slot] for name, slot in slots})
         return
     writer = _WRITERS.get(extension, safetensors)
@@ -75,52 +70,39 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
 
 
 def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[dict[str, Any], str]:
-    """Returns the arrays to write by name, and the layout that makes them a tree again.
+    """Returns the arrays to write by name, and the layout to rebuild the tree from.
 
     Raises:
       NameCollisionError: two paths join to one name.
-      MismatchError: leaves that cannot be saved; all are listed.
+      MismatchError: some leaves cannot be saved; all are listed.
     """
-    source = _as_tree(tree)
-    structure = source._structure
+    source = open_tree(tree, is_array_or_number)
+    structure = source.structure
     _check_names(structure, sep)
-    arrays, tags = _encoded(path, structure, source._leaves, native)
+    arrays, tags = _encoded(path, structure, source.leaves, native)
     names = [join(path, sep) for path in structure.canonical]
     layout = encode_layout(structure, names, tags, sep)
     return dict(zip(names, arrays, strict=True)), layout
 
 
-def _as_tree(tree: Any) -> ParamTree:
-    """Returns any pytree as a tree of its arrays; parameter trees in it keep their ties and kinds."""
-    found = named(tree, numbers=True)
-    if found.foreign:
-        with contextlib.suppress(ParamTreeError, TypeError):  # holes in a tree within, or one leaf
-            made = from_tree(tree)
-            if len(made._leaves) == len(found.tree._leaves):  # else some are no arrays
-                return made
-    return found.tree
-
-
 def _check_names(structure: Structure, sep: str) -> None:
     if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or "\0" in sep:
-        raise ParamTreeError(f"sep is what joins names in the file, such as '.' or '/', not {sep!r}.")
+        raise ParamTreeError(f"sep={sep!r} cannot separate names in a file: use '.' or '/'.")
     check_unique((join(path, sep), path) for path in structure.paths)
     if odd := odd_parts(structure.paths):
         paths = [path for path in structure.paths if odd[0] in path]
-        raise ParamTreeError(
-            f"`{join(paths[0], '/')[:200]}` has a part {odd[0]!r}: no file may have such."
-        )
+        name = join(paths[0], "/")[:200]
+        raise ParamTreeError(f"`{name}` has the segment {odd[0]!r}, which is not allowed in a file.")
     for path in structure.paths:
         if len(path) > DEEPEST:
-            raise ParamTreeError(
-                f"`{join(path, '/')[:200]}` is deeper than {DEEPEST} levels: no file may be."
-            )
+            name = join(path, "/")[:200]
+            raise ParamTreeError(f"`{name}` is nested deeper than the {DEEPEST} levels of a file.")
 
 
 def _encoded(
     path: str, structure: Structure, leaves: Any, native: Container[str]
 ) -> tuple[list[Any], list[str]]:
-    """Returns what to write for each leaf, and what its dtype is if the format cannot say it."""
+    """Returns for each leaf the array to write, and a tag for a dtype that the format lacks."""
     problems = []
     for leaf, where in zip(leaves, structure.canonical, strict=True):
         problem = check_savable(leaf)

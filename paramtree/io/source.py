@@ -1,7 +1,7 @@
-"""What a file holds, before anything is known of where it goes: names, shapes, dtypes, and how to read.
+"""The contents of a file: names, shapes, dtypes, and functions that read the arrays.
 
-A format's reader checks everything that a file says of itself before it allocates anything, and
-gives a ``Source``. No array is read until the loader has seen that all of them fit.
+The reader of each format checks every claim of a file before it allocates memory, and returns a
+``Source``. The loader reads arrays only after checking that all of them fit.
 """
 
 import contextlib
@@ -24,29 +24,29 @@ __all__ = [
     "read_span", "segments",
 ]  # fmt: skip
 
-# What a file may expand to when nobody says which shapes to expect: compressed and sparse arrays take
-# more memory than the file, and a few bytes can claim any amount.
+# Compressed and sparse arrays take more memory than the file, and a few bytes can claim any amount:
+# without known shapes, a file may expand to twice its size and this many bytes.
 _SLACK = 2**18
-_NEAR = 4096  # bytes: a disk reads no less than a page
-_CHUNK = 2**22  # bytes that may be in memory although only some of them are wanted
+_PAGE = 4096  # bytes: a disk reads no less
+_CHUNK = 2**22  # bytes read at once when only some of them are wanted
 
 
 class Stored(NamedTuple):
     """One array of a file.
 
-    ``read`` returns it; ``expands`` if that takes more memory than the file. ``part`` returns a part of
-    it, given a slice for each dimension, and reads that part alone; None if the format has no way to.
+    ``read`` returns it; ``expands`` says that it may take more memory than its bytes in the file.
+    ``read_slice`` reads only the given slice of each dimension; None if the format cannot.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
     expands: bool = False
-    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+    read_slice: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the array takes in memory."""
+        """The size of the array in memory, in bytes."""
         size = self.dtype.itemsize
         for n in self.shape:
             size *= n
@@ -55,12 +55,11 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The arrays of a file by name, and the structure of the tree, where the file tells it.
+    """The arrays of a file by name, and the structure of the tree if the file records it.
 
-    ``kinds`` has the kinds that the names tell, ``nameless`` is whether the names are mere numbers,
-    and ``ordered`` whether names may go by their order alone, as Gluon's do. ``parts`` are the files
-    that an index lists. The files stay open until the source is left, so that all of it comes from one
-    file even if that is replaced meanwhile.
+    ``kinds`` are the kinds that names imply, ``nameless`` says that the names are just numbers, and
+    ``ordered`` that names may be matched by order, as Gluon's. ``parts`` are the files that an index
+    lists. Files stay open until the source is closed, so replacing one meanwhile has no effect.
     """
 
     path: str
@@ -80,14 +79,14 @@ class Source:
         self.files.close()
 
     def get(self, name: str) -> Any:
-        """Returns an array, read anew."""
+        """Reads an array."""
         return self.arrays[name].read()
 
     def prepare(self, wanted: Mapping[str, Any]) -> None:
-        """Is told which arrays will be read, and their shardings or None, before any of them is."""
+        """Announces which arrays ``get`` will read, with their shardings or None."""
 
     def check_expansion(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises LoadError if arrays whose shapes nobody expects would take too much memory."""
+        """Raises LoadError if arrays of unexpected shapes would take too much memory."""
         size = sum(
             stored.nbytes
             for name, stored in self.arrays.items()
@@ -98,38 +97,36 @@ class Source:
             fail(
                 self.path,
                 "",
-                f"its compressed or sparse arrays would take {size:,} bytes of memory, of a file of "
-                f"{os.path.getsize(self.path):,}. If the file is to be trusted, say which shapes to "
-                "expect with like=, such as those that it claims, like=pt.peek(path); or write its "
-                "arrays uncompressed and dense.",
+                f"its compressed or sparse arrays would take {size:,} bytes of memory, from a file of "
+                f"{os.path.getsize(self.path):,}. If you trust it, pass the expected shapes as like=, "
+                "such as its own, like=pt.peek(path); or write its arrays uncompressed and dense.",
             )
 
 
-def fail(path: str, where: str, what: str) -> NoReturn:
-    """Raises LoadError of a file and a place in it."""
-    # A parser's own message may hold a name as long as the file, which would help nobody.
-    what = what if len(what) <= 1000 else what[:997] + "..."
-    raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(what)}")
+def fail(path: str, where: str, problem: str) -> NoReturn:
+    """Raises LoadError for a problem in a file, ``where`` in it."""
+    problem = problem if len(problem) <= 1000 else problem[:997] + "..."  # it may quote a long name
+    raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(problem)}")
 
 
 def check_name(path: str, name: str) -> None:
-    """Raises LoadError for a name that no tree should have: one that climbs, or has empty parts."""
+    """Raises LoadError for a name with segments that are empty, or that lead out of a folder."""
     if CLIMBS.search(name):
-        fail(path, repr(_short(name)), "is not a name: part of it is empty, '.' or '..'.")
+        fail(path, repr(_short(name)), "is not a valid name: a segment is empty, '.' or '..'.")
 
 
 def check_shape(path: str, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Returns how many bytes an array takes; LoadError if no array can have the shape."""
+    """Returns the size of an array in bytes. Raises LoadError if no array can have the shape."""
     size = dtype.itemsize
     for n in shape:
-        size *= max(n, 1)  # numpy counts so, an axis of 0 does not make another one harmless
+        size *= max(n, 1)  # as numpy does: an axis of 0 does not make a huge one valid
     if len(shape) > 32 or any(n < 0 for n in shape) or size >= 2**62:
-        fail(path, where, f"no array has shape {_short(str(shape))}.")
+        fail(path, where, f"no array can have shape {_short(str(shape))}.")
     return 0 if 0 in shape else size
 
 
 def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, Stored]) -> Layout | None:
-    """Returns the layout that a file holds, if any; LoadError if it is not that of the arrays."""
+    """Returns the layout in a file, if any. Raises LoadError if it does not match the arrays."""
     if text is None:
         return None
     try:
@@ -142,25 +139,25 @@ def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, St
 
 
 def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
-    """Returns a name's path. A "/" always separates; an empty ``sep`` means that nothing else does.
+    """Splits a name into a path, at ``sep`` and at "/"; an empty ``sep`` splits at "/" only.
 
     Raises:
-      LoadError: a part is empty, or there are more than ``DEEPEST``.
+      LoadError: a segment is empty, or there are more than ``DEEPEST``.
     """
     parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
     if not all(parts) or len(parts) > DEEPEST:
-        problem = "is too deep" if all(parts) else f"has an empty part between {sep or '/'!r}"
-        fail(path, repr(_short(name)), f"{problem}. With another sep= or rename= it can be a path.")
-    return tuple(map(sys.intern, parts))  # a large tree has few different ones
+        problem = "is nested too deep" if all(parts) else f"has an empty segment between {sep or '/'!r}"
+        fail(path, repr(_short(name)), f"{problem}. Pass another sep=, or rename= it.")
+    return tuple(map(sys.intern, parts))  # even a large tree has few distinct segments
 
 
 def read_span(
     path: str, file: BufferedReader, offset: int, size: int, dtype: Any, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns an array from bytes of a file, in memory that jax can use as it is.
+    """Reads an array from a file into memory that jax can use without a copy.
 
     Raises:
-      LoadError: the file has become shorter.
+      LoadError: the file was truncated.
     """
     return read_into(path, _reader(file, offset), size, dtype, shape)
 
@@ -173,10 +170,10 @@ def read_into(
     shape: tuple[int, ...],
     order: Literal["C", "F"] = "C",
 ) -> np.ndarray:
-    """Returns an array from what a function reads, which may be less at a call than it is asked for."""
+    """Reads an array with a function that may return fewer bytes per call than requested."""
     span = _aligned(size)
     _fill(path, readinto, span)
-    # A boolean is 0 or 1 to jax, and a file may hold any byte.
+    # jax assumes that a boolean is 0 or 1, but a file may hold any byte.
     array = span != 0 if dtype == np.bool_ else span.view(dtype)
     return array.reshape(shape, order=order)
 
@@ -189,55 +186,53 @@ def read_part(
     shape: tuple[int, ...],
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Returns a part of an array from a file; what lies outside is read only if it is less than a page.
+    """Reads a slice of an array in a file. It skips any gap of a page or more.
 
     Args:
-      path: what to call the file in a message.
+      path: the name of the file for error messages.
       file: the file.
-      offset: where the array begins in it.
+      offset: where the array starts in the file, in bytes.
       dtype: the dtype of the array.
-      shape: the shape of the whole array.
-      index: a slice, without a step, for each dimension.
+      shape: the shape of the full array.
+      index: a slice without a step for each dimension.
 
     Raises:
-      LoadError: the file has become shorter.
+      LoadError: the file was truncated.
     """
     if not shape:
         return read_span(path, file, offset, dtype.itemsize, dtype, shape)
-    bounds = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
+    bounds = [dim.indices(n)[:2] for dim, n in zip(index, shape, strict=True)]
     sizes = tuple(stop - start for start, stop in bounds)
-    item = dtype.itemsize
-    steps = [item * math.prod(shape[i + 1 :]) for i in range(len(shape))]  # bytes
-    out = (
-        _aligned(item * math.prod(sizes)).view(np.uint8 if dtype == np.bool_ else dtype).reshape(sizes)
-    )
+    strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]  # bytes
+    span = _aligned(dtype.itemsize * math.prod(sizes))
+    out = span.view(np.uint8 if dtype == np.bool_ else dtype).reshape(sizes)
     if not out.size:
         return out.astype(dtype, copy=False)
-    # Below the dimension ``at`` everything is read, and above it each row by itself: it is the last one
-    # that is divided, or one further up if the rows lie nearly side by side.
-    divided = [i for i, n in enumerate(shape) if sizes[i] < n]
-    at = divided[-1] if divided else 0
-    while at > 0 and (shape[at] - sizes[at]) * steps[at] < _NEAR:
-        at -= 1
-    inner = tuple(slice(start, stop) for start, stop in bounds[at + 1 :])
-    straight = sizes[at + 1 :] == shape[at + 1 :]
-    count = sizes[at] if straight else max(1, _CHUNK // steps[at])
-    for lead in np.ndindex(*sizes[:at]):
-        begin = offset + sum((i + b[0]) * n for i, b, n in zip(lead, bounds, steps, strict=False))
-        for row in range(0, sizes[at], count):
+    # Dimensions after ``axis`` are read in full and those before it index by index. It is the last
+    # sliced one, or an earlier one if the gaps between rows are smaller than a page.
+    sliced = [i for i, n in enumerate(shape) if sizes[i] < n]
+    axis = sliced[-1] if sliced else 0
+    while axis > 0 and (shape[axis] - sizes[axis]) * strides[axis] < _PAGE:
+        axis -= 1
+    inner = tuple(slice(start, stop) for start, stop in bounds[axis + 1 :])
+    contiguous = sizes[axis + 1 :] == shape[axis + 1 :]
+    count = sizes[axis] if contiguous else max(1, _CHUNK // strides[axis])
+    for lead in np.ndindex(*sizes[:axis]):
+        begin = offset + sum((i + b[0]) * n for i, b, n in zip(lead, bounds, strides, strict=False))
+        for row in range(0, sizes[axis], count):
             rows = out[lead][row : row + count]
-            where = begin + (bounds[at][0] + row) * steps[at]
-            if straight:
+            where = begin + (bounds[axis][0] + row) * strides[axis]
+            if contiguous:
                 _fill(path, _reader(file, where), rows.reshape(-1).view(np.uint8))
             else:
-                block = np.empty((len(rows), *shape[at + 1 :]), out.dtype)
+                block = np.empty((len(rows), *shape[axis + 1 :]), out.dtype)
                 _fill(path, _reader(file, where), block.reshape(-1).view(np.uint8))
                 rows[...] = block[(slice(None), *inner)]
     return out != 0 if dtype == np.bool_ else out
 
 
 def _reader(file: BufferedReader, offset: int) -> Callable[[memoryview], int]:
-    """Returns a function that reads on from a place in a file, and no more than it is asked for."""
+    """Returns a function that reads sequentially from an offset, without reading ahead."""
 
     def readinto(view: memoryview) -> int:
         nonlocal offset
@@ -253,9 +248,7 @@ def _reader(file: BufferedReader, offset: int) -> Callable[[memoryview], int]:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Returns memory for some bytes."""
-    # jax takes over a buffer that begins at a multiple of 64 and copies any other: the arrays of a
-    # file must not be in memory twice.
+    """Returns a buffer aligned to 64 bytes, which jax takes over where it would copy any other."""
     raw = np.empty(size + 64, np.uint8)
     begin = -raw.ctypes.data % 64
     return raw[begin : begin + size]
@@ -266,7 +259,7 @@ def _fill(path: str, readinto: Callable[[memoryview], int], span: np.ndarray) ->
     while done < size:
         count = readinto(span.data[done:])
         if not count:
-            fail(path, "", f"{size - done} bytes of an array are missing: the file has become shorter.")
+            fail(path, "", f"{size - done} bytes of an array are missing: the file was truncated.")
         done += count
 
 

@@ -1,14 +1,15 @@
-"""Functions from the arrays of a file to those of a tree: transposes, splits, stacks."""
+"""Applying user functions to the arrays of a file: transposes, splits, stacks."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.errors import RuleError
-from paramtree.core.names import Rules, compiled, no_match
+from paramtree.core.rules import Rules, compiled, no_match
 from paramtree.io.matching import Item
 
 __all__ = ["natural", "transform_all"]
@@ -20,20 +21,20 @@ def transform_all(
     r"""Returns the items with the functions of a rule table applied.
 
     Args:
-      items: what the file has. Several of one name, which ``rename`` can make, are given to one call.
-      table: patterns of whole names to functions; the first that matches counts. A function takes the
-        array, or the arrays in the natural order of the file's names, and returns an array, or a
-        mapping of names to arrays in which ``\1`` is what the first group of the pattern matched.
-      shown: the name that the patterns are to match for a name of an item.
-      read: reads an array by the name that the file gives it.
+      items: the arrays of the file. Items that ``rename`` gave the same name go to one call.
+      table: a rule table from full names to functions. A function takes the array, or the arrays in
+        natural order of their names in the file. It returns an array, or a mapping of names to arrays
+        in which ``\1`` is the first group of the pattern.
+      shown: returns the name to match the patterns against, for a name of an item.
+      read: reads an array by its name in the file.
 
     Raises:
-      RuleError: a pattern matches nothing, or gives no function, or a function no arrays.
+      RuleError: a pattern matches nothing, a value is not a function, or a result is not an array.
     """
     if table is None:
         return list(items)
     if not isinstance(table, Mapping) or not all(map(callable, table.values())):
-        raise RuleError(f"transform is a mapping of patterns to functions of an array, not {table!r}.")
+        raise RuleError(f"transform is {table!r}; expected a mapping of patterns to functions.")
     rules = [(compiled(pattern), fn) for pattern, fn in table.items()]
     groups: dict[str, list[Item]] = {}
     for item in items:
@@ -44,8 +45,8 @@ def transform_all(
     out: list[Item] = []
     for group in groups.values():
         matches = ((p.fullmatch(shown(name)), fn) for p, fn in rules for name in group[0].names)
-        found, fn = next(((found, fn) for found, fn in matches if found), (None, None))
-        if found is None or fn is None:
+        match, fn = next(((match, fn) for match, fn in matches if match), (None, None))
+        if match is None or fn is None:
             out += group
             continue
         group = sorted(group, key=lambda item: natural(item.origin))
@@ -53,39 +54,38 @@ def transform_all(
         try:
             result = fn(*(read(item.origin) for item in group))
         except Exception as error:
-            error.add_note(f"in the transform {found.re.pattern!r} of {origin}")
+            error.add_note(f"in the transform {match.re.pattern!r} of {origin}")
             raise
-        out += _results(result, found, group[0]._replace(origin=origin))
+        out += _results(result, match, replace(group[0], origin=origin))
     return out
 
 
 def natural(name: str) -> list[Any]:
-    """Returns a key that sorts ``layer2`` before ``layer10``."""
+    """Returns a sort key that puts ``layer2`` before ``layer10``."""
     parts = re.split(r"([0-9]{1,18})", name)
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
-def _results(result: Any, found: re.Match[str], item: Item) -> list[Item]:
+def _results(result: Any, match: re.Match[str], item: Item) -> list[Item]:
     if not isinstance(result, Mapping):
-        return [_with(item, result, found)]
+        return [_with(item, result, match)]
     try:
         return [
-            _with(item._replace(names=(found.expand(name),)), value, found)
+            _with(replace(item, names=(match.expand(name),)), value, match)
             for name, value in result.items()
         ]
     except (re.error, IndexError, TypeError) as error:
-        raise RuleError(
-            f"the transform {found.re.pattern!r} gives names that are none: {error}."
-        ) from None
+        pattern = match.re.pattern
+        raise RuleError(f"the transform {pattern!r} returned an invalid name: {error}.") from None
 
 
-def _with(item: Item, value: Any, found: re.Match[str]) -> Item:
+def _with(item: Item, value: Any, match: re.Match[str]) -> Item:
     shape, dtype = shape_of(value), dtype_of(value)
     if shape is None or dtype is None:
         raise RuleError(
-            f"the transform {found.re.pattern!r} of {item.origin} gives a {type(value).__name__}; "
+            f"the transform {match.re.pattern!r} of {item.origin} returned a {type(value).__name__}; "
             "expected an array, or a mapping of names to arrays."
         )
     if isinstance(value, np.generic):
         value = np.asarray(value)
-    return item._replace(shape=shape, dtype=dtype, read=lambda: value)
+    return replace(item, shape=shape, dtype=dtype, read=lambda: value)

@@ -1,8 +1,7 @@
-"""Leaves as arrays that a format can write, and back.
+"""Encoding leaves as arrays that a format can write, and decoding them.
 
-A format has the dtypes that it has. Any other is written as bytes, with one more axis, beside the
-name of its dtype; so every dtype comes back as it went, in every format that has a place for that
-name.
+An array of a dtype that the format lacks is written as bytes, with one more axis and a tag that names
+the dtype. So every format that can hold the tag keeps every dtype.
 """
 
 import functools
@@ -18,27 +17,20 @@ from paramtree.core.arrays import dtype_of
 from paramtree.core.errors import ParamTreeError
 
 __all__ = [
-    "NUMBERS",
-    "check_savable",
-    "decode",
-    "dtype_name",
-    "encode",
-    "is_key",
-    "logical",
-    "to_dtype",
+    "NUMBERS", "check_savable", "decode", "dtype_name", "encode", "is_key", "logical", "to_dtype",
     "to_host",
-]
+]  # fmt: skip
 
-# Those of numpy, whose own look-up of names takes much else.
+# The names to accept: np.dtype itself accepts many other strings.
 NUMBERS = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
     + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 )
-_KEY = "key:"  # before the name of a PRNG implementation
+_KEY = "key:"  # prefix of the name of a PRNG implementation
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of PRNG keys, typed ones, which are no numbers."""
+    """Whether a leaf is an array of typed PRNG keys."""
     dtype = dtype_of(leaf)
     if dtype is None or isinstance(dtype, np.dtype):
         return False
@@ -46,35 +38,35 @@ def is_key(leaf: Any) -> bool:
 
 
 def check_savable(leaf: Any) -> str:
-    """Returns what is wrong with a leaf that is to be saved, or nothing."""
+    """Returns why a leaf cannot be saved, or an empty string."""
     if isinstance(leaf, jax.core.Tracer):
         return "is being traced: save outside of jit and grad"
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return "is a shape without values: initialise or load it first"
+        return "is a shape without values: initialize or load it first"
     if isinstance(leaf, bool | int | float | complex | np.generic):
         return ""
     if not isinstance(leaf, jax.Array | np.ndarray):
-        return f"is a {type(leaf).__name__}, no array: take it out with pt.select, or convert it"
+        return f"is a {type(leaf).__name__}, not an array: leave it out with pt.select, or convert it"
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
-        return "has been donated: save it before, or save what the step returned"
+        return "has been donated: save it before the step, or save what the step returned"
     if not is_key(leaf) and leaf.dtype.kind in "OSUMm":
-        return f"has dtype {leaf.dtype}, and only numbers and booleans are saved"
+        return f"has dtype {leaf.dtype}: only numbers and booleans can be saved"
     return ""
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """Returns a leaf as a numpy array, contiguous and little-endian; a copy only where it must be."""
+    """Returns a leaf as a contiguous little-endian numpy array, copied only if necessary."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
         raise ParamTreeError(
-            "is spread over several processes, and one file is written by one: save to a path that "
-            "ends in .orbax, which all processes write together"
+            "an array is sharded over several processes, but this format is written by one: save to a "
+            "path that ends in .orbax, which all processes write together"
         )
     array = np.asarray(leaf, order="C")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def encode(leaf: Any, native: Container[str]) -> tuple[Any, str]:
-    """Returns what to write for a leaf, and the name of its dtype if that tells more than the array."""
+    """Returns the array to write for a leaf, and a tag for a dtype that is not in ``native``."""
     if is_key(leaf):
         return jax.random.key_data(leaf), f"{_KEY}{jax.random.key_impl(leaf)}"
     name = dtype_name(leaf)
@@ -93,34 +85,33 @@ def dtype_name(leaf: Any) -> str:
 
 @functools.cache
 def _name_of(dtype: np.dtype[Any]) -> str:
-    return dtype.name  # which numpy puts together anew each time
+    return dtype.name  # numpy builds the string on each access
 
 
 def logical(shape: tuple[int, ...], dtype: Any, tag: str) -> tuple[tuple[int, ...], Any]:
-    """Returns the shape and dtype of the leaf that an array was written for.
+    """Returns the shape and dtype of the leaf that an array encodes.
 
     Raises:
-      ValueError: no leaf is written as such an array.
+      ValueError: the tag does not fit the array.
     """
     if not tag:
         return shape, dtype
     if tag.startswith(_KEY):
         data = jax.ShapeDtypeStruct(shape, dtype)
         try:
-            key = jax.eval_shape(
-                lambda bits: jax.random.wrap_key_data(bits, impl=tag[len(_KEY) :]), data
-            )
-        except Exception:  # jax raises what it likes, and the tag may be anything
-            raise ValueError(f"these are no PRNG keys of {tag!r}") from None
+            wrap = functools.partial(jax.random.wrap_key_data, impl=tag[len(_KEY) :])
+            key = jax.eval_shape(wrap, data)
+        except Exception:  # the tag may be anything, and jax raises many types
+            raise ValueError(f"{dtype} of shape {shape} is not PRNG key data of {tag!r}") from None
         return key.shape, key.dtype
-    meant = to_dtype(tag)
-    if dtype != np.uint8 or shape[-1:] != (meant.itemsize,):
-        raise ValueError(f"{dtype} of shape {shape} holds no {tag}")
-    return shape[:-1], meant
+    decoded = to_dtype(tag)
+    if dtype != np.uint8 or shape[-1:] != (decoded.itemsize,):
+        raise ValueError(f"{dtype} of shape {shape} does not encode {tag}")
+    return shape[:-1], decoded
 
 
 def decode(array: Any, tag: str) -> Any:
-    """Returns the leaf that an array was written for; see ``logical``."""
+    """Returns the leaf that an array encodes; see ``logical``."""
     if not tag:
         return array
     if tag.startswith(_KEY):
@@ -132,12 +123,12 @@ def decode(array: Any, tag: str) -> Any:
 
 @functools.cache
 def to_dtype(name: str) -> np.dtype[Any]:
-    """Returns the dtype of a name, numpy's or one of the small floats and integers that jax has.
+    """Returns the numeric dtype of a name, numpy's or one of ml_dtypes' small floats and integers.
 
     Raises:
-      ValueError: there is none of that name, or it is not one of numbers.
+      ValueError: there is no such numeric dtype.
     """
-    found = getattr(ml_dtypes, name, None)
-    if name in NUMBERS or (isinstance(found, type) and issubclass(found, np.generic)):
-        return np.dtype(name if name in NUMBERS else found)
-    raise ValueError(f"there is no dtype of numbers {name!r}")
+    small = getattr(ml_dtypes, name, None)
+    if name in NUMBERS or (isinstance(small, type) and issubclass(small, np.generic)):
+        return np.dtype(name if name in NUMBERS else small)
+    raise ValueError(f"there is no numeric dtype {name!r}")

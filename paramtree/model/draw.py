@@ -6,6 +6,7 @@ hundred thousand leaves would more likely than not draw the same numbers.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -22,7 +23,7 @@ from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Path
 from paramtree.initializers import Initializer
 from paramtree.model.record import Spec
-from paramtree.sharding.shardings import scatter
+from paramtree.sharding.place import scatter
 
 __all__ = ["check_key", "draw", "path_key", "path_words"]
 
@@ -112,9 +113,9 @@ def draw(
     if shardings is not None and not traced:
         key = _free(key)
     places = [None] * len(specs) if shardings is None else list(shardings)
-    if any(spec.copies for spec in specs):
+    if any(spec.stack for spec in specs):
         return _stacked(paths, specs, key, places)
-    specs = [_for_name(spec, path) for spec, path in zip(specs, paths, strict=True)]
+    specs = [_for_name(spec, join(path)) for spec, path in zip(specs, paths, strict=True)]
     leaves: list[Any] = [None] * len(specs)
     window = _Window()
     groups = list(_alike(specs, places))
@@ -266,51 +267,58 @@ def _held(place: Any, *call: Any) -> Any:
 def _stacked(
     paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array, places: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """Computes every copy as the leaf that it would be if it were not in a stack."""
+    """Computes every copy in a stack as the leaf that it would be by itself."""
     names: list[Path] = []
     singles: list[Spec] = []
     at: list[Any] = []
-    divided: dict[int, Any] = {}  # the stacks that no device may hold whole
+    sharded: dict[int, Any] = {}  # the stacks that no device may hold alone
     for i, (path, spec, place) in enumerate(zip(paths, specs, places, strict=True)):
-        one = spec._replace(shape=spec.shape[len(spec.copies) :], copies=())
-        copies = _copies(path, spec)
-        if spec.copies and place is not None:
-            divided[i] = _divided(copies, one, spec, key, place)
+        copies, each = _copies(path, spec)
+        if spec.stack and place is not None:
+            sharded[i] = _sharded_stack(copies, each, spec, key, place)
         else:
             names += copies
-            singles += [one] * len(copies)
+            singles += each
             at += [place] * len(copies)
     values = iter(draw(names, singles, key, at))
     leaves = []
     for i, spec in enumerate(specs):
-        if i in divided:
-            leaves.append(divided[i])
-        elif not spec.copies:
+        if i in sharded:
+            leaves.append(sharded[i])
+        elif not spec.stack:
             leaves.append(next(values))
         else:
-            count = math.prod(spec.shape[: len(spec.copies)])
-            leaves.append(jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape))
+            count = math.prod(spec.shape[: len(spec.stack)])
+            leaves.append(
+                jnp.stack([next(values) for _ in range(count)]).reshape(spec.shape)
+                if count
+                else jnp.zeros(spec.shape, spec.dtype)
+            )
     return tuple(leaves)
 
 
-def _copies(path: Path, spec: Spec) -> list[Path]:
-    """Returns the path that each copy in a stack would have if it were not in one."""
-    paths = []
-    for numbers in np.ndindex(*spec.shape[: len(spec.copies)]):
-        name = list(path)
-        for number, (_, place) in reversed(list(zip(numbers, spec.copies, strict=True))):
-            name.insert(place, str(number))
-        paths.append(tuple(name))
-    return paths
+def _copies(path: Path, spec: Spec) -> tuple[list[Path], list[Spec]]:
+    """Returns the path that each copy in a stack would have by itself, and its spec."""
+    shape = spec.shape[len(spec.stack) :]
+    paths, specs = [], []
+    for index in np.ndindex(*spec.shape[: len(spec.stack)]):
+        copy = list(path)
+        for number, (position, _) in reversed(list(zip(index, spec.stack, strict=True))):
+            copy.insert(position, str(number))
+        paths.append(tuple(copy))
+        one = dataclasses.replace(spec, shape=shape, stack=())
+        specs.append(_for_name(one, join(copy), join(path), index) if spec.stack else one)
+    return paths, specs
 
 
-def _divided(copies: Sequence[Path], one: Spec, stack: Spec, key: jax.Array, place: Any) -> Any:
+def _sharded_stack(
+    copies: Sequence[Path], specs: Sequence[Spec], stack: Spec, key: jax.Array, place: Any
+) -> Any:
     """Computes a stack of copies of which every device makes its own part."""
-    specs = [_for_name(one, path) for path in copies]
-    traced = _traced(key)
-    if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(specs[0].initializer):
+    traced, one = _traced(key), specs[0]
+    if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(one.initializer):
         words = np.stack([path_words(path) for path in copies])
-        call = specs[0].initializer, (stack.shape[: len(stack.copies)], one.shape), one.dtype
+        call = one.initializer, (stack.shape[: len(stack.stack)], one.shape), one.dtype
         keys = _path_keys(key, words)
         if traced:
             return _divide(_compute_stack(*call, keys), place)
@@ -323,10 +331,14 @@ def _divided(copies: Sequence[Path], one: Spec, stack: Spec, key: jax.Array, pla
     return scatter(np.stack(values).reshape(stack.shape), place)
 
 
-def _for_name(spec: Spec, path: Path) -> Spec:
-    """Returns the spec with an initializer that goes by name replaced by the one for this name."""
+def _for_name(spec: Spec, name: str, stack: str = "", index: tuple[int, ...] = ()) -> Spec:
+    """Returns the spec with an initializer that depends on the name replaced by the one for this name.
+
+    A copy in a stack is also known by the name of the stack and its index.
+    """
     while for_name := getattr(spec.initializer, "for_name", None):
-        spec = spec._replace(initializer=for_name(join(path)))
+        initializer = for_name(name, stack, index) if stack else for_name(name)
+        spec = dataclasses.replace(spec, initializer=initializer)
     return spec
 
 

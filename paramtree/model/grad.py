@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 from paramtree.core.arrays import dtype_of, join
 from paramtree.core.errors import RuleError
-from paramtree.core.names import Pattern, named
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import Patterns, select_slots, slots_of
 from paramtree.core.structure import PARAM
-from paramtree.verbs.parts import choose, divide, merge, part
+from paramtree.verbs.split import merge
 
 __all__ = ["grad", "value_and_grad"]
 
 
 def value_and_grad(
-    fn: Callable[..., Any], wrt: Pattern | list[Pattern] | None = None, has_aux: bool = False
+    fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False
 ) -> Callable[..., Any]:
     """Returns a function for the value of ``fn`` and its gradient by its first argument.
 
@@ -56,9 +57,7 @@ def value_and_grad(
     return value_and_gradient
 
 
-def grad(
-    fn: Callable[..., Any], wrt: Pattern | list[Pattern] | None = None, has_aux: bool = False
-) -> Callable[..., Any]:
+def grad(fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False) -> Callable[..., Any]:
     """Returns a function for the gradient of ``fn`` by its first argument, as ``value_and_grad``.
 
     Args:
@@ -85,10 +84,10 @@ def grad(
 
 def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
     """Returns the leaves to differentiate by, and the rest."""
-    source = named(params)
-    structure, leaves = source.tree._structure, source.tree._leaves
-    taken, left = choose(structure, wrt, PARAM, "grad")  # state is never trained, by whatever pattern
-    dtypes = {slot: dtype_of(leaves[slot]) for slot in taken.slots}
+    source = open_tree(params)
+    structure, leaves = source.structure, source.leaves
+    chosen, rest = select_slots(source, wrt, PARAM, "grad")  # state is never trained, whatever matches
+    dtypes = {slot: dtype_of(leaves[slot]) for slot in chosen.slots}
     fixed = [
         slot for slot, dtype in dtypes.items() if not (dtype and jnp.issubdtype(dtype, jnp.inexact))
     ]
@@ -99,5 +98,5 @@ def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
             "pattern that leaves them out, or none to take all trained floating-point leaves."
         )
     if fixed:
-        taken, left = divide(structure, set(taken.slots) - set(fixed))
-    return part(source, taken), part(source, left, rest=True)
+        chosen, rest = slots_of(structure, set(chosen.slots) - set(fixed))
+    return source.part(chosen.structure, chosen.take, None), source.part(rest.structure, rest.take)

@@ -4,20 +4,21 @@ A model is a function of a scope and inputs. ``init`` records what it asks for a
 leaf; ``reinit`` computes some anew, by the same rules and from the same keys.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.errors import MismatchError, RuleError
-from paramtree.core.names import Rules, named, resolve
-from paramtree.core.structure import Structure
-from paramtree.core.tree import ParamTree, _rebuild
+from paramtree.core.pytrees import Opened, open_tree
+from paramtree.core.rules import Rules, resolve
+from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.initializers import get
 from paramtree.model.draw import check_key, draw
 from paramtree.model.record import Spec, record
-from paramtree.sharding.shardings import spread
+from paramtree.sharding.place import spread
 
 __all__ = ["abstract", "init", "reinit"]
 
@@ -44,9 +45,7 @@ def abstract(
       Parameter weight (shape=(3, 20), dtype=float32)
       Parameter bias (shape=(3,), dtype=float32)
     """
-    tree = record(f, inputs, kwargs, ties)
-    leaves = tuple(spec.abstract() for spec in tree._leaves)
-    return _rebuild(tree._structure, leaves)
+    return _shapes(record(f, inputs, kwargs, ties))
 
 
 def init(
@@ -96,23 +95,28 @@ def init(
     """
     check_key(key)
     tree = record(f, inputs, kwargs, ties)
-    specs: Sequence[Spec] = tree._leaves
+    structure, specs = flatten(tree)
     if rules is not None:
-        chosen = _initializers(tree._structure, rules)
-        specs = [
-            s._replace(initializer=rule or s.initializer) for s, rule in zip(specs, chosen, strict=True)
-        ]
-    places = None
-    if shardings is not None:
-        shapes = _rebuild(tree._structure, tuple(spec.abstract() for spec in tree._leaves))
-        places = spread(shardings, shapes, "the shardings for init")
-    return _rebuild(tree._structure, draw(tree._structure.canonical, specs, key, places))
+        chosen = _initializers(open_tree(tree), rules)
+        specs = tuple(
+            dataclasses.replace(spec, initializer=rule or spec.initializer)
+            for spec, rule in zip(specs, chosen, strict=True)
+        )
+    places = None if shardings is None else spread(shardings, _shapes(tree), "the shardings for init")
+    return unflatten(structure, draw(structure.canonical, specs, key, places))
+
+
+def _shapes(tree: ParamTree) -> ParamTree:
+    structure, specs = flatten(tree)
+    return unflatten(structure, tuple(spec.abstract() for spec in specs))
 
 
 def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
     """Returns the tree with new values for the leaves whose names match; the others stay.
 
     Gives exactly the values that ``pt.init`` with the same key and these rules gives to them.
+
+    In a stack, as ``nn.Repeat`` makes it, each copy is initialised as itself.
 
     Args:
       tree: a parameter tree, or any other pytree.
@@ -130,26 +134,32 @@ def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
       Array([42., 42.], dtype=float32)
     """
     check_key(key)
-    source, restore, _ = named(tree)
-    chosen = _initializers(source._structure, rules)
-    leaves = list(source._leaves)
+    source = open_tree(tree)
+    structure, leaves = source.structure, list(source.leaves)
+    chosen = _initializers(source, rules)
     slots = [slot for slot, rule in enumerate(chosen) if rule is not None]
     specs = []
     for slot in slots:
-        shape, dtype = shape_of(leaves[slot]), dtype_of(leaves[slot])
+        shape, dtype, stack = shape_of(leaves[slot]), dtype_of(leaves[slot]), structure.stack_of(slot)
+        name = join(structure.canonical[slot])
         if shape is None or dtype is None:
-            name = join(source._structure.canonical[slot])
-            raise MismatchError(f"reinit: `{name}` is a {type(leaves[slot]).__name__}, no array.")
-        specs.append(Spec(shape, dtype, source._structure.kinds[slot], chosen[slot]))
-    paths = [source._structure.canonical[slot] for slot in slots]
+            raise MismatchError(f"reinit: `{name}` is a {type(leaves[slot]).__name__}, not an array.")
+        sizes = tuple(size for _, size in stack)
+        if shape[: len(sizes)] != sizes:
+            raise MismatchError(
+                f"reinit: `{name}` has shape {shape}, but is a stack of {sizes} copies, which are its "
+                "first axes. Where jax.vmap has put another axis first, reinit under jax.vmap as well."
+            )
+        specs.append(Spec(shape, dtype, structure.kinds[slot], chosen[slot], stack))
+    paths = [structure.canonical[slot] for slot in slots]
     for slot, leaf in zip(slots, draw(paths, specs, key), strict=True):
         leaves[slot] = leaf
-    return restore(tuple(leaves))
+    return source.restore(leaves)
 
 
-def _initializers(structure: Structure, rules: Rules) -> tuple[Any, ...]:
+def _initializers(source: Opened, rules: Rules) -> tuple[Any, ...]:
     """Returns the initializer that the rules give to each slot, None where they give none."""
-    chosen = resolve(structure, rules, default=None, what="the initializer rules")
+    assigned = resolve(source, rules, "the initializer rules", default=None)
     wrong = [
         f"{p!r} gives {v!r}" for p, v in rules.items() if not callable(v) and not isinstance(v, str)
     ]
@@ -158,4 +168,5 @@ def _initializers(structure: Structure, rules: Rules) -> tuple[Any, ...]:
             f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
             "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
         )
-    return tuple(None if rule is None else get(rule) for rule in chosen)
+    values = tuple(get(value) for value in rules.values())
+    return tuple(None if i < 0 else values[i] for i in assigned.rules)

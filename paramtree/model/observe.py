@@ -1,27 +1,29 @@
-"""Models that are looked at: a scope that notes which layer is called, where and with what.
+"""Observed runs: which layers a model calls, where, in which order and with what.
 
-Nothing is switched on for that. The model runs on another kind of scope, which carries an observer
-wherever it goes, and a layer that is called on one announces itself. On any other scope a call costs
-a look at the scope's type, while tracing, and leaves nothing in the program.
+Nothing is switched on for that. The model runs on scopes with an observer, and a layer that is called on
+one announces itself. On any other scope a call costs a look at the scope's type, while tracing, and leaves
+nothing in the program.
 """
 
 import dataclasses
 import functools
 import re
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 from paramtree.core.arrays import dtype_of, shape_of
-from paramtree.core.structure import Node, Path
-from paramtree.core.tree import ParamTree, _flatten, _flatten_with_keys, _rebuild, register
+from paramtree.core.structure import Path, Structure
+from paramtree.core.tree import ParamTree, unflatten
+from paramtree.model.scope import Scope, path_of, run_of
 
-__all__ = ["Call", "ObservedScope", "Observer", "announced", "call_of"]
+__all__ = ["Call", "Observer", "announced", "call_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_EMPTY = Structure.intern((), (), ())
 _MARK = "paramtree.call:"
 
 
@@ -31,10 +33,10 @@ class Call:
 
     Attributes:
       layer: the layer, or for the outermost call the model.
-      place: where its scope is in the tree.
-      parent: the number of the call that it is part of; None for the outermost.
-      inputs: what it was called with.
-      outputs: what it returned; None if it raised an error.
+      place: the path of its scope in the tree.
+      parent: the number of the call that made this one; None for the outermost.
+      inputs: the arrays it was called with.
+      outputs: the arrays it returned; None if it raised an error.
       reads: the paths of the parameters and states that it asked for itself, each once.
     """
 
@@ -47,23 +49,23 @@ class Call:
 
 
 class Observer:
-    """What one run of a model on observed scopes tells: its calls, in order.
+    """The calls of one observed run of a model, in order.
 
-    Each call runs under a name scope with its number, so an equation of the jaxpr says whose it is.
+    Each call runs under a name scope with its number, so an equation of the jaxpr tells its call.
     """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self._open: list[int] = []  # the calls that have not yet returned
 
-    def scope(self, tree: ParamTree) -> "ObservedScope":
-        """Returns a tree as a scope that tells this observer."""
-        return ObservedScope.make(tree, self)
+    def scope(self, tree: ParamTree) -> Scope:
+        """Returns a scope on a tree whose calls and reads this observer notes."""
+        return Scope(tree, _Observing(self))
 
     def call(
         self, layer: Any, place: Path, run: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs a call and notes it; what it returns or raises is left as it is."""
+        """Runs a call and notes it; its result or error passes through."""
         parent = self._open[-1] if self._open else None
         if parent is not None:
             outside = self.calls[parent]
@@ -90,7 +92,7 @@ class Observer:
 def call_of(equation: Any) -> int | None:
     """Returns the number of the call in which an equation was made.
 
-    None if it does not say: in a jaxpr within another that is the call of the equation outside.
+    None if the equation does not tell: in an inner jaxpr, the equation that holds it does.
     """
     numbers = re.findall(rf"{re.escape(_MARK)}(\d+)", str(equation.source_info.name_stack))
     return int(numbers[-1]) if numbers else None
@@ -98,82 +100,74 @@ def call_of(equation: Any) -> int | None:
 
 def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns the arrays of a pytree as shapes, without those of scopes."""
-    leaves = jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, ParamTree))
+    leaves = jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, ParamTree | Scope))
     return tuple(
         jax.ShapeDtypeStruct(shape_of(leaf), dtype_of(leaf))
         for leaf in leaves
-        if dtype_of(leaf) is not None
+        if dtype_of(leaf) is not None and not isinstance(leaf, ParamTree | Scope)
     )
 
 
-class ObservedScope(ParamTree):
-    """A scope for reading only that tells an observer what happens on it and below it."""
+class _Observing:
+    """An observed run for inference."""
 
-    __slots__ = ("_observer",)
+    __slots__ = ("observer",)
 
-    _observer: Observer
+    training = False
+    leaves = None
 
-    @staticmethod
-    def make(tree: ParamTree, observer: Observer) -> "ObservedScope":
-        """Returns a scope that looks at a tree's level."""
-        scope = object.__new__(ObservedScope)
-        for name in ("_leaves", "_structure", "_node", "_place"):
-            object.__setattr__(scope, name, getattr(tree, name))
-        object.__setattr__(scope, "_observer", observer)
-        return scope
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
 
-    def _view(self, node: Node) -> "ObservedScope":
-        return ObservedScope.make(super()._view(node), self._observer)
+    def on_read(self, path: Path) -> None:
+        self.observer.read(path)
 
-    def _with(self, leaves: Sequence[Any]) -> "ObservedScope":
-        return ObservedScope.make(super()._with(leaves), self._observer)
+    def update(self, path: Path, value: Any) -> NoReturn:
+        _tree(path[:-1]).update(path[-1])
 
-    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Returns the parameter, as every tree does, and tells that it was asked for."""
-        leaf = super().param(name, *args, **kwargs)
-        self._observer.read((*self._path(), name))
-        return leaf
+    def key(self, path: Path) -> NoReturn:
+        _tree(path).key()
+
+    def flatten(self) -> tuple[tuple[Any, ...], Any]:
+        # What goes through a transform keeps its observer: a layer under jax.checkpoint is noted. The
+        # observer is there weakly, as jax keeps what it compares.
+        return (), _Again(weakref.ref(self.observer))
 
 
-# What goes through a transform as an argument keeps its observer and its place: a layer under
-# jax.checkpoint is seen, and is not taken for one elsewhere whose trace jax has kept. The observer is
-# there weakly, as jax keeps what it compares.
+def _tree(place: Path) -> Any:
+    """Returns a tree that refuses to write and draw as every tree does."""
+    return unflatten(_EMPTY, (), place)
 
 
-def _static(scope: ObservedScope) -> Any:
-    return _flatten(scope)[1], weakref.ref(scope._observer), scope._path()
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """Makes the run of a scope that went through a transform."""
 
+    observer: "weakref.ref[Observer]"
 
-def _rebuild_scope(static: Any, leaves: Any) -> ParamTree:
-    structure, observer, place = static
-    tree = _rebuild(structure, leaves, place)
-    return tree if observer() is None else ObservedScope.make(tree, observer())
-
-
-register(
-    ObservedScope,
-    lambda scope: (_flatten(scope)[0], _static(scope)),
-    lambda scope: (_flatten_with_keys(scope)[0], _static(scope)),
-    _rebuild_scope,
-)
+    def __call__(self) -> _Observing | None:
+        observer = self.observer()
+        return None if observer is None else _Observing(observer)
 
 
 def announced(method: F) -> F:
-    """Returns a layer's ``__call__`` as one that announces itself on an observed scope."""
+    """Returns a layer's ``__call__`` that announces itself on an observed scope."""
     if getattr(method, "_announced", False):
         return method
 
     @functools.wraps(method)
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         scope = args[0] if args else next(filter(_observed, kwargs.values()), None)
-        if type(scope) is not ObservedScope:
+        if hasattr(type(scope), "__scope__"):  # a packed tree
+            args = (scope.__scope__(), *args[1:])
+        if not _observed(scope):
             return method(self, *args, **kwargs)
         run = functools.partial(method, self)
-        return scope._observer.call(self, scope._path(), run, *args, **kwargs)
+        return run_of(scope).observer.call(self, path_of(scope), run, *args, **kwargs)
 
     call._announced = True  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]  # it has the same signature
 
 
 def _observed(value: Any) -> bool:
-    return type(value) is ObservedScope
+    return type(run_of(value)) is _Observing

@@ -1,15 +1,16 @@
 """The recorder: the scope of a model that is being initialised.
 
-A model runs on it once, abstractly, so that only shapes flow. It notes what the model asks for and
-answers with zeros made on the spot, in whatever trace the model is in. As it keeps no value,
-nothing can leak from a ``scan`` or a ``checkpoint``, and a branch may be traced once or twice.
+A model runs on it once, abstractly: only shapes flow. It notes what the model asks for and returns zeros
+made in whatever trace the model is in. It keeps no value, so nothing can leak from a ``scan`` or a
+``checkpoint``, and a branch may be traced once or twice.
 """
 
+import dataclasses
 import itertools
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, join
 from paramtree.core.errors import MismatchError, MissingError, ParamTreeError
-from paramtree.core.structure import PARAM, STATE, Path, build
-from paramtree.core.tree import ParamTree, _rebuild, register
+from paramtree.core.structure import PARAM, STATE, Path, Stack, build
+from paramtree.core.tree import RESERVED, ParamTree, located, unflatten
 from paramtree.initializers import Initializer, get
 from paramtree.verbs.tie import tie
 
@@ -29,18 +30,18 @@ __all__ = ["Recorder", "Spec", "record", "tie_in_recorder"]
 _OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape", "at"))
 
 
-class Spec(NamedTuple):
-    """What a model asked for: a leaf that is still to be computed.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """A leaf that a model asks for and that is still to be computed.
 
-    ``copies`` says along which first axes it is a stack of alike leaves: for each axis its size and
-    the place in the path where the number of a copy would stand, were they not stacked.
+    ``stack`` are its leading axes over copies of the layer, as in ``Structure.stacks``.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     kind: str
     initializer: Initializer
-    copies: tuple[tuple[int, int], ...] = ()
+    stack: Stack = ()
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype."""
@@ -61,12 +62,12 @@ class Recorder:
     __slots__ = (
         "__weakref__",
         "_children",
-        "_copies",
         "_declared",
         "_order",
         "_parent",
         "_path",
         "_run",
+        "_stack",
         "_views",
     )
 
@@ -74,7 +75,7 @@ class Recorder:
         self._path = path
         self._run = run
         self._parent = parent
-        self._copies: tuple[tuple[int, int], ...] = () if parent is None else parent._copies
+        self._stack: Stack = () if parent is None else parent._stack
         self._children: dict[str, Recorder | Spec] = {}
         self._views: dict[int, Recorder] = {}
         self._order: dict[str, int] = {}
@@ -87,7 +88,7 @@ class Recorder:
             raise AttributeError(name)
         if name in _OF_ARRAYS:
             self.__jax_array__()
-        if hasattr(ParamTree, name):
+        if name in RESERVED or name in ("key", "update"):
             raise ParamTreeError(
                 f"`{name}` is an attribute of every tree, so `p.{name}` cannot be a child: write "
                 f"p[{name!r}], or use another name."
@@ -97,7 +98,7 @@ class Recorder:
     def __getitem__(self, name: str) -> Any:
         if not isinstance(name, str) or not all(name.split("/")):
             raise ParamTreeError(
-                f"while initialising, the children of {self._shown()} are read by name, as in "
+                f"while initialising, the children of {located(self._path)} are read by name, as in "
                 f"p.hidden, p['hidden'] or p['hidden/dense'], not by {name!r}."
             )
         here, _, rest = name.partition("/")
@@ -141,7 +142,9 @@ class Recorder:
     def _note(self, kind: str, name: str, shape: Any, initializer: Any, dtype: Any) -> jax.Array:
         full = self._full(name)
         if not isinstance(name, str) or not name or "/" in name:
-            raise ParamTreeError(f"{name!r} cannot name a leaf of {self._shown()}: no '/', not empty.")
+            raise ParamTreeError(
+                f"{name!r} cannot name a leaf of {located(self._path)}: no '/', not empty."
+            )
         try:
             sizes = tuple(operator.index(size) for size in shape)
         except TypeError:
@@ -149,7 +152,7 @@ class Recorder:
         if any(size < 0 for size in sizes):
             raise MismatchError(
                 f"`{full}` is declared with shape {shape!r}; a shape is a tuple of sizes, each a "
-                "whole number that is known while tracing."
+                "non-negative integer that is known while tracing."
             )
         if not callable(initializer) and not isinstance(initializer, str):
             raise TypeError(
@@ -157,16 +160,19 @@ class Recorder:
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
         initializer = get(initializer)
-        sizes = (*(count for count, _ in self._copies), *sizes)
+        sizes = (*(size for _, size in self._stack), *sizes)
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        spec = Spec(sizes, dtype, kind, initializer, self._copies)
+        spec = Spec(sizes, dtype, kind, initializer, self._stack)
         if name not in self._children:
             self._children[name] = spec
             self._declare(name)
         found = self._children[name]
         if isinstance(found, Recorder):
             raise MismatchError(f"`{full}` is declared as a leaf, and is also a level with children.")
-        if found[:3] != spec[:3]:
+        if any(
+            getattr(found, field) != getattr(spec, field)
+            for field in ("shape", "dtype", "kind", "stack")
+        ):
             old, new = (f"{s.kind} {s.shape} {jnp.dtype(s.dtype).name}" for s in (found, spec))
             raise MismatchError(
                 f"`{full}` was declared as {old} and now as {new}. Two calls on one scope share its "
@@ -182,12 +188,12 @@ class Recorder:
         if count not in self._views:
             view = self._views[count] = Recorder(self._path, self._run, self._parent)
             view._children, view._order = self._children, self._order
-            view._copies = (*self._copies, (count, len(self._path)))
+            view._stack = (*self._stack, (len(self._path), count))
         return self._views[count]
 
     def _zeros(self, spec: Spec) -> jax.Array:
         # jnp.zeros would be a fifth of the time that a model takes to record.
-        return jax.lax.broadcast(np.zeros((), spec.dtype), spec.shape[len(self._copies) :])
+        return jax.lax.broadcast(np.zeros((), spec.dtype), spec.shape[len(spec.stack) :])
 
     def _declare(self, name: str) -> None:
         """Gives a child its place in the order: where something is first declared at or below it.
@@ -205,9 +211,6 @@ class Recorder:
     def _full(self, name: object) -> str:
         return join((*self._path, str(name)))
 
-    def _shown(self) -> str:
-        return f"`{join(self._path)}`" if self._path else "the tree"
-
     def __jax_array__(self) -> Any:
         raise MissingError(
             f"`{join(self._path)}` is used as an array before the model declares it: call "
@@ -220,16 +223,13 @@ class Recorder:
 
 # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as arguments,
 # and a new recorder is always traced anew. Weakly, as jax keeps what it compares for long.
-register(
-    Recorder,
-    lambda scope: ((), weakref.ref(scope)),
-    lambda scope: ((), weakref.ref(scope)),
-    lambda scope, _: scope(),
+jax.tree_util.register_pytree_node(
+    Recorder, lambda scope: ((), weakref.ref(scope)), lambda scope, _: scope()
 )
 
 
 def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:
-    """Asks for ties between paths below a scope; only a recorder has use for it."""
+    """Asks a recorder for ties between paths below a scope; other scopes have their ties already."""
     if isinstance(scope, Recorder):
         prefix = "".join(f"{segment}/" for segment in scope._path)
         scope._run.ties.update((prefix + alias, prefix + source) for alias, source in pairs)
@@ -265,6 +265,8 @@ def record(
                 specs[path] = found
             items.append((path, path if isinstance(found, Spec) else None))
         stack.extend(c for c in level._children.values() if isinstance(c, Recorder))
-    structure, order = build(items, {path: spec.kind for path, spec in specs.items()})
-    tree = _rebuild(structure, tuple(specs[path] for path in order))
+    kinds = {path: spec.kind for path, spec in specs.items()}
+    stacks = {path: spec.stack for path, spec in specs.items() if spec.stack}
+    structure, order = build(items, kinds, stacks)
+    tree = unflatten(structure, tuple(specs[path] for path in order))
     return tie(tree, {**run.ties, **(extra or {})}) if run.ties or extra else tree

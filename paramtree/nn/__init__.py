@@ -1,4 +1,4 @@
-"""Layers: frozen dataclasses whose ``__call__(p, x)`` is the whole layer, with Gluon's names."""
+"""Layers: frozen dataclasses with a ``__call__(p, x)``, named after Gluon's."""
 
 from paramtree.nn.activations import ELU as ELU
 from paramtree.nn.activations import GELU as GELU
@@ -14,6 +14,7 @@ from paramtree.nn.basic import Dense as Dense
 from paramtree.nn.basic import Dropout as Dropout
 from paramtree.nn.basic import Embedding as Embedding
 from paramtree.nn.basic import Flatten as Flatten
+from paramtree.nn.batch_norm import BatchNorm as BatchNorm
 from paramtree.nn.containers import Parallel as Parallel
 from paramtree.nn.containers import Repeat as Repeat
 from paramtree.nn.containers import Residual as Residual
@@ -32,7 +33,6 @@ from paramtree.nn.global_pool import GlobalMaxPool3D as GlobalMaxPool3D
 from paramtree.nn.layer import Lambda as Lambda
 from paramtree.nn.layer import Layer as Layer
 from paramtree.nn.layer import Sequential as Sequential
-from paramtree.nn.norm import BatchNorm as BatchNorm
 from paramtree.nn.norm import GroupNorm as GroupNorm
 from paramtree.nn.norm import InstanceNorm as InstanceNorm
 from paramtree.nn.norm import LayerNorm as LayerNorm

@@ -1,4 +1,4 @@
-"""Activations that have settings or a parameter; ``Activation`` takes the others by name."""
+"""Activations with settings or a parameter; ``Activation`` provides the others by name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.tree import check_scope
 from paramtree.initializers import Constant, Initializer, get
+from paramtree.model.scope import check_scope
 from paramtree.nn.layer import Layer
-from paramtree.nn.spatial import whole
+from paramtree.nn.spatial import check_integer
 
 __all__ = ["ELU", "GELU", "SELU", "LeakyReLU", "PReLU", "SiLU", "Swish"]
 
-_QUARTER = Constant(0.25)  # Gluon's default; it is immutable, so all may have it in common
+_QUARTER = Constant(0.25)  # Gluon's default; immutable, so safe to share
 
 
 @dataclass(frozen=True, repr=False)
 class LeakyReLU(Layer):
-    """x where it is positive, and else ``alpha`` x.
+    """x where x ≥ 0, and ``alpha`` x elsewhere.
 
     Args:
-      alpha: the slope below 0.
+      alpha: the slope for negative x.
 
     Raises:
-      ValueError: a negative slope.
+      ValueError: ``alpha`` is negative.
 
     Example:
       >>> LeakyReLU(0.1)({}, jnp.array([-1.0, 1.0]))
@@ -35,7 +35,7 @@ class LeakyReLU(Layer):
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
-            raise ValueError(f"LeakyReLU: alpha is a slope of 0 or more, but found {self.alpha!r}.")
+            raise ValueError(f"LeakyReLU: alpha must be non-negative, but found {self.alpha!r}.")
 
     def __call__(self, p: Any, x: Any) -> Any:
         return jax.nn.leaky_relu(x, self.alpha)
@@ -46,19 +46,18 @@ class LeakyReLU(Layer):
 
 @dataclass(frozen=True, repr=False)
 class PReLU(Layer):
-    """x where it is positive, and else ``alpha`` x, with a slope that is trained.
+    """x where x ≥ 0, and ``alpha`` x elsewhere, with a trainable slope.
 
     The parameter ``alpha`` is (in_channels,). He et al., "Delving deep into rectifiers", 2015.
 
     Args:
-      alpha_initializer: the slope to start from, 0.25 by default.
-      in_channels: how many slopes there are: 1 for all the input, or one for each channel.
-      axis: where the channels are: the last axis, as the layouts of this library have it; Gluon's
-        are on axis 1.
+      alpha_initializer: 0.25 by default.
+      in_channels: the number of slopes: 1 shared by all channels, or one per channel.
+      axis: the channel axis, by default the last one; in Gluon it is axis 1.
       dtype: the parameter's dtype.
 
     Raises:
-      ValueError: a setting that is not one; on calling: an input without so many channels.
+      ValueError: a setting is invalid; when called: the input has another number of channels.
 
     Example:
       >>> net = PReLU(in_channels=3)
@@ -73,10 +72,7 @@ class PReLU(Layer):
     dtype: Any = "float32"
 
     def __post_init__(self) -> None:
-        if not whole(self.in_channels, 1):
-            raise ValueError(
-                f"PReLU: in_channels is a whole number of 1 or more, but found {self.in_channels!r}."
-            )
+        check_integer(self, "in_channels", self.in_channels, 1)
         object.__setattr__(self, "alpha_initializer", get(self.alpha_initializer))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
@@ -86,8 +82,8 @@ class PReLU(Layer):
         if self.in_channels > 1:
             if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.in_channels:
                 raise ValueError(
-                    f"{self!r} expects inputs of {self.in_channels} channels on axis {self.axis}, but "
-                    f"found the shape {x.shape}."
+                    f"{self!r} expects {self.in_channels} channels on axis {self.axis}, but found "
+                    f"shape {x.shape}."
                 )
             shape[self.axis] = self.in_channels
         alpha = p.param("alpha", (self.in_channels,), self.alpha_initializer, self.dtype)
@@ -101,12 +97,12 @@ class PReLU(Layer):
 
 @dataclass(frozen=True)
 class ELU(Layer):
-    """x where it is positive, and else ``alpha`` (exp(x) - 1).
+    """x where x is positive, and ``alpha`` (exp(x) - 1) elsewhere.
 
     Clevert et al., "Fast and accurate deep network learning by exponential linear units", 2016.
 
     Args:
-      alpha: what -ELU(x) tends to for large negative x.
+      alpha: the output tends to -alpha for large negative x.
 
     Example:
       >>> f"{ELU()({}, -1.0):.4f}"
@@ -121,7 +117,7 @@ class ELU(Layer):
 
 @dataclass(frozen=True, repr=False)
 class SELU(Layer):
-    """An ``ELU`` scaled such that means and variances settle at 0 and 1 from layer to layer.
+    """A scaled ``ELU`` that drives the mean and variance of activations towards 0 and 1.
 
     Klambauer et al., "Self-normalizing neural networks", 2017.
 
@@ -139,16 +135,16 @@ class SELU(Layer):
 
 @dataclass(frozen=True)
 class GELU(Layer):
-    """x Φ(x), with Φ the cumulative distribution function of the normal distribution.
+    """x Φ(x), with Φ the cumulative distribution function of the standard normal distribution.
 
     Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
     Args:
-      approximation: "erf" for the function itself, "tanh" for the paper's approximation, which is
-        what ``jax.nn.gelu`` and ``Activation("gelu_tanh")`` compute.
+      approximation: "erf" for the exact function, or "tanh" for the paper's approximation, as in
+        ``jax.nn.gelu`` and ``Activation("gelu_tanh")``.
 
     Raises:
-      ValueError: another approximation.
+      ValueError: the approximation is unknown.
 
     Example:
       >>> f"{GELU()({}, -1.0):.4f}"
@@ -160,7 +156,7 @@ class GELU(Layer):
     def __post_init__(self) -> None:
         if self.approximation not in ("erf", "tanh"):
             raise ValueError(
-                f"GELU: approximation is 'erf' or 'tanh', but found {self.approximation!r}."
+                f"GELU: approximation must be 'erf' or 'tanh', but found {self.approximation!r}."
             )
 
     def __call__(self, p: Any, x: Any) -> Any:
@@ -174,7 +170,7 @@ class Swish(Layer):
     Ramachandran et al., "Searching for activation functions", 2017.
 
     Args:
-      beta: how steep the sigmoid is.
+      beta: the steepness of the sigmoid.
 
     Example:
       >>> f"{Swish(2.0)({}, -1.0):.4f}"
@@ -189,7 +185,7 @@ class Swish(Layer):
 
 @dataclass(frozen=True, repr=False)
 class SiLU(Layer):
-    """x sigmoid(x): ``Swish`` without a setting.
+    """x sigmoid(x), which is ``Swish(1.0)``.
 
     Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 

@@ -1,4 +1,4 @@
-"""Attention: every position of one sequence looks at positions of another, or of the same."""
+"""Multi-head attention and rotary position embeddings."""
 
 import dataclasses
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.tree import check_scope, child
 from paramtree.initializers import Initializer, Uniform, Zero, get
+from paramtree.model.scope import check_scope, child
 from paramtree.nn.basic import Dense, _size
 from paramtree.nn.layer import Layer
 
@@ -15,16 +15,16 @@ __all__ = ["MultiHeadAttention", "rotate"]
 
 
 def rotate(x: Any, positions: Any, base: float = 10_000.0) -> Any:
-    """Returns vectors turned by angles that grow with their positions.
+    """Returns x with rotary position embeddings applied.
 
-    The product of two turned vectors depends on how far apart they are, not on where. Su et al.,
-    "RoFormer: enhanced transformer with rotary position embedding", 2021; the first half of a vector
-    is paired with the second, as in GPT-NeoX and Llama.
+    The dot product of two rotated vectors depends only on their distance. Su et al., "RoFormer:
+    enhanced transformer with rotary position embedding", 2021. The first half of each vector is paired
+    with the second half, as in GPT-NeoX and Llama.
 
     Args:
-      x: (..., length, heads, size); the size is even.
-      positions: whole numbers, (length,).
-      base: how much slower the last pair turns than the first.
+      x: (..., length, heads, size), of an even size.
+      positions: integers, (length,).
+      base: the wavelengths grow geometrically from 2π towards 2π · base.
 
     Example:
       >>> x = jnp.ones((1, 2, 1, 2))
@@ -44,40 +44,40 @@ def rotate(x: Any, positions: Any, base: float = 10_000.0) -> Any:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MultiHeadAttention(Layer):
-    """Multi-head attention, of a sequence over itself or over another one.
+    """Multi-head attention, of a sequence to itself or to another sequence.
 
-    Vaswani et al., "Attention is all you need", 2017. It has four dense layers, ``query``, ``key``,
-    ``value`` and ``out``. What it computes between them is ``jax.nn.dot_product_attention``.
+    Vaswani et al., "Attention is all you need", 2017. Its four dense layers are ``query``, ``key``,
+    ``value`` and ``out``; in between it calls ``jax.nn.dot_product_attention``.
 
-    With ``cache`` it keeps, under ``pt.training``, the keys and values of all positions so far as
-    state, so that a sequence can be given in pieces: one token at a time when sampling. The state
-    is ``cache_key`` and ``cache_value``, (batch, cache, kv_heads, head size), and ``cache_index``, how
-    many positions it holds. Called for inference it attends within ``x``, and leaves the cache alone.
-    Layers hold settings, never arrays, so a net to sample from may be another one than that which was
-    trained: with a cache, and without dropout, which ``pt.training`` would turn on.
+    With ``cache``, a call under ``pt.training`` stores keys and values as state, so a sequence can be
+    processed in pieces, such as one token at a time when sampling. The state is ``cache_key`` and
+    ``cache_value``, (batch, cache, kv_heads, head size), and ``cache_index``, the number of cached
+    positions. A call for inference attends within ``x`` and ignores the cache. Dropout is also active
+    under ``pt.training``: sample from a second net, with a cache and without dropout, on the same
+    parameters.
 
     Args:
-      num_heads: how many heads.
-      units: the size of the output, and of all heads together; that of the input if 0.
-      num_kv_heads: how many heads of keys and values; each serves ``num_heads / num_kv_heads`` heads of
-        queries (Ainslie et al., 2023). As many as ``num_heads`` if 0.
+      num_heads: the number of heads.
+      units: the size of the output, and of all heads together; 0 for the input's size.
+      num_kv_heads: the number of heads for keys and values, each shared by ``num_heads /
+        num_kv_heads`` query heads (Ainslie et al., 2023); 0 for ``num_heads``.
       use_bias: whether the dense layers have biases.
-      causal: whether a position sees only itself and those before it.
-      rotary: whether queries and keys are turned by their positions, see ``rotate``.
-      cache: how many positions the cache can hold; 0 for none. One that is full gives NaN, as
-        compiled code cannot raise an error.
+      causal: whether a position attends only to itself and to earlier positions.
+      rotary: whether to apply ``rotate`` to queries and keys.
+      cache: the maximum number of cached positions; 0 for no cache. The output is NaN once the cache
+        overflows, as compiled code cannot raise.
       dtype: the parameters' dtype.
       weight_initializer: U[-0.07, 0.07] if None.
       bias_initializer: zeros by default.
 
     Returns:
-      On calling with ``(p, x, memory=None, mask=None)``: (batch, length, units). ``x`` is (batch,
-      length, size), and ``memory``, what is attended to, (batch, other length, any size); None is x.
-      ``mask`` is boolean: (batch, other length) to hide padding, or anything that broadcasts to
-      (batch, heads, length, other length); True is to be seen.
+      When called with ``(p, x, memory=None, mask=None)``: (batch, length, units). ``x`` is (batch,
+      length, size). It attends to ``memory``, (batch, memory length, any size), or to itself if None.
+      ``mask`` is boolean, True where attention is allowed: (batch, memory length) to mask padding, or
+      anything that broadcasts to (batch, heads, length, memory length).
 
     Raises:
-      ValueError: sizes that do not divide, or inputs or masks of the wrong shape.
+      ValueError: sizes do not divide, or an input or mask has the wrong shape.
 
     Example:
       >>> net = MultiHeadAttention(2, causal=True)
@@ -103,13 +103,13 @@ class MultiHeadAttention(Layer):
             _size("MultiHeadAttention", name, getattr(self, name))
         if not self.num_heads or self.units % self.num_heads:
             raise ValueError(
-                f"MultiHeadAttention: units, {self.units}, are shared evenly by num_heads, "
-                f"{self.num_heads}, of 1 or more."
+                "MultiHeadAttention: num_heads must be positive and divide units, but found "
+                f"num_heads={self.num_heads} and units={self.units}."
             )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"MultiHeadAttention: each of num_kv_heads, {self.num_kv_heads}, serves as many of "
-                f"num_heads, {self.num_heads}: the one must divide the other."
+                "MultiHeadAttention: num_kv_heads must divide num_heads, but found "
+                f"num_kv_heads={self.num_kv_heads} and num_heads={self.num_heads}."
             )
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
@@ -117,30 +117,31 @@ class MultiHeadAttention(Layer):
 
     def __call__(self, p: Any, x: Any, memory: Any = None, mask: Any = None) -> Any:
         check_scope(p)
-        other = x if memory is None else memory
-        if x.ndim != 3 or other.ndim != 3 or x.shape[0] != other.shape[0]:
+        source = x if memory is None else memory
+        if x.ndim != 3 or source.ndim != 3 or x.shape[0] != source.shape[0]:
             raise ValueError(
-                f"{self!r} takes (batch, length, size) twice, but found {x.shape} and {other.shape}."
+                f"{self!r} needs x and memory (batch, length, size), but found {x.shape} and "
+                f"{source.shape}."
             )
         units = self.units or x.shape[-1]
         size = units // self.num_heads
         if units % self.num_heads or (self.rotary and size % 2):
-            even = " of an even size" if self.rotary else ""
-            raise ValueError(f"{self!r}: {units} units do not make {self.num_heads} heads{even}.")
+            heads = f"{self.num_heads} heads{' of an even size' if self.rotary else ''}"
+            raise ValueError(f"{self!r} cannot divide {units} units into {heads}.")
         kv_heads = self.num_kv_heads or self.num_heads
         query = self._heads(p, "query", x, self.num_heads, size)
-        key = self._heads(p, "key", other, kv_heads, size)
-        value = self._heads(p, "value", other, kv_heads, size)
-        mask = self._mask(mask, x, other)
+        key = self._heads(p, "key", source, kv_heads, size)
+        value = self._heads(p, "value", source, kv_heads, size)
+        mask = self._mask(mask, x, source)
         causal = self.causal
         if self.cache:
             if memory is not None:
-                raise ValueError(f"{self!r} has a cache of its own sequence, and takes no memory.")
+                raise ValueError(f"{self!r} caches its own sequence: call it without memory.")
             query, key, value, mask, causal = self._cached(p, query, key, value, mask)
         elif self.rotary:
             query = rotate(query, jnp.arange(x.shape[1]))
-            key = rotate(key, jnp.arange(other.shape[1]))
-        # It promotes within itself, which strict promotion would forbid.
+            key = rotate(key, jnp.arange(source.shape[1]))
+        # dot_product_attention promotes dtypes internally, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
         return self._dense(units)(child(p, "out"), y.reshape(*x.shape[:2], units))
@@ -159,24 +160,25 @@ class MultiHeadAttention(Layer):
         y = self._dense(heads * size)(child(p, name), x)
         return y.reshape(*x.shape[:2], heads, size)
 
-    def _mask(self, mask: Any, x: Any, other: Any) -> Any:
+    def _mask(self, mask: Any, x: Any, source: Any) -> Any:
         if mask is None:
             return None
-        full = x.shape[0], self.num_heads, x.shape[1], other.shape[1]
+        full = x.shape[0], self.num_heads, x.shape[1], source.shape[1]
         if mask.dtype != jnp.bool_:
-            raise ValueError(f"{self!r}: the mask is boolean, True is to be seen, not {mask.dtype}.")
+            raise ValueError(
+                f"{self!r} needs a boolean mask (True means attend), but found {mask.dtype}."
+            )
         if mask.ndim == 2 and mask.shape == (full[0], full[3]):
             return mask[:, None, None, :]
-        fits = mask.ndim == 4 and all(m in (1, n) for m, n in zip(mask.shape, full, strict=True))
-        if not fits:
+        if mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
             raise ValueError(
-                f"{self!r}: the mask is (batch, other length) or broadcasts to (batch, heads, length, "
-                f"other length), here {full[::3]} or {full}, but found {mask.shape}."
+                f"{self!r} needs a mask (batch, memory length), here {full[::3]}, or broadcastable to "
+                f"(batch, heads, length, memory length), here {full}, but found {mask.shape}."
             )
         return mask
 
     def _cached(self, p: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        """Returns what to attend with: all that the cache holds, this call's positions among it."""
+        """Returns query, keys, values, mask and causal for attention to the updated cache."""
         batch, length, heads, size = key.shape
         shape = (batch, self.cache, heads, size)
         keys = p.state("cache_key", shape, Zero(), key.dtype)
@@ -188,7 +190,7 @@ class MultiHeadAttention(Layer):
                 query, key = rotate(query, positions), rotate(key, positions)
             return query, key, value, mask, self.causal
         if mask is not None:
-            raise ValueError(f"{self!r}: with a cache, the sequences of a batch have no padding.")
+            raise ValueError(f"{self!r} has a cache, which does not support padding: pass no mask.")
         positions = index + jnp.arange(length, dtype=jnp.int32)
         if self.rotary:
             query, key = rotate(query, positions), rotate(key, positions)
@@ -199,10 +201,10 @@ class MultiHeadAttention(Layer):
         p.update("cache_value", values)
         p.update("cache_index", index + jnp.int32(length))
         last = positions if self.causal else jnp.full_like(positions, positions[-1])
-        seen = jnp.arange(self.cache)[None, :] <= last[:, None]
-        full = positions[-1] >= self.cache
-        query = jnp.where(full, jnp.full_like(query, jnp.nan), query)
-        return query, keys, values, seen[None, None], False
+        mask = jnp.arange(self.cache)[None, :] <= last[:, None]
+        overflow = positions[-1] >= self.cache
+        query = jnp.where(overflow, jnp.full_like(query, jnp.nan), query)
+        return query, keys, values, mask[None, None], False
 
     def __repr__(self) -> str:
         options = [

@@ -1,4 +1,4 @@
-"""Dense layers, embeddings, and the layers without parameters that go with them."""
+"""Dense layers, embeddings, activations by name, dropout and flattening."""
 
 import functools
 import math
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.errors import suggest
-from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.model.scope import check_scope
 from paramtree.nn.layer import Layer
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
 
-# By Gluon's names and jax.nn's.
+# Keyed by the names of Gluon and jax.nn.
 _ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "softrelu": jax.nn.softplus,
     "elu": jax.nn.elu,
@@ -49,8 +49,8 @@ def _activation(activation: Any) -> Callable[..., Any]:
         return activation
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"there is no activation {activation!r}.{suggest(str(activation), _ACTIVATIONS)} The names "
-            f"are {', '.join(sorted(_ACTIVATIONS))}; any function of x will do as well."
+            f"no activation {activation!r}.{suggest(str(activation), _ACTIVATIONS)} The names are "
+            f"{', '.join(sorted(_ACTIVATIONS))}; any function of x works too."
         )
     return _ACTIVATIONS[activation]
 
@@ -61,9 +61,9 @@ def _shown(activation: Any) -> str:
     )
 
 
-def _size(layer: str, what: str, value: Any) -> None:
+def _size(layer: str, setting: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{layer}: {what} is a whole number of 0 or more, but found {value!r}.")
+        raise ValueError(f"{layer}: {setting} must be a non-negative integer, but found {value!r}.")
 
 
 def _flat(x: Any) -> Any:
@@ -72,10 +72,10 @@ def _flat(x: Any) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Activation(Layer):
-    """An activation as a layer, by name or as a function.
+    """Applies an activation, given by name or as a function.
 
     Raises:
-      ValueError: no activation has that name.
+      ValueError: the name is unknown.
 
     Example:
       >>> Activation("relu")({}, jnp.array([-1.0, 1.0]))
@@ -92,7 +92,7 @@ class Activation(Layer):
 
     @property
     def alias(self) -> str:
-        """What a ``Sequential`` calls it: the activation's name, as in Gluon."""
+        """The activation's name, which names the layer in a ``Sequential``, as in Gluon."""
         return self.activation if isinstance(self.activation, str) else "activation"
 
     def __repr__(self) -> str:
@@ -101,23 +101,23 @@ class Activation(Layer):
 
 @dataclass(frozen=True, repr=False)
 class Dense(Layer):
-    """A dense layer, ``activation(x @ weight.T + bias)``.
+    """A dense layer: ``activation(x @ weight.T + bias)``.
 
     Its parameters are ``weight``, (units, in), and ``bias``, (units,).
 
     Args:
       units: the size of the output.
-      activation: a name or a function; None for none.
-      use_bias: whether there is a bias.
-      flatten: whether an input of more than two dimensions becomes (batch, all the rest); without
-        it the layer acts on the last dimension.
+      activation: a name or a function; None for the identity.
+      use_bias: whether to add a bias.
+      flatten: whether to flatten an input of more than two dimensions to (batch, features);
+        otherwise the layer acts on the last dimension.
       dtype: the parameters' dtype.
       weight_initializer: U[-0.07, 0.07] if None.
       bias_initializer: zeros by default.
-      in_units: the size of the input if it is to be checked; 0 to infer it.
+      in_units: the expected size of the input; 0 accepts any size.
 
     Raises:
-      ValueError: a size that is not one, an unknown activation, or an input of another size.
+      ValueError: a size is invalid, the activation is unknown, or the input has another size.
 
     Example:
       >>> net = Dense(3, activation="relu")
@@ -148,7 +148,7 @@ class Dense(Layer):
     def __call__(self, p: Any, x: Any) -> Any:
         check_scope(p)
         if x.ndim == 0:
-            raise ValueError(f"{self!r} needs an input of one dimension or more, but found a scalar.")
+            raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
         if self.flatten and x.ndim > 2:
             x = _flat(x)
         size = x.shape[-1]
@@ -158,7 +158,7 @@ class Dense(Layer):
         y = x @ weight.T
         if self.use_bias:
             bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
-            if y.ndim > 1:  # jnp.expand_dims makes the same equation, and takes long to trace
+            if y.ndim > 1:  # the same as jnp.expand_dims, but much faster to trace
                 bias = jax.lax.broadcast_in_dim(bias, (1,) * (y.ndim - 1) + bias.shape, (y.ndim - 1,))
             y = y + bias
         return y if self.activation is None else _activation(self.activation)(y)
@@ -170,17 +170,17 @@ class Dense(Layer):
 
 @dataclass(frozen=True, repr=False)
 class Embedding(Layer):
-    """Rows of a table, by index; the parameter ``weight`` is (input_dim, output_dim).
+    """Looks up rows of a table by index. The parameter ``weight`` is (input_dim, output_dim).
 
     Args:
-      input_dim: how many rows there are.
+      input_dim: the number of rows.
       output_dim: the size of a row.
       dtype: the parameter's dtype.
       weight_initializer: U[-0.07, 0.07] if None.
 
     Returns:
-      On calling with whole numbers of any shape: (*shape, output_dim). A negative index counts from
-      the end; one that is out of range gives NaN, as compiled code cannot raise an error.
+      When called with integers of any shape: (*shape, output_dim). Negative indices count from the
+      end. Indices out of range give NaN, as compiled code cannot raise.
 
     Example:
       >>> net = Embedding(10, 4)
@@ -204,9 +204,7 @@ class Embedding(Layer):
     def __call__(self, p: Any, x: Any) -> Any:
         check_scope(p)
         if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(
-                f"{self!r} takes whole numbers, but found {x.dtype}: cast the ids to int32."
-            )
+            raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
         weight = p.param("weight", shape, self.weight_initializer, self.dtype)
         return jnp.take(weight, x, axis=0)
@@ -217,16 +215,17 @@ class Embedding(Layer):
 
 @dataclass(frozen=True, repr=False)
 class Dropout(Layer):
-    """Zeros a share of the input under ``pt.training`` and scales up the rest; else does nothing.
+    """Under ``pt.training``, zeros random entries and scales up the others; otherwise the identity.
 
     Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014.
 
     Args:
-      rate: the share to zero, in [0, 1).
-      axes: the axes along which all entries share their fate.
+      rate: the probability of zeroing an entry, in [0, 1).
+      axes: the axes along which the mask is broadcast.
 
     Raises:
-      ValueError: a rate that is not in [0, 1); on calling: ScopeError, in training without a key.
+      ValueError: ``rate`` is not in [0, 1); when called: the input lacks one of ``axes``.
+      ScopeError: when called in training without a key.
 
     Example:
       >>> Dropout(0.5)
@@ -238,14 +237,14 @@ class Dropout(Layer):
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout: rate is a share in [0, 1), but found {self.rate!r}.")
+            raise ValueError(f"Dropout: rate must be in [0, 1), but found {self.rate!r}.")
         object.__setattr__(self, "axes", tuple(self.axes))
 
     def __call__(self, p: Any, x: Any) -> Any:
         if not p.training or self.rate == 0:
             return x
         if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
-            raise ValueError(f"{self!r}: the axes are not all among those of the input, {x.shape}.")
+            raise ValueError(f"{self!r}: axes are out of range for an input of shape {x.shape}.")
         axes = {axis % x.ndim for axis in self.axes}
         shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
         keep = jax.random.bernoulli(p.key(), 1 - self.rate, shape)
@@ -257,7 +256,7 @@ class Dropout(Layer):
 
 @dataclass(frozen=True, repr=False)
 class Flatten(Layer):
-    """Makes (batch, all the rest) of the input.
+    """Flattens the input to (batch, features).
 
     Example:
       >>> Flatten()({}, jnp.ones((2, 3, 4))).shape

@@ -1,4 +1,4 @@
-"""Layers made of layers: side by side, around a skip connection, or one block many times."""
+"""Layers made of layers: parallel branches, residual connections, and repeated blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 
 from paramtree.core.arrays import join, shape_of
 from paramtree.core.errors import MismatchError
-from paramtree.core.structure import STATE
-from paramtree.core.tree import ParamTree, _flatten, check_scope, child
+from paramtree.core.pytrees import KEEP, open_tree
+from paramtree.core.structure import STATE, Structure
+from paramtree.core.tree import ParamTree, unflatten
 from paramtree.model.record import Recorder, tie_in_recorder
-from paramtree.model.training import TrainingScope, training
+from paramtree.model.scope import Scope, check_scope, child, run_of, write
+from paramtree.model.training import Training, training
 from paramtree.nn.layer import Layer, Sequential, _as_layer
 
 __all__ = ["Parallel", "Repeat", "Residual"]
@@ -20,13 +22,13 @@ __all__ = ["Parallel", "Repeat", "Residual"]
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Residual(Sequential):
-    """Layers one after another, whose output is added to their input.
+    """Applies layers one after another and adds their output to their input.
 
-    He et al., "Deep residual learning for image recognition", 2016. The children are named as in a
+    He et al., "Deep residual learning for image recognition", 2016. Children are named as in a
     ``Sequential``.
 
     Raises:
-      ValueError: on calling: the output has another shape than the input.
+      ValueError: when called: the output and the input have different shapes.
 
     Example:
       >>> from paramtree import nn
@@ -40,8 +42,8 @@ class Residual(Sequential):
         y = super().__call__(p, x)
         if y.shape != x.shape:
             raise ValueError(
-                f"Residual adds its layers' output to their input, but found {y.shape} and {x.shape}: "
-                "let the last layer restore the shape."
+                f"Residual adds its layers' output to their input, but found shapes {y.shape} and "
+                f"{x.shape}: make the last layer restore the input's shape."
             )
         return x + y
 
@@ -51,14 +53,14 @@ class Residual(Sequential):
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Parallel(Sequential):
-    """Layers side by side on one input, their outputs joined along an axis.
+    """Applies layers to the same input and concatenates their outputs along an axis.
 
-    Gluon's ``Concurrent``. The children are named as in a ``Sequential``.
+    Gluon's ``Concurrent``. Children are named as in a ``Sequential``.
 
     Args:
       *layers: layers, or functions of x.
-      axis: the axis to join along; None for a tuple of the outputs.
-      **named: layers with the names that they are to have.
+      axis: the axis to concatenate along; None returns the outputs as a tuple.
+      **named: layers under names of your choice.
 
     Example:
       >>> from paramtree import nn
@@ -92,27 +94,26 @@ class Parallel(Sequential):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Repeat(Layer):
-    """One block many times, each with parameters of its own, as a scan.
+    """Scans over ``n`` copies of a block, each with its own parameters, state and keys.
 
-    Every parameter of the block is there once, with a first axis of size ``n``, so tracing and
-    compiling take no longer for a hundred copies than for two. Copy i starts from the very values
-    that it would start from as a layer called ``i``. ``pt.unstack(params, "blocks")`` gives
-    each copy names of its own; such a tree runs as well, copy by copy. State is kept, and keys are
-    drawn, for each copy.
+    Each parameter is one leaf with a leading axis of size ``n``, so a hundred copies trace and compile
+    as fast as two. Copy i starts from the values that a layer named ``i`` would start from.
+    ``pt.unstack(params, "blocks")`` gives every copy its own names; the unstacked tree also runs, copy
+    by copy.
 
     Args:
-      block: a layer, or any model ``f(p, x, *args)`` whose output is like ``x``.
-      n: how many.
-      remat: whether the backward pass computes each copy anew instead of keeping what is inside it;
-        or a policy of ``jax.checkpoint_policies`` that says what to keep.
+      block: a layer, or a model ``f(p, x, *args)`` whose output has the shape and dtype of ``x``.
+      n: the number of copies.
+      remat: whether the backward pass recomputes each copy instead of storing its intermediates; or a
+        policy from ``jax.checkpoint_policies`` that selects what to store.
 
     Returns:
-      On calling with ``(p, x, *args)``: what the last copy gives; all get the same ``args``.
+      When called with ``(p, x, *args)``: the output of the last copy. All copies get the same ``args``.
 
     Raises:
-      ValueError: ``n`` is not a whole number of 1 or more.
-      MismatchError: on calling: the block's output is not like its input, or the leaves are not
-        stacks of ``n``.
+      ValueError: ``n`` is not a positive integer.
+      MismatchError: when called: the block changes the shape or dtype of its input, or a leaf has no
+        leading axis of size ``n``.
 
     Example:
       >>> import paramtree as pt
@@ -130,9 +131,9 @@ class Repeat(Layer):
     remat: bool | Callable[..., Any] = False
 
     def __post_init__(self) -> None:
-        _as_layer(self.block, "the block")
+        _as_layer(self.block, "the block of a Repeat")
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
-            raise ValueError(f"Repeat: n is a whole number of 1 or more, but found {self.n!r}.")
+            raise ValueError(f"Repeat: n must be a positive integer, but found {self.n!r}.")
 
     def __call__(self, p: Any, x: Any, *args: Any) -> Any:
         check_scope(p)
@@ -140,78 +141,95 @@ class Repeat(Layer):
             y = self.block(p.repeated(self.n), x, *args)
             self._check_output(x, y)
             return y
-        if not isinstance(p, ParamTree):
-            raise TypeError(f"Repeat takes a scope of paramtree's, but found {type(p).__name__}.")
+        if not isinstance(p, ParamTree | Scope):
+            raise TypeError(f"Repeat needs a paramtree scope, but found {type(p).__name__}.")
         copies = [str(i) for i in range(self.n)]
         if list(p) == copies:  # unstacked
             for i in copies:
                 x = self.block(p[i], x, *args)
             return x
-        tree = p._with(_flatten(p)[0])
-        self._check_stacks(tree)
-        return (
-            self._train(p, tree, x, args)
-            if isinstance(p, TrainingScope)
-            else self._infer(tree, x, args)
-        )
+        self._check_stacks(p)
+        return self._train(p, x, args) if isinstance(run_of(p), Training) else self._infer(p, x, args)
 
-    def _infer(self, tree: ParamTree, x: Any, args: Any) -> Any:
+    def _infer(self, p: Any, x: Any, args: Any) -> Any:
+        source = open_tree(p)
+        copy = _one_copy(source.structure)
+
         def body(x: Any, leaves: Any) -> tuple[Any, None]:
-            y = self.block(tree._with(leaves), x, *args)
+            y = self.block(source.rebuild(copy, leaves, KEEP), x, *args)
             self._check_output(x, y)
             return y, None
 
-        return jax.lax.scan(self._remat(body), x, tree._leaves, length=self.n)[0]
+        return jax.lax.scan(self._remat(body), x, source.leaves, length=self.n)[0]
 
-    def _train(self, p: TrainingScope, tree: ParamTree, x: Any, args: Any) -> Any:
-        keys = jax.random.split(p.key(), self.n) if p.can_draw else None
+    def _train(self, p: Scope, x: Any, args: Any) -> Any:
+        source = open_tree(p)
+        structure, copy = source.structure, _one_copy(source.structure)
+        keys = jax.random.split(p.key(), self.n) if run_of(p).can_draw else None
 
-        def body(x: Any, each: Any) -> tuple[Any, Any]:
-            leaves, key = each
-            one = tree._with(leaves)
-            y, after = training(self.block)(one, x, *args, key=key)
+        def body(x: Any, leaves_and_key: Any) -> tuple[Any, Any]:
+            leaves, key = leaves_and_key
+            tree = unflatten(copy, leaves, source.place)
+            y, new = training(self.block)(tree, x, *args, key=key)
             self._check_output(x, y)
-            kinds = tree._structure.kinds
-            return y, [leaf for leaf, kind in zip(after._leaves, kinds, strict=True) if kind == STATE]
+            new_leaves = zip(open_tree(new).leaves, structure.kinds, strict=True)
+            return y, [leaf for leaf, kind in new_leaves if kind == STATE]
 
-        y, state = jax.lax.scan(self._remat(body), x, (tree._leaves, keys), length=self.n)
-        fresh = iter(state)
-        kinds = tree._structure.kinds
+        y, state = jax.lax.scan(self._remat(body), x, (source.leaves, keys), length=self.n)
+        new_state = iter(state)
         leaves = [
-            next(fresh) if kind == STATE else leaf
-            for leaf, kind in zip(tree._leaves, kinds, strict=True)
+            next(new_state) if kind == STATE else leaf
+            for leaf, kind in zip(source.leaves, structure.kinds, strict=True)
         ]
         if state:
-            p.write(tree._with(leaves))
+            write(p, unflatten(structure, leaves))
         return y
 
     def _remat(self, body: Callable[..., Any]) -> Callable[..., Any]:
         if not self.remat:
             return body
         policy = self.remat if callable(self.remat) else None
-        # In a scan there is nothing that the compiler could merge the second computation with.
+        # Inside a scan the compiler cannot merge the recomputation with the first computation.
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
     def _check_output(self, x: Any, y: Any) -> None:
-        have, want = (jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), v) for v in (y, x))
-        if have != want:
+        after, before = (jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), v) for v in (y, x))
+        if after != before:
             raise MismatchError(
-                f"Repeat: the block gives {have} for an input of {want}, and the next copy is to take "
-                "it: they must be alike in shape and dtype."
+                f"Repeat: the block returns {after} for an input of {before}, but its output is the "
+                "next copy's input: make the shapes and dtypes equal."
             )
 
-    def _check_stacks(self, tree: ParamTree) -> None:
-        wrong = [
-            f"`{join((*tree._place, *path))}` has shape {shape_of(leaf)}"
-            for path, leaf in zip(tree._structure.canonical, tree._leaves, strict=True)
+    def _check_stacks(self, p: Any) -> None:
+        source = open_tree(p)
+        mismatches = [
+            f"`{join((*source.place, *path))}` has shape {shape_of(leaf)}"
+            for path, leaf in zip(source.structure.canonical, source.leaves, strict=True)
             if (shape_of(leaf) or (None,))[0] != self.n
         ]
-        if wrong:
+        if mismatches:
             raise MismatchError(
-                f"Repeat: {', '.join(wrong)}; expected a first axis of {self.n}, one for each copy. "
-                "pt.stack puts named copies together."
+                f"Repeat: {', '.join(mismatches)}; expected a leading axis of size {self.n}, one entry "
+                "per copy. Stack named copies with pt.stack."
             )
 
     def __repr__(self) -> str:
         text = repr(self.block).replace("\n", "\n  ")
         return f"Repeat(\n  ({self.n} x): {text}\n)"
+
+
+def _one_copy(structure: Structure) -> Structure:
+    """Returns the structure of one copy in a stack: without the outermost stack of this level."""
+
+    def make() -> Structure:
+        stacks = [
+            stack[1:] if stack[:1] and stack[0][0] == 0 else stack for stack in structure.full.stacks
+        ]
+        full = structure.full
+        copy = Structure.intern(
+            full.paths, full.slots, full.kinds, tuple(stacks) if any(stacks) else ()
+        )
+        return copy.keep(structure.kept)
+
+    copy: Structure = structure.cached("one copy", make)
+    return copy

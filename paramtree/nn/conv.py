@@ -1,4 +1,4 @@
-"""Convolutions over one, two and three axes in space; their transposes have a file of their own."""
+"""Convolutions over one, two and three spatial axes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from paramtree.core.tree import check_scope
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.model.scope import check_scope
 from paramtree.nn.basic import _activation, _shown
 from paramtree.nn.layer import Layer
 from paramtree.nn.spatial import (
     Padding,
     Sizes,
+    check_integer,
     check_layout,
     on_axes,
     padding_of,
@@ -21,17 +22,16 @@ from paramtree.nn.spatial import (
     shown_padding,
     sizes_of,
     spatial_axes,
-    whole,
 )
 
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
 
 
 class _Convolution(Layer):
-    """All that convolutions and transposed ones have in common: everything but the one operation.
+    """Base of convolutions and transposed convolutions: everything except the operation itself.
 
-    It is no dataclass itself: the fields stand in the subclasses, as Gluon has ``output_padding``
-    in the middle of the transposed ones' arguments.
+    Not a dataclass: the subclasses declare the fields, because Gluon puts ``output_padding`` in the
+    middle of a transposed convolution's arguments.
     """
 
     channels: int
@@ -51,21 +51,17 @@ class _Convolution(Layer):
     def __post_init__(self) -> None:
         name = type(self).__name__
         rank = check_layout(self)
-        for what, least in (("channels", 1), ("groups", 1), ("in_channels", 0)):
-            if not whole(value := getattr(self, what), least):
+        for setting, minimum in (("channels", 1), ("groups", 1), ("in_channels", 0)):
+            check_integer(self, setting, getattr(self, setting), minimum)
+        for setting in ("channels", "in_channels"):
+            if (size := getattr(self, setting)) % self.groups:
                 raise ValueError(
-                    f"{name}: {what} is a whole number of {least} or more, but found {value!r}."
-                )
-        for what in ("channels", "in_channels"):
-            if getattr(self, what) % self.groups:
-                raise ValueError(
-                    f"{name}: {what} is {getattr(self, what)}, which cannot be divided into "
-                    f"{self.groups} equal groups."
+                    f"{name}: {setting} must be divisible by groups={self.groups}, but found {size}."
                 )
         if self.activation is not None:
             _activation(self.activation)
-        for what in ("kernel_size", "strides", "dilation"):
-            object.__setattr__(self, what, on_axes(self, what, getattr(self, what), rank))
+        for setting in ("kernel_size", "strides", "dilation"):
+            object.__setattr__(self, setting, on_axes(self, setting, getattr(self, setting), rank))
         object.__setattr__(self, "padding", padding_of(self, self.padding, rank))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         weight = get(self.weight_initializer or Uniform())
@@ -75,27 +71,27 @@ class _Convolution(Layer):
     def __call__(self, p: Any, x: Any) -> Any:
         check_scope(p)
         sizes = sizes_of(self, x)
-        where = self.layout.index("C")
-        size = x.shape[where]
+        axis = self.layout.index("C")
+        size = x.shape[axis]
         if self.in_channels and size != self.in_channels:
             raise ValueError(
-                f"{self!r} expects inputs of {self.in_channels} channels, but found {size} on axis "
-                f"{where} of the shape {x.shape}; the layout is {self.layout}."
+                f"{self!r} expects {self.in_channels} channels, but found {size} on axis {axis} of "
+                f"shape {x.shape} with layout {self.layout}."
             )
         if size == 0 or size % self.groups:
             raise ValueError(
-                f"{self!r} needs a number of channels that can be divided into groups={self.groups}, "
-                f"but found {size} on axis {where} of the shape {x.shape}; the layout is {self.layout}."
+                f"{self!r} needs a positive number of channels divisible by groups={self.groups}, but "
+                f"found {size} on axis {axis} of shape {x.shape} with layout {self.layout}."
             )
         weight = p.param("weight", self._weight_shape(size), self.weight_initializer, self.dtype)
-        # As x @ weight does it; lax.conv_general_dilated itself takes equal dtypes only.
+        # Promote as x @ weight would; lax.conv_general_dilated requires equal dtypes.
         x, weight = jnp.asarray(x), jnp.asarray(weight)
         dtype = jnp.result_type(x, weight)
         x, weight = lax.convert_element_type(x, dtype), lax.convert_element_type(weight, dtype)
         y = self._convolve(x, weight, sizes)
         if self.use_bias:
             bias = p.param("bias", (self.channels,), self.bias_initializer, self.dtype)
-            y = y + jnp.expand_dims(bias, [axis for axis in range(y.ndim) if axis != where])
+            y = y + jnp.expand_dims(bias, [i for i in range(y.ndim) if i != axis])
         return y if self.activation is None else _activation(self.activation)(y)
 
     def _weight_shape(self, size: int) -> tuple[int, ...]:
@@ -105,7 +101,7 @@ class _Convolution(Layer):
         raise NotImplementedError
 
     def _windows(self) -> list[int]:
-        """Returns how far the kernel reaches along each axis."""
+        """Returns the size of the dilated kernel along each axis."""
         kernel: Any = self.kernel_size
         dilation: Any = self.dilation
         return [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -115,7 +111,7 @@ class _Convolution(Layer):
 
     @property
     def alias(self) -> str:
-        """What a ``Sequential`` calls it: all convolutions share one counter, as in Gluon."""
+        """The name "conv": all convolutions in a ``Sequential`` share one counter, as in Gluon."""
         return "conv"
 
     def __repr__(self) -> str:
@@ -127,8 +123,8 @@ class _Convolution(Layer):
             text += f", padding={shown_padding(self.padding)}"
         if self.dilation != (1,) * rank:
             text += f", dilation={self.dilation}"
-        if any(more := getattr(self, "output_padding", ())):
-            text += f", output_padding={more}"
+        if any(output_padding := getattr(self, "output_padding", ())):
+            text += f", output_padding={output_padding}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         if not self.use_bias:
@@ -165,8 +161,8 @@ class _Conv(_Convolution):
         for size, (low, high), window in zip(sizes, pads, windows, strict=True):
             if size + low + high < window:
                 raise ValueError(
-                    f"{self!r} reaches over {tuple(windows)}, which is more than an input of the shape "
-                    f"{x.shape} has with padding {shown_padding(pads)}; the layout is {self.layout}."
+                    f"{self!r}: the dilated kernel {tuple(windows)} is larger than an input of shape "
+                    f"{x.shape} with padding {shown_padding(pads)} and layout {self.layout}."
                 )
         dilation: Any = self.dilation
         return lax.conv_general_dilated(
@@ -182,18 +178,15 @@ class _Conv(_Convolution):
 
 @dataclass(frozen=True, repr=False)
 class Conv1D(_Conv):
-    """A convolution over sequences: ``Conv2D`` with one axis in space.
+    """A convolution over sequences (batch, width, channels): ``Conv2D`` with one spatial axis.
 
-    It takes (batch, width, channels) to (batch, new width, channels). Its parameters are ``weight``,
-    (out, in / groups, width), and ``bias``, (out,).
+    Its parameters are ``weight``, (out, in / groups, width), and ``bias``, (out,).
 
     Args:
-      channels, kernel_size, strides, padding, dilation, groups, activation, use_bias,
-        weight_initializer, bias_initializer, in_channels, dtype: as for ``Conv2D``.
-      layout: "NWC" or "NCW".
+      layout: "NWC" or "NCW". All other settings are as for ``Conv2D``.
 
     Raises:
-      ValueError: as ``Conv2D`` does.
+      ValueError: as for ``Conv2D``.
 
     Example:
       >>> import jax
@@ -208,36 +201,35 @@ class Conv1D(_Conv):
 
 @dataclass(frozen=True, repr=False)
 class Conv2D(_Conv):
-    """A convolution over images, ``activation(weight * x + bias)``.
+    """A convolution over images: ``activation(weight * x + bias)``.
 
-    It takes (batch, height, width, channels) to (batch, new height, new width, channels). Its
-    parameters are ``weight``, (out, in / groups, height, width), and ``bias``, (out,); the layout of
-    the data does not change them, so PyTorch's files and those of Gluon's "NCHW" load as they are.
-    (With "NHWC" Gluon lays out the weight as (out, height, width, in): move its last axis to 1.)
+    It maps (batch, height, width, channels) to (batch, new height, new width, channels). Its
+    parameters are ``weight``, (out, in / groups, height, width), and ``bias``, (out,), whatever the
+    layout of the data: weights from PyTorch and from Gluon's "NCHW" need no conversion. (Gluon's "NHWC"
+    weights are (out, height, width, in): move the last axis to 1.)
 
-    Along an axis of n entries the output has
-    ⌊(n + low + high - dilation · (kernel - 1) - 1) / stride⌋ + 1.
+    An axis of size n becomes ⌊(n + low + high - dilation · (kernel - 1) - 1) / stride⌋ + 1.
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016.
 
     Args:
-      channels: how many channels the output has.
-      kernel_size: the kernel's size; here and below a number, or a tuple of one for each axis.
+      channels: the number of output channels.
+      kernel_size: the kernel's size; this and the next settings are a number or one number per axis.
       strides: the step from one window to the next.
-      padding: how many zeros to put at both ends; a pair (low, high) for an axis where they differ.
-        "valid" is 0, and "same" such that the output has ⌈n / stride⌉ entries.
+      padding: the number of zeros at both ends of an axis, or a pair (low, high); "valid" is 0, and
+        "same" gives an output of size ⌈n / stride⌉.
       dilation: the step from one entry of the kernel to the next.
-      groups: how many groups of channels there are that see nothing of one another.
+      groups: the number of channel groups, which are convolved independently.
       layout: "NHWC" or "NCHW".
-      activation: a name or a function; None for none.
-      use_bias: whether there is a bias.
+      activation: a name or a function; None for the identity.
+      use_bias: whether to add a bias.
       weight_initializer: U[-0.07, 0.07] if None.
       bias_initializer: zeros by default.
-      in_channels: how many channels the input has, if that is to be checked; 0 to infer it.
+      in_channels: the expected number of input channels; 0 accepts any number.
       dtype: the parameters' dtype.
 
     Raises:
-      ValueError: a setting that is not one, channels that the groups do not divide, an unknown
-        activation; on calling: an input without these axes or channels, or smaller than the kernel.
+      ValueError: a setting is invalid, ``groups`` does not divide the channels, or the activation is
+        unknown; when called: the input has other axes or channels, or is smaller than the kernel.
 
     Example:
       >>> import jax
@@ -256,18 +248,15 @@ class Conv2D(_Conv):
 
 @dataclass(frozen=True, repr=False)
 class Conv3D(_Conv):
-    """A convolution over volumes or films: ``Conv2D`` with three axes in space.
+    """A convolution over volumes or videos (batch, depth, height, width, channels), as ``Conv2D``.
 
-    It takes (batch, depth, height, width, channels) to an output with these axes. Its parameters are
-    ``weight``, (out, in / groups, depth, height, width), and ``bias``, (out,).
+    Its parameters are ``weight``, (out, in / groups, depth, height, width), and ``bias``, (out,).
 
     Args:
-      channels, kernel_size, strides, padding, dilation, groups, activation, use_bias,
-        weight_initializer, bias_initializer, in_channels, dtype: as for ``Conv2D``.
-      layout: "NDHWC" or "NCDHW".
+      layout: "NDHWC" or "NCDHW". All other settings are as for ``Conv2D``.
 
     Raises:
-      ValueError: as ``Conv2D`` does.
+      ValueError: as for ``Conv2D``.
 
     Example:
       >>> import jax

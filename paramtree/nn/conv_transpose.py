@@ -1,4 +1,4 @@
-"""Transposed convolutions over one, two and three axes in space."""
+"""Transposed convolutions over one, two and three spatial axes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,49 +36,48 @@ class _ConvTranspose(_Convolution):
         strides: Any = self.strides
         dilation: Any = self.dilation
         name = type(self).__name__
-        more = on_axes(self, "output_padding", self.output_padding, len(strides), least=0)
-        if any(extra >= max(pair) for extra, *pair in zip(more, strides, dilation, strict=True)):
+        extras = on_axes(self, "output_padding", self.output_padding, len(strides), minimum=0)
+        if any(extra >= max(pair) for extra, *pair in zip(extras, strides, dilation, strict=True)):
             raise ValueError(
-                f"{name}: output_padding is less than the strides or the dilation, as it chooses among "
-                f"the sizes that a convolution makes the same; found output_padding={more}, "
-                f"strides={strides}, dilation={dilation}."
+                f"{name}: output_padding must be less than the strides or the dilation, but found "
+                f"output_padding={extras}, strides={strides}, dilation={dilation}."
             )
-        if self.padding == "same" and any(more):
+        if self.padding == "same" and any(extras):
             raise ValueError(
-                f"{name}: padding='same' makes the output strides times as large as the input, so "
-                f"output_padding has nothing to choose; leave out output_padding={more}."
+                f"{name}: padding='same' fixes the output size at strides times the input size: leave "
+                f"out output_padding={extras}."
             )
-        object.__setattr__(self, "output_padding", more)
+        object.__setattr__(self, "output_padding", extras)
 
     def _weight_shape(self, size: int) -> tuple[int, ...]:
         kernel: Any = self.kernel_size
         return (size, self.channels // self.groups, *kernel)
 
     def _convolve(self, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
-        # The gradient of a convolution with respect to its input: the input is spread out by the
-        # strides and convolved with the mirrored kernel, and what the padding covered is cut off.
+        # The gradient of a convolution with respect to its input: dilate the input by the strides,
+        # convolve it with the flipped kernel, and crop the padding.
         strides: Any = self.strides
-        more: Any = self.output_padding
+        extras: Any = self.output_padding
         windows = self._windows()
-        if self.padding == "same":  # undoes that of a convolution which comes to these sizes
-            whole_sizes = [size * stride for size, stride in zip(sizes, strides, strict=True)]
-            pads = pairs_for("same", whole_sizes, windows, strides)
-            more = [max(s - w, 0) for s, w in zip(strides, windows, strict=True)]
+        if self.padding == "same":  # the padding of the convolution that maps the output to this input
+            output_sizes = [size * stride for size, stride in zip(sizes, strides, strict=True)]
+            pads = pairs_for("same", output_sizes, windows, strides)
+            extras = [max(s - w, 0) for s, w in zip(strides, windows, strict=True)]
         else:
             pads = pairs_for(self.padding, sizes, windows, strides)
-        around = []
+        input_pads = []
         for size, stride, window, (low, high), extra in zip(
-            sizes, strides, windows, pads, more, strict=True
+            sizes, strides, windows, pads, extras, strict=True
         ):
             if (size - 1) * stride + window - low - high + extra < 1:
                 raise ValueError(
-                    f"{self!r}: the padding {shown_padding(pads)} leaves nothing of the output for an "
-                    f"input of the shape {x.shape}; the layout is {self.layout}."
+                    f"{self!r}: padding {shown_padding(pads)} leaves an empty output for an input of "
+                    f"shape {x.shape} with layout {self.layout}."
                 )
-            around.append((window - 1 - low, window - 1 - high + extra))
+            input_pads.append((window - 1 - low, window - 1 - high + extra))
         weight = lax.rev(weight, range(2, weight.ndim))
         if self.groups > 1:
-            # From (in, out / groups) to (in / groups, out), as lax has it.
+            # From (in, out / groups) to lax's (in / groups, out).
             inputs, outputs, *kernel = weight.shape
             weight = weight.reshape(self.groups, inputs // self.groups, outputs, *kernel)
             weight = jnp.moveaxis(weight, 0, 1).reshape(inputs // self.groups, self.channels, *kernel)
@@ -87,7 +86,7 @@ class _ConvTranspose(_Convolution):
             x,
             weight,
             (1,) * len(sizes),
-            around,
+            input_pads,
             lhs_dilation=strides,
             rhs_dilation=dilation,
             dimension_numbers=(self.layout, self._weight_layout("IO"), self.layout),
@@ -97,18 +96,15 @@ class _ConvTranspose(_Convolution):
 
 @dataclass(frozen=True, repr=False)
 class Conv1DTranspose(_ConvTranspose):
-    """A transposed convolution over sequences: ``Conv2DTranspose`` with one axis in space.
+    """A transposed convolution over sequences: ``Conv2DTranspose`` with one spatial axis.
 
     Its parameters are ``weight``, (in, out / groups, width), and ``bias``, (out,).
 
     Args:
-      channels, kernel_size, strides, padding, output_padding, dilation, groups, activation,
-        use_bias, weight_initializer, bias_initializer, in_channels, dtype: as for
-        ``Conv2DTranspose``.
-      layout: "NWC" or "NCW".
+      layout: "NWC" or "NCW". All other settings are as for ``Conv2DTranspose``.
 
     Raises:
-      ValueError: as ``Conv2DTranspose`` does.
+      ValueError: as for ``Conv2DTranspose``.
 
     Example:
       >>> import jax
@@ -123,38 +119,27 @@ class Conv1DTranspose(_ConvTranspose):
 
 @dataclass(frozen=True, repr=False)
 class Conv2DTranspose(_ConvTranspose):
-    """A transposed convolution over images: the gradient of a convolution as a layer.
+    """A transposed convolution over images: the gradient of a convolution, as a layer.
 
-    With ``conv`` a ``Conv2D`` of these settings and this weight, it is what
-    ``jax.linear_transpose`` makes of ``conv``, plus the bias. Its parameters are ``weight``,
-    (in, out / groups, height, width), and ``bias``, (out,).
+    It equals ``jax.linear_transpose`` of a ``Conv2D`` with the same settings and weight, plus the bias.
+    Its parameters are ``weight``, (in, out / groups, height, width), and ``bias``, (out,).
 
-    Along an axis of n entries the output has
+    An axis of size n becomes
     (n - 1) · stride - low - high + dilation · (kernel - 1) + 1 + output_padding.
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016.
 
     Args:
-      channels: how many channels the output has.
-      kernel_size: the kernel's size; here and below a number, or a tuple of one for each axis.
-      strides: how many times larger the output is, roughly.
-      padding: how much the convolution pads, and so how much is cut off here; as for ``Conv2D``.
-        "same" gives n · stride entries.
-      output_padding: how many more entries the output is to have at the high end: with strides
-        above 1 a convolution comes to one size from several, and this says which is meant.
-      dilation: the step from one entry of the kernel to the next.
-      groups: how many groups of channels there are that see nothing of one another.
-      layout: "NHWC" or "NCHW".
-      activation: a name or a function; None for none.
-      use_bias: whether there is a bias.
-      weight_initializer: U[-0.07, 0.07] if None.
-      bias_initializer: zeros by default.
-      in_channels: how many channels the input has, if that is to be checked; 0 to infer it.
-      dtype: the parameters' dtype.
+      strides: roughly the ratio of output size to input size.
+      padding: the padding of the convolution, as for ``Conv2D``, which is cropped from the output here.
+        "same" gives an output of size n · stride.
+      output_padding: extra entries at the high end. With strides above 1 a convolution maps several
+        sizes to one, and this setting selects which of them to restore.
+      channels, kernel_size, dilation, groups, layout and all others: as for ``Conv2D``.
 
     Raises:
-      ValueError: a setting that is not one, channels that the groups do not divide, an
-        ``output_padding`` as large as strides and dilation, an unknown activation; on calling: an
-        input without these axes or channels, or one of which the padding leaves nothing.
+      ValueError: a setting is invalid, ``groups`` does not divide the channels, ``output_padding`` is
+        not less than the strides or the dilation, or the activation is unknown; when called: the
+        input has other axes or channels, or the padding leaves an empty output.
 
     Example:
       >>> import jax
@@ -173,18 +158,15 @@ class Conv2DTranspose(_ConvTranspose):
 
 @dataclass(frozen=True, repr=False)
 class Conv3DTranspose(_ConvTranspose):
-    """A transposed convolution over volumes or films: ``Conv2DTranspose`` with three axes in space.
+    """A transposed convolution over volumes or videos: ``Conv2DTranspose`` with three spatial axes.
 
     Its parameters are ``weight``, (in, out / groups, depth, height, width), and ``bias``, (out,).
 
     Args:
-      channels, kernel_size, strides, padding, output_padding, dilation, groups, activation,
-        use_bias, weight_initializer, bias_initializer, in_channels, dtype: as for
-        ``Conv2DTranspose``.
-      layout: "NDHWC" or "NCDHW".
+      layout: "NDHWC" or "NCDHW". All other settings are as for ``Conv2DTranspose``.
 
     Raises:
-      ValueError: as ``Conv2DTranspose`` does.
+      ValueError: as for ``Conv2DTranspose``.
 
     Example:
       >>> import jax

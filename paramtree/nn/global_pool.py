@@ -1,4 +1,4 @@
-"""Pooling over all of space: the greatest entry or the mean of each channel."""
+"""Global pooling: the maximum or the mean of each channel over all spatial axes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,8 @@ class _GlobalPool(_Pooling):
 
     def __repr__(self) -> str:
         rank = len(self.layout) - 2
-        one = (1,) * rank
-        return self._shown(one, one, str((0,) * rank), True, True)
+        ones = (1,) * rank
+        return self._repr(ones, ones, str((0,) * rank), True, True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,13 +50,13 @@ class _GlobalAvgPool(_GlobalPool):
 
 @dataclass(frozen=True, repr=False)
 class GlobalMaxPool1D(_GlobalMaxPool):
-    """The greatest entry of each channel: (batch, width, channels) to (batch, 1, channels).
+    """The maximum of each channel: (batch, width, channels) to (batch, 1, channels).
 
     Args:
       layout: "NWC" or "NCW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
+      ValueError: as for ``GlobalMaxPool2D``.
 
     Example:
       >>> GlobalMaxPool1D()({}, jnp.ones((2, 5, 3))).shape
@@ -68,15 +68,15 @@ class GlobalMaxPool1D(_GlobalMaxPool):
 
 @dataclass(frozen=True, repr=False)
 class GlobalMaxPool2D(_GlobalMaxPool):
-    """The greatest entry of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
+    """The maximum of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
 
-    Where several entries are the greatest, they share the gradient.
+    If several entries are the maximum, they share the gradient.
 
     Args:
       layout: "NHWC" or "NCHW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
+      ValueError: the layout is invalid; when called: the input has other axes.
 
     Example:
       >>> GlobalMaxPool2D()({}, jnp.ones((2, 5, 5, 3))).shape
@@ -88,13 +88,13 @@ class GlobalMaxPool2D(_GlobalMaxPool):
 
 @dataclass(frozen=True, repr=False)
 class GlobalMaxPool3D(_GlobalMaxPool):
-    """The greatest entry of each channel, over depth, height and width, which stay with size 1.
+    """The maximum of each channel over depth, height and width, which keep size 1.
 
     Args:
       layout: "NDHWC" or "NCDHW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
+      ValueError: as for ``GlobalMaxPool2D``.
 
     Example:
       >>> GlobalMaxPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape
@@ -112,8 +112,7 @@ class GlobalAvgPool1D(_GlobalAvgPool):
       layout: "NWC" or "NCW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
-      TypeError: on calling: an input of whole numbers.
+      ValueError, TypeError: as for ``GlobalAvgPool2D``.
 
     Example:
       >>> GlobalAvgPool1D()({}, jnp.ones((2, 5, 3))).shape
@@ -131,8 +130,8 @@ class GlobalAvgPool2D(_GlobalAvgPool):
       layout: "NHWC" or "NCHW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
-      TypeError: on calling: an input of whole numbers.
+      ValueError: the layout is invalid; when called: the input has other axes.
+      TypeError: when called: the input is not floating-point.
 
     Example:
       >>> GlobalAvgPool2D()({}, jnp.ones((2, 5, 5, 3))).shape
@@ -144,14 +143,13 @@ class GlobalAvgPool2D(_GlobalAvgPool):
 
 @dataclass(frozen=True, repr=False)
 class GlobalAvgPool3D(_GlobalAvgPool):
-    """The mean of each channel, over depth, height and width, which stay with size 1.
+    """The mean of each channel over depth, height and width, which keep size 1.
 
     Args:
       layout: "NDHWC" or "NCDHW".
 
     Raises:
-      ValueError: another layout; on calling: an input without these axes.
-      TypeError: on calling: an input of whole numbers.
+      ValueError, TypeError: as for ``GlobalAvgPool2D``.
 
     Example:
       >>> GlobalAvgPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape

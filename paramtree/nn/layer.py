@@ -1,8 +1,8 @@
-"""What a layer is, and the ones that hold other layers or none.
+"""The ``Layer`` base class, ``Sequential``, and ``Lambda`` for plain functions.
 
-A layer is a frozen dataclass whose ``__call__(p, x)`` is the whole layer: it asks its scope for
-parameters and computes. It holds settings, never arrays, so two equal nets are equal, hash alike
-and share what jax compiled for them.
+A layer is a frozen dataclass whose ``__call__(p, x)`` reads parameters from its scope and computes
+the output. It holds settings, never arrays: nets with equal settings are equal, have equal hashes
+and share compiled code.
 """
 
 import dataclasses
@@ -12,18 +12,19 @@ from typing import Any
 import jax
 
 from paramtree.core.errors import suggest
-from paramtree.core.names import Rules
-from paramtree.core.tree import ParamTree, child
+from paramtree.core.rules import Rules
+from paramtree.core.tree import ParamTree
 from paramtree.model.init import init
 from paramtree.model.observe import announced
 from paramtree.model.record import tie_in_recorder
+from paramtree.model.scope import child
 
 __all__ = ["Lambda", "Layer", "Sequential"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The base of all layers; a subclass is a frozen dataclass that defines ``__call__(p, x)``.
+    """The base class of layers. A subclass is a frozen dataclass that defines ``__call__(p, x)``.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp
@@ -41,17 +42,17 @@ class Layer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         call: Any = announced(cls.__call__)
-        if call is not cls.__call__:  # else it is inherited, and another base may override it
+        if call is not cls.__call__:  # otherwise inherited, and another base may override it
             cls.__call__ = call  # type: ignore[method-assign]
 
     @announced
     def __call__(self, p: Any, x: Any) -> Any:
-        """Computes the layer: ``p`` is its scope, ``x`` its input."""
-        raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x).")
+        """Returns the output for the scope ``p`` and the input ``x``."""
+        raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x): define it.")
 
     @property
     def alias(self) -> str:
-        """What a ``Sequential`` calls it, before the counter."""
+        """The layer's name in a ``Sequential``, without the counter."""
         return type(self).__name__.lower()
 
     def init(
@@ -62,13 +63,13 @@ class Layer:
         ties: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> ParamTree:
-        """Returns freshly initialised parameters: ``pt.init`` of this layer."""
+        """Returns new parameters, as ``pt.init(layer, key, *inputs)`` does."""
         return init(self, key, *inputs, rules=rules, ties=ties, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Lambda(Layer):
-    """A function of the input alone as a layer.
+    """Turns a function of the input into a layer without parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,19 +88,18 @@ class Lambda(Layer):
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Sequential(Layer):
-    """Layers one after another.
+    """Applies layers one after another.
 
-    The children are named after Gluon's aliases with a counter for each: ``dense0``, ``conv0``,
-    ``dense1``; a layer without parameters has a place too. The same instance twice is a tie: two
-    names of one leaf.
+    Children are named by Gluon's aliases and a counter per alias: ``dense0``, ``conv0``, ``dense1``.
+    Layers without parameters are counted too. Using an instance twice ties its parameters.
 
     Args:
       *layers: layers, or functions of x.
-      **named: layers with the names that they are to have; they come last.
+      **named: layers under names of your choice; they follow the positional ones.
 
     Raises:
-      TypeError: something that is not callable.
-      ValueError: two children of one name.
+      TypeError: a child is not callable.
+      ValueError: two children have the same name, or a name is empty or contains "/".
 
     Example:
       >>> from paramtree import nn
@@ -115,27 +115,27 @@ class Sequential(Layer):
 
     layers: tuple[Layer, ...]
     names: tuple[str, ...]
-    # Which descendants are one instance, as pairs of paths (alias, source). Equal nets must be
-    # interchangeable, so what instances they share has to be part of their equality.
+    # Pairs of paths (alias, source) of descendants that are the same instance. A field, because nets
+    # that share instances differently have different parameters and must not be equal.
     shared: tuple[tuple[str, str], ...]
 
     def __init__(
         self, *layers: Layer | Callable[..., Any], **named: Layer | Callable[..., Any]
     ) -> None:
-        made = [_as_layer(layer, str(i)) for i, layer in enumerate(layers)]
+        children = [_as_layer(layer, f"child {i} of a Sequential") for i, layer in enumerate(layers)]
         counts: dict[str, int] = {}
         names: list[str] = []
-        for layer in made:
+        for layer in children:
             names.append(_next_name(layer.alias, counts, names))
-        if wrong := [name for name in named if not name or "/" in name]:
-            raise ValueError(f"Sequential: {wrong[0]!r} cannot name a child: no '/', not empty.")
-        if twice := [name for name in named if name in names]:
+        if invalid := [name for name in named if not name or "/" in name]:
+            raise ValueError(f"Sequential: a child's name is empty or contains '/': {invalid[0]!r}.")
+        if duplicates := [name for name in named if name in names]:
             raise ValueError(
-                f"Sequential has two children called {', '.join(twice)}: positional children are "
-                f"called {', '.join(names)}, so give the named ones other names."
+                f"Sequential has two children named {', '.join(duplicates)}: the positional ones are "
+                f"named {', '.join(names)}. Choose other names for the keyword arguments."
             )
-        made += [_as_layer(layer, name) for name, layer in named.items()]
-        self._set(tuple(made), (*names, *named))
+        children += [_as_layer(layer, f"child {k} of a Sequential") for k, layer in named.items()]
+        self._set(tuple(children), (*names, *named))
 
     def _set(self, layers: tuple[Layer, ...], names: tuple[str, ...]) -> None:
         object.__setattr__(self, "layers", layers)
@@ -151,14 +151,14 @@ class Sequential(Layer):
 
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, slice):
-            # The children keep their names, so a part of a net runs on the whole net's tree.
-            part = object.__new__(Sequential)
-            part._set(self.layers[key], self.names[key])
-            return part
+            # Children keep their names, so a slice runs on the parameters of the full net.
+            net = object.__new__(Sequential)
+            net._set(self.layers[key], self.names[key])
+            return net
         if isinstance(key, str):
             if key not in self.names:
                 raise KeyError(
-                    f"no child `{key}`; there are {', '.join(self.names)}.{suggest(key, self.names)}"
+                    f"no child `{key}`; expected {', '.join(self.names)}.{suggest(key, self.names)}"
                 )
             return self.layers[self.names.index(key)]
         return self.layers[key]
@@ -173,41 +173,41 @@ class Sequential(Layer):
         lines = []
         counts: dict[str, int] = {}
         for i, (name, layer) in enumerate(zip(self.names, self.layers, strict=True)):
-            shown = i if name == _next_name(layer.alias, counts, []) else name
+            label = i if name == _next_name(layer.alias, counts, []) else name
             text = repr(layer).replace("\n", "\n  ")
-            lines.append(f"  ({shown}): {text}\n")
+            lines.append(f"  ({label}): {text}\n")
         return f"Sequential(\n{''.join(lines)})"
 
 
 def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:
     while True:
         count = counts[alias] = counts.get(alias, -1) + 1
-        if f"{alias}{count}" not in taken:  # it may be: an alias can end in a digit
+        if f"{alias}{count}" not in taken:  # aliases may end in a digit, and so collide
             return f"{alias}{count}"
 
 
-def _as_layer(layer: Any, where: str) -> Layer:
+def _as_layer(layer: Any, role: str) -> Layer:
     if isinstance(layer, Layer):
         return layer
     if isinstance(layer, type) or not callable(layer):
         shown = layer.__name__ if isinstance(layer, type) else repr(layer)
         raise TypeError(
-            f"child {where} of a Sequential is {shown}; expected a layer such as nn.Dense(10), or a "
-            "function of x. A list of layers is spread out: nn.Sequential(*layers)."
+            f"{role} is {shown}; expected a layer such as nn.Dense(10), or a function of x. Unpack a "
+            "list of layers: nn.Sequential(*layers)."
         )
     return Lambda(layer)
 
 
 def _shared(layer: Layer, prefix: str, first: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """Yields the paths of layers that are the same instance as one before, with that one's path."""
-    # Only what a Sequential is given counts: the default of a dataclass's field is one instance too,
-    # and two layers that have it in common do not mean to share.
+    """Yields (path, path of its first occurrence) for every layer instance that occurs again."""
+    # Only children of a Sequential count. Two layers may hold the same default of a dataclass field
+    # without meaning to share parameters.
     if not isinstance(layer, Sequential):
         return
-    for name, below in zip(layer.names, layer.layers, strict=True):
+    for name, inner in zip(layer.names, layer.layers, strict=True):
         path = prefix + name
-        if id(below) in first:
-            yield path, first[id(below)]
+        if id(inner) in first:
+            yield path, first[id(inner)]
         else:
-            first[id(below)] = path
-            yield from _shared(below, f"{path}/", first)
+            first[id(inner)] = path
+            yield from _shared(inner, f"{path}/", first)

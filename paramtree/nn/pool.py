@@ -1,4 +1,4 @@
-"""Pooling over one, two and three axes in space: the greatest entry or the mean of every window."""
+"""Max and average pooling over one, two and three spatial axes."""
 
 import math
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ __all__ = ["AvgPool1D", "AvgPool2D", "AvgPool3D", "MaxPool1D", "MaxPool2D", "Max
 
 
 class _Pooling(Layer):
-    """What all pooling layers have in common."""
+    """Base of all pooling layers."""
 
     layout: str
 
     @property
     def alias(self) -> str:
-        """What a ``Sequential`` calls it: all pooling layers share one counter, as in Gluon."""
+        """The name "pool": all pooling layers in a ``Sequential`` share one counter, as in Gluon."""
         return "pool"
 
-    def _shown(self, size: Any, stride: Any, padding: str, ceil_mode: bool, everywhere: bool) -> str:
+    def _repr(self, size: Any, stride: Any, padding: str, ceil_mode: bool, global_pool: bool) -> str:
         kind = "max" if "Max" in type(self).__name__ else "avg"
         return (
             f"{type(self).__name__}(size={size}, stride={stride}, padding={padding}, "
-            f"ceil_mode={ceil_mode}, global_pool={everywhere}, pool_type={kind}, layout={self.layout})"
+            f"ceil_mode={ceil_mode}, global_pool={global_pool}, pool_type={kind}, layout={self.layout})"
         )
 
 
 def _check_floating(layer: Layer, x: Any) -> None:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{layer!r} takes the mean of floating-point numbers, but found {x.dtype}: cast the input "
+            f"{layer!r} needs floating-point numbers to average, but found {x.dtype}: cast the input "
             "to float32."
         )
 
@@ -68,55 +68,54 @@ class _Pool(_Pooling):
         padding: Any = padding_of(self, self.padding, rank)
         if padding != "same" and any(max(p) >= k for p, k in zip(padding, size, strict=True)):
             raise ValueError(
-                f"{type(self).__name__}: padding is less than pool_size, or a window would see nothing "
-                f"but padding; found padding={shown_padding(padding)}, pool_size={size}."
+                f"{type(self).__name__}: padding must be less than pool_size, so that no window is all "
+                f"padding, but found padding={shown_padding(padding)}, pool_size={size}."
             )
         object.__setattr__(self, "padding", padding)
 
-    def _plan(self, x: Any) -> list[tuple[int, int, int, int, int, int]]:
-        """Returns (axis, entries, windows, low, high, high for lax) for each axis in space."""
+    def _geometry(self, x: Any) -> list[tuple[int, int, int, int, int, int]]:
+        """Returns (axis, size, window count, low, high, high for lax) for each spatial axis."""
         sizes = sizes_of(self, x)
         size: Any = self.pool_size
         strides: Any = self.strides
         pads = pairs_for(self.padding, sizes, size, strides)
-        plan = []
+        geometry = []
         for axis, n, window, stride, (low, high) in zip(
             spatial_axes(self.layout), sizes, size, strides, pads, strict=True
         ):
-            room = n + low + high - window
-            count = (-(-room // stride) if self.ceil_mode else room // stride) + 1
+            last = n + low + high - window  # where the last window may start
+            count = (-(-last // stride) if self.ceil_mode else last // stride) + 1
             if self.ceil_mode and (count - 1) * stride >= n + low:
-                count -= 1  # it would start where there is nothing but padding
+                count -= 1  # this window would contain only padding
             if count < 1:
                 raise ValueError(
-                    f"{self!r}: the windows are larger than an input of the shape {x.shape} with its "
-                    "padding."
+                    f"{self!r}: the windows are larger than an input of shape {x.shape} plus padding."
                 )
-            # What lax needs there for the last window, which may reach further than the padding.
-            reach = max((count - 1) * stride + window - n - low, 0)
-            plan.append((axis, n, count, low, high, reach))
-        return plan
+            # The high padding that lax needs, as the last window may extend beyond `high`.
+            lax_high = max((count - 1) * stride + window - n - low, 0)
+            geometry.append((axis, n, count, low, high, lax_high))
+        return geometry
 
-    def _reduce(self, x: Any, start: Any, function: Any, plan: Sequence[tuple[int, ...]]) -> Any:
+    def _reduce(self, x: Any, start: Any, function: Any, geometry: Sequence[tuple[int, ...]]) -> Any:
         windows, steps, pads = [1] * x.ndim, [1] * x.ndim, [(0, 0)] * x.ndim
         size: Any = self.pool_size
         strides: Any = self.strides
-        for (axis, _, _, low, _, reach), window, stride in zip(plan, size, strides, strict=True):
-            windows[axis], steps[axis], pads[axis] = window, stride, (low, reach)
+        for (axis, _, _, low, _, lax_high), window, stride in zip(geometry, size, strides, strict=True):
+            windows[axis], steps[axis], pads[axis] = window, stride, (low, lax_high)
         return lax.reduce_window(x, start, function, windows, steps, pads)
 
     def __repr__(self) -> str:
         padding = shown_padding(self.padding)
-        return self._shown(self.pool_size, self.strides, padding, self.ceil_mode, False)
+        return self._repr(self.pool_size, self.strides, padding, self.ceil_mode, False)
 
 
 @dataclass(frozen=True, repr=False)
 class _MaxPool(_Pool):
     def __call__(self, p: Any, x: Any) -> Any:
-        x, plan = jnp.asarray(x), self._plan(x)
+        x, geometry = jnp.asarray(x), self._geometry(x)
         integer = jnp.issubdtype(x.dtype, jnp.integer)
         lowest = np.iinfo(x.dtype).min if integer else -math.inf
-        return self._reduce(x, np.array(lowest, x.dtype), lax.max, plan)
+        return self._reduce(x, np.array(lowest, x.dtype), lax.max, geometry)
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,26 +123,26 @@ class _AvgPool(_Pool):
     count_include_pad: bool = True
 
     def __call__(self, p: Any, x: Any) -> Any:
-        x, plan = jnp.asarray(x), self._plan(x)
+        x, geometry = jnp.asarray(x), self._geometry(x)
         _check_floating(self, x)
-        # Sums of half precision stop growing at a few hundred, so they are in single precision.
+        # Half-precision sums stop growing at a few hundred, so sum in single precision.
         wide = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")
-        total = self._reduce(x.astype(wide), np.zeros((), wide), lax.add, plan)
-        places = np.ones([1] * x.ndim, wide)
+        total = self._reduce(x.astype(wide), np.zeros((), wide), lax.add, geometry)
+        divisor = np.ones([1] * x.ndim, wide)
         size: Any = self.pool_size
         strides: Any = self.strides
-        for (axis, n, count, low, high, _), window, stride in zip(plan, size, strides, strict=True):
-            # How many places of each window count: those beyond the padding never do.
+        for (axis, n, count, low, high, _), window, stride in zip(geometry, size, strides, strict=True):
+            # Entries beyond the padding never count towards the mean.
             begin = np.arange(count) * stride - low
             end = np.minimum(begin + window, n + high)
             if not self.count_include_pad:
                 begin, end = np.maximum(begin, 0), np.minimum(end, n)
-            along = end - begin
-            if (along == along[0]).all():
-                along = along[:1]  # mostly so, and then no array becomes part of the program
-            others = [other for other in range(x.ndim) if other != axis]
-            places = places * np.expand_dims(along.astype(wide), others)
-        return (total / places).astype(x.dtype)
+            lengths = end - begin
+            if (lengths == lengths[0]).all():
+                lengths = lengths[:1]  # the usual case; keeps the array out of the compiled program
+            axes = [i for i in range(x.ndim) if i != axis]
+            divisor = divisor * np.expand_dims(lengths.astype(wide), axes)
+        return (total / divisor).astype(x.dtype)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -152,16 +151,13 @@ class _AvgPool(_Pool):
 
 @dataclass(frozen=True, repr=False)
 class MaxPool1D(_MaxPool):
-    """The greatest entry of every window: ``MaxPool2D`` with one axis in space.
-
-    It takes (batch, width, channels) to (batch, new width, channels).
+    """Max pooling over sequences (batch, width, channels): ``MaxPool2D`` with one spatial axis.
 
     Args:
-      pool_size, strides, padding, ceil_mode: as for ``MaxPool2D``.
-      layout: "NWC" or "NCW".
+      layout: "NWC" or "NCW". All other settings are as for ``MaxPool2D``.
 
     Raises:
-      ValueError: as ``MaxPool2D`` does.
+      ValueError: as for ``MaxPool2D``.
 
     Example:
       >>> MaxPool1D()({}, jnp.array([[[1.0], [3.0], [2.0], [0.0]]])).ravel()
@@ -173,24 +169,24 @@ class MaxPool1D(_MaxPool):
 
 @dataclass(frozen=True, repr=False)
 class MaxPool2D(_MaxPool):
-    """The greatest entry of every window, channel by channel.
+    """Max pooling over images: the maximum of every window, per channel.
 
-    It takes (batch, height, width, channels) to (batch, new height, new width, channels). Along an
-    axis of n entries there are ⌊(n + low + high - pool_size) / stride⌋ + 1 windows. Where several
-    entries are the greatest, one of them gets the gradient.
+    It maps (batch, height, width, channels) to (batch, new height, new width, channels). An axis of
+    size n has ⌊(n + low + high - pool_size) / stride⌋ + 1 windows. If several entries of a window are
+    the maximum, one of them gets the gradient.
 
     Args:
-      pool_size: the windows' size; here and below a number, or a tuple of one for each axis.
-      strides: the step from one window to the next; None for ``pool_size``, side by side.
-      padding: how many places to add at both ends, which are never the greatest; a pair (low, high)
-        for an axis where they differ; "valid" is 0, and "same" gives ⌈n / stride⌉ windows.
+      pool_size: the windows' size; this and the next settings are a number or one number per axis.
+      strides: the step from one window to the next; ``pool_size`` if None.
+      padding: the number of entries to add at both ends of an axis, or a pair (low, high); they are
+        never the maximum. "valid" is 0, and "same" gives ⌈n / stride⌉ windows.
       layout: "NHWC" or "NCHW".
-      ceil_mode: whether to round the number of windows up, not down. Then the last window may reach
-        beyond the padding; one that would start there is left out, as in PyTorch. (MXNet keeps it.)
+      ceil_mode: whether to round the number of windows up instead of down. The last window may then
+        extend beyond the padding, but not start there, as in PyTorch. (MXNet keeps such windows.)
 
     Raises:
-      ValueError: a setting that is not one, or padding as large as the windows; on calling: an input
-        without these axes, or smaller than a window.
+      ValueError: a setting is invalid, or the padding is as large as a window; when called: the input
+        has other axes, or is smaller than a window.
 
     Example:
       >>> MaxPool2D(pool_size=3, strides=2, padding=1)({}, jnp.ones((2, 28, 28, 8))).shape
@@ -202,16 +198,13 @@ class MaxPool2D(_MaxPool):
 
 @dataclass(frozen=True, repr=False)
 class MaxPool3D(_MaxPool):
-    """The greatest entry of every window: ``MaxPool2D`` with three axes in space.
-
-    It takes (batch, depth, height, width, channels) to an output with these axes.
+    """Max pooling over volumes or videos (batch, depth, height, width, channels), as ``MaxPool2D``.
 
     Args:
-      pool_size, strides, padding, ceil_mode: as for ``MaxPool2D``.
-      layout: "NDHWC" or "NCDHW".
+      layout: "NDHWC" or "NCDHW". All other settings are as for ``MaxPool2D``.
 
     Raises:
-      ValueError: as ``MaxPool2D`` does.
+      ValueError: as for ``MaxPool2D``.
 
     Example:
       >>> MaxPool3D((1, 2, 2))({}, jnp.ones((2, 4, 6, 8, 3))).shape
@@ -223,16 +216,13 @@ class MaxPool3D(_MaxPool):
 
 @dataclass(frozen=True, repr=False)
 class AvgPool1D(_AvgPool):
-    """The mean of every window: ``AvgPool2D`` with one axis in space.
-
-    It takes (batch, width, channels) to (batch, new width, channels).
+    """Average pooling over sequences (batch, width, channels): ``AvgPool2D`` with one spatial axis.
 
     Args:
-      pool_size, strides, padding, ceil_mode, count_include_pad: as for ``AvgPool2D``.
-      layout: "NWC" or "NCW".
+      layout: "NWC" or "NCW". All other settings are as for ``AvgPool2D``.
 
     Raises:
-      ValueError, TypeError: as ``AvgPool2D`` does.
+      ValueError, TypeError: as for ``AvgPool2D``.
 
     Example:
       >>> AvgPool1D()({}, jnp.array([[[1.0], [3.0], [2.0], [0.0]]])).ravel()
@@ -244,19 +234,19 @@ class AvgPool1D(_AvgPool):
 
 @dataclass(frozen=True, repr=False)
 class AvgPool2D(_AvgPool):
-    """The mean of every window, channel by channel.
+    """Average pooling over images: the mean of every window, per channel.
 
-    Shapes and the number of windows are as for ``MaxPool2D``. Half precision is summed in single.
+    Shapes and numbers of windows are as for ``MaxPool2D``. Half precision is summed in float32.
 
     Args:
       pool_size, strides, padding, ceil_mode: as for ``MaxPool2D``.
       layout: "NHWC" or "NCHW".
-      count_include_pad: whether padding counts as zeros; without it the mean is of what there is.
-        What a window has beyond the padding, as it may with ``ceil_mode``, never counts.
+      count_include_pad: whether the mean includes the padding, as zeros. Entries beyond the padding,
+        which ``ceil_mode`` may add to the last window, never count.
 
     Raises:
-      ValueError: as ``MaxPool2D`` does.
-      TypeError: on calling: an input of whole numbers.
+      ValueError: as for ``MaxPool2D``.
+      TypeError: when called: the input is not floating-point.
 
     Example:
       >>> x = jnp.ones((1, 2, 2, 1))
@@ -271,16 +261,13 @@ class AvgPool2D(_AvgPool):
 
 @dataclass(frozen=True, repr=False)
 class AvgPool3D(_AvgPool):
-    """The mean of every window: ``AvgPool2D`` with three axes in space.
-
-    It takes (batch, depth, height, width, channels) to an output with these axes.
+    """Average pooling over volumes or videos (batch, depth, height, width, channels), as ``AvgPool2D``.
 
     Args:
-      pool_size, strides, padding, ceil_mode, count_include_pad: as for ``AvgPool2D``.
-      layout: "NDHWC" or "NCDHW".
+      layout: "NDHWC" or "NCDHW". All other settings are as for ``AvgPool2D``.
 
     Raises:
-      ValueError, TypeError: as ``AvgPool2D`` does.
+      ValueError, TypeError: as for ``AvgPool2D``.
 
     Example:
       >>> AvgPool3D((1, 2, 2))({}, jnp.ones((2, 4, 6, 8, 3))).shape

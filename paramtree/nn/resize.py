@@ -1,4 +1,4 @@
-"""Layers that change the size of images without parameters."""
+"""Layers that resize images without parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +13,20 @@ __all__ = ["Bilinear"]
 
 @dataclass(frozen=True, repr=False)
 class Bilinear(Layer):
-    """Makes images a whole number of times larger by bilinear interpolation.
+    """Upsamples images by an integer factor with bilinear interpolation.
 
-    It takes (batch, height, width, channels) to (batch, scale · height, scale · width, channels),
-    as ``torch.nn.Upsample(mode="bilinear")`` does: pixels are squares, and what lies beyond the
-    edge repeats the edge. To start from bilinear interpolation and train it, take a transposed
-    convolution: ``Conv2DTranspose(channels, 2 * s - s % 2, s, padding=s // 2, groups=channels,
-    use_bias=False, weight_initializer=init.Bilinear())`` for a scale of s, which agrees with this
-    layer away from the edges; at the edges its surroundings are 0.
+    It maps (batch, height, width, channels) to (batch, scale · height, scale · width, channels),
+    like ``torch.nn.Upsample(mode="bilinear")``: edge pixels are repeated beyond the edge. To train the
+    interpolation, use ``Conv2DTranspose(channels, 2 * s - s % 2, s, padding=s // 2, groups=channels,
+    use_bias=False, weight_initializer=init.Bilinear())`` for a scale of s. It starts equal to this
+    layer except at the edges, where it pads with zeros.
 
     Args:
-      scale: how many times larger: a whole number, or a tuple of one for height and width.
+      scale: the factor, an integer, or a tuple (height, width) of integers.
       layout: "NHWC" or "NCHW".
 
     Raises:
-      ValueError: a setting that is not one; on calling: an input without these axes.
+      ValueError: a setting is invalid; when called: the input has other axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,8 +44,8 @@ class Bilinear(Layer):
     def __call__(self, p: Any, x: Any) -> Any:
         scale: Any = self.scale
         shape = list(x.shape)
-        for axis, size, times in zip(spatial_axes(self.layout), sizes_of(self, x), scale, strict=True):
-            shape[axis] = size * times
+        for axis, size, factor in zip(spatial_axes(self.layout), sizes_of(self, x), scale, strict=True):
+            shape[axis] = size * factor
         return jax.image.resize(x, shape, "bilinear")
 
     def __repr__(self) -> str:

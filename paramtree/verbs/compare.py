@@ -1,8 +1,7 @@
-"""Whether two trees are alike in all but their values, and if not, in what: every difference by name.
+"""The differences between two trees in everything but their values, by name.
 
-jax asks the same when it is given two trees, and stops at the first node at which they differ,
-with a dump of both. Here the contents of each are put down path by path, which can be done whatever the
-trees are made of, and what differs is a list of plain records.
+jax compares trees too; it stops at the first node that differs and prints both trees. Here both are read
+path by path, whatever they are made of, and the differences are plain records.
 """
 
 import re
@@ -12,19 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-from paramtree.core.arrays import clip, dtype_of, join, printable, shape_of
+from paramtree.core.arrays import clip, describe, dtype_of, join, printable, shape_of
 from paramtree.core.errors import MismatchError, close_names
-from paramtree.core.structure import Path
-from paramtree.core.tree import ParamTree, _rebuild, whole
-from paramtree.verbs.contents import LEFT_OUT, LEVEL, Contents, Entry
+from paramtree.core.pytrees import Container, open_tree
+from paramtree.core.structure import EMPTY, Path
+from paramtree.core.tree import ParamTree, flatten, unflatten
 
 __all__ = ["Difference", "Pair", "bare", "check_match", "compare", "differences", "lines", "sides"]
 
-# What can differ, in the order in which it is told.
-WHATS = ("missing", "extra", "nesting", "level", "container", "static", "order", "hole", "tie", "kind",
-         "shape", "dtype")  # fmt: skip
+LEVEL, LEFT_OUT = "a level without children", "a hole"
 
-_MOST_COMPARED = 5_000  # pairs of names in search of close ones: a tenth of a second
+# What can differ, in the order of a report.
+WHATS = ("missing", "extra", "nesting", "level", "container", "static", "order", "hole", "tie", "kind",
+         "stack", "shape", "dtype")  # fmt: skip
+
+_MOST_COMPARED = 5_000  # pairs of names in a search for close ones: a tenth of a second
 _MOST_TEXT = 200  # characters of one name or form in a message
 
 
@@ -34,9 +35,9 @@ class Difference(NamedTuple):
     Attributes:
       name: the name of the leaf or level, from the top of the trees; empty for the top itself.
       what: what differs, one of ``WHATS``.
-      expected: what is there in the first tree; None for nothing.
-      found: what is there in the second tree; None for nothing.
-      close: for what is missing, the names that only the second tree has and that look like it.
+      expected: what the first tree has; None for nothing.
+      found: what the second tree has; None for nothing.
+      close: for a missing name, similar names that only the second tree has.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Difference(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A leaf of the first tree, and the one of the second that has its name."""
+    """Two leaves of one name."""
 
     name: str
     first: Any
@@ -55,15 +56,15 @@ class Pair(NamedTuple):
 
 
 def check_match(a: Any, b: Any) -> None:
-    """Raises if two trees differ in structure, shapes or dtypes; the error lists all that differs.
+    """Raises if two trees differ in structure, shapes or dtypes; the error lists all differences.
 
-    What passes can be given to ``jax.tree.map`` together, or be carried by a scan: containers,
-    names and their order, ties, kinds and holes are the same, and so are shapes and dtypes.
-    Values are not looked at, so it may be called while jax is tracing.
+    Trees that pass can be given to ``jax.tree.map`` together, or be carried by a scan: they have the
+    same containers, names, order, ties, kinds, stacks and holes, and the same shapes and dtypes. Values
+    are not compared, so the call also works under tracing.
 
     Args:
-      a: what is expected: a parameter tree or any other pytree, of arrays or shapes.
-      b: what is to be like it.
+      a: the expected tree: a parameter tree or any other pytree, of arrays or shapes.
+      b: the tree to check.
 
     Raises:
       MismatchError: they differ. Names start at the trees, also where these are sub-trees.
@@ -92,56 +93,60 @@ def check_match(a: Any, b: Any) -> None:
 
 
 def differences(a: Any, b: Any) -> list[Difference]:
-    """Returns all in which two trees differ but the values; empty if jax takes one for the other."""
-    one: Any  # mypy knows nothing of a treedef
-    (first, one), (second, other) = (jax.tree.flatten(tree) for tree in (a, b))
-    if one == other and all(map(_alike, first, second)):
+    """Returns all differences but those of values; none if jax takes one tree for the other."""
+    treedef: Any  # mypy does not know its type
+    (first, treedef), (second, other) = (jax.tree.flatten(tree) for tree in (a, b))
+    if treedef == other and all(map(_alike, first, second)):
         return []
     return compare(a, b)[0]
 
 
 def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
-    """Returns all in which two trees differ but the values, and the leaves that are in both, each once.
+    """Returns all differences but those of values, and the leaves that both trees have, each once.
 
     Raises:
       NameCollisionError: two leaves of one tree have one path.
     """
-    first, second = Contents(a), Contents(b)
+    first, second = _read(a), _read(b)
     spell = _speller(first.entries, second.entries)
-    found, matched = _names(first, second, spell)
+    differences, matched = _names(first, second, spell)
     containers = _containers(first, second, spell)
-    found += containers or _order(first, second, spell)  # dicts are sorted, so their order says nothing
-    found += _ties(first, second, spell)
+    differences += containers or _order(first, second, spell)  # the order of a dict means nothing
+    differences += _ties(first, second, spell)
     seen = set()
     pairs = []
-    for here, there in matched:
-        one, other = first.entries[here], second.entries[there]
-        if (one.owner, other.owner) not in seen:
-            seen.add((one.owner, other.owner))
-            found += _of_leaf(spell(here), one, other)
-            if one.there and other.there:
-                pairs.append(Pair(spell(here), one.leaf, other.leaf))
+    for path, other_path in matched:
+        entry, other = first.entries[path], second.entries[other_path]
+        if (entry.owner, other.owner) not in seen:
+            seen.add((entry.owner, other.owner))
+            differences += _of_leaf(spell(path), entry, other)
+            if not entry.sign and not other.sign:
+                pairs.append(Pair(spell(path), entry.leaf, other.leaf))
     form: Any = jax.tree.structure(a)
     other_form = jax.tree.structure(b)
-    if not found and form != other_form:
-        found.append(_static("", form, other_form))
-    return sorted(found, key=lambda difference: WHATS.index(difference.what)), pairs
+    if not differences and form != other_form:
+        differences.append(_static("", form, other_form))
+    return sorted(differences, key=lambda difference: WHATS.index(difference.what)), pairs
 
 
 def bare(tree: Any) -> Any:
-    """Returns a tree with nothing but its structure, and that of the whole if it is a part."""
+    """Returns the structure of a tree without leaves; for a part, that of the full tree."""
     if isinstance(tree, ParamTree):
-        full = whole(tree)._structure.whole
-        return _rebuild(full, (None,) * len(full.kinds))
-    return jax.tree.map(lambda leaf: None, tree)
+        full = flatten(tree)[0].full
+        return unflatten(full, (None,) * len(full.kinds))
+    return jax.tree.map(
+        lambda leaf: bare(leaf) if isinstance(leaf, ParamTree) else None,
+        tree,
+        is_leaf=lambda value: isinstance(value, ParamTree),
+    )
 
 
-# In words
+# Messages
 
 
-def lines(found: Iterable[Difference]) -> list[str]:
+def lines(differences: Iterable[Difference]) -> list[str]:
     """Returns differences as lines of a message."""
-    return [f"  {printable(_line(difference))}" for difference in found]
+    return [f"  {printable(_line(difference))}" for difference in differences]
 
 
 def _line(difference: Difference) -> str:
@@ -150,12 +155,12 @@ def _line(difference: Difference) -> str:
     one, other = sides(difference)
     match what:
         case "missing":
-            expectation = "" if expected == LEFT_OUT.text else f", expected {one}"
+            expectation = "" if expected == LEFT_OUT else f", expected {one}"
             near = " or ".join(f"`{_clip(text)}`" for text in close)
             hint = f"; the closest name is {near}" if near else ""
             return f"{subject} is missing{expectation}{hint}."
         case "extra":
-            return f"{subject} is extra{'' if found == LEFT_OUT.text else f', found {other}'}."
+            return f"{subject} is extra{'' if found == LEFT_OUT else f', found {other}'}."
         case "order":
             return f"the order differs: expected {one}, found {other} in its place."
         case "shape" | "dtype" | "kind" | "nesting":
@@ -164,13 +169,15 @@ def _line(difference: Difference) -> str:
 
 
 def sides(difference: Difference) -> tuple[str, str]:
-    """Returns what is said of each of the two trees."""
+    """Returns the text about each of the two trees."""
 
     def say(value: Any) -> str:
         if difference.what == "tie":
             return "not tied" if value is None else f"tied to `{_clip(value)}`"
         if difference.what == "order":
             return f"`{_clip(value)}`"
+        if difference.what == "stack":
+            return f"a stack of {value}" if value else "not stacked"
         return "nothing" if value is None else _clip(str(value))
 
     return say(difference.expected), say(difference.found)
@@ -185,12 +192,13 @@ _ADVICE = {
     "extra": "To match a part, give pt.collect(a, pattern) and pt.collect(b, pattern).",
     "hole": "pt.merge fills the holes of a part with the leaves of the other part.",
     "kind": "Kinds are those that the model declares with p.param and p.state.",
+    "stack": "A stack is one leaf for all copies of a layer: pt.stack makes one of copies with names.",
     "shape": "Shapes follow from the model and from the shape of the input that pt.init was given.",
 }
 
 
 def _advice(found: list[Difference], a: Any, b: Any) -> list[str]:
-    """Returns what can be done about some differences."""
+    """Returns advice on some differences."""
     whats = {difference.what for difference in found}
     advice = dict.fromkeys(text for what, text in _ADVICE.items() if what in whats)
     if any(d.what == "dtype" and _floats(d.expected, d.found) for d in found):
@@ -217,47 +225,86 @@ def _are_trees(*trees: Any) -> bool:
 
 # Two trees, path by path
 
+
+class _Entry(NamedTuple):
+    """What a tree has at a path."""
+
+    leaf: Any
+    sign: str  # what is there instead of a leaf: a hole, or a level without children
+    kind: str | None  # None where leaves have no kinds
+    sizes: tuple[int, ...]  # of its stack
+    owner: Path  # the canonical path of the leaf
+
+    def __str__(self) -> str:
+        return self.sign or describe(self.leaf)
+
+
+class _Contents(NamedTuple):
+    entries: dict[Path, _Entry]
+    containers: Mapping[Path, Container]
+
+
 _Speller = Callable[[Path], str]
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two leaves have one shape and dtype; of other objects nothing is asked."""
-    if one is other:
+def _read(tree: Any) -> _Contents:
+    """Returns what a tree has at each path; None in a container is a hole."""
+    source = open_tree(tree, counts=None)
+    here, full = source.structure, source.structure.full
+    in_trees = isinstance(tree, ParamTree)
+    stacks = full.stacks or ((),) * len(full.paths)
+    entries = {}
+    for path, slot, present, stack in zip(full.paths, full.slots, here.slots, stacks, strict=True):
+        if slot == EMPTY:
+            entries[path] = _Entry(None, LEVEL, None, (), path)
+            continue
+        leaf = source.leaves[present] if present >= 0 else None
+        kind = source.kinds[present] if present >= 0 else full.kinds[slot] if in_trees else None
+        sizes = tuple(size for _, size in stack)
+        entries[path] = _Entry(
+            leaf, LEFT_OUT if leaf is None else "", kind, sizes, full.canonical[slot]
+        )
+    return _Contents(entries, source.containers or {(): Container(type(tree), (), None)})
+
+
+def _alike(leaf: Any, other: Any) -> bool:
+    """Whether two leaves have one shape and dtype; other objects are always alike."""
+    if leaf is other:
         return True
-    if shape_of(one) != shape_of(other):
+    if shape_of(leaf) != shape_of(other):
         return False
-    dtype = getattr(one, "dtype", None)
+    dtype = getattr(leaf, "dtype", None)
     same = dtype is not None and dtype is getattr(other, "dtype", None)  # most often one object
-    return same or _dtype_name(one) == _dtype_name(other)
+    return same or _dtype_name(leaf) == _dtype_name(other)
 
 
 def _dtype_name(leaf: Any) -> str | None:
-    """Returns the name of a leaf's dtype, or of the type of a number; None for what is neither."""
+    """Returns the name of a leaf's dtype, or of the type of a number; None for other objects."""
     if shape_of(leaf) is None:
         return None
     dtype = dtype_of(leaf)
     return type(leaf).__name__ if dtype is None else str(dtype)
 
 
-def _speller(*outlines: Mapping[Path, Any]) -> _Speller:
-    """Returns what spells a path: as its name, or as it is if another path has the same name."""
+def _speller(*trees: Mapping[Path, Any]) -> _Speller:
+    """Returns a function that spells a path as its name, or as a path if two paths share the name."""
     doubled = {
-        name for paths in outlines for name, count in Counter(map(join, paths)).items() if count > 1
+        name for paths in trees for name, count in Counter(map(join, paths)).items() if count > 1
     }
     return lambda path: "/".join(path) if (name := join(path)) in doubled else name
 
 
 def _names(
-    first: Contents, second: Contents, spell: _Speller
+    first: _Contents, second: _Contents, spell: _Speller
 ) -> tuple[list[Difference], list[tuple[Path, Path]]]:
-    """Returns what is in one tree alone, and the paths that are in both or at least share a name."""
+    """Returns what only one tree has, and the pairs of paths that are equal or share a name."""
     missing = {path: entry for path, entry in first.entries.items() if path not in second.entries}
     extra = {path: entry for path, entry in second.entries.items() if path not in first.entries}
     matched = [(path, path) for path in first.entries if path in second.entries]
-    found = [Difference(name, "level", LEVEL.text, None) for name in _levels(missing, second, spell)]
-    found += [Difference(name, "level", None, LEVEL.text) for name in _levels(extra, first, spell)]
+    found = [Difference(name, "level", LEVEL, None) for name in _levels(missing, second, spell)]
+    found += [Difference(name, "level", None, LEVEL) for name in _levels(extra, first, spell)]
     missing, extra = (
-        {path: entry for path, entry in only.items() if entry.leaf is not LEVEL}
+        {path: entry for path, entry in only.items() if entry.sign is not LEVEL}
         for only in (missing, extra)
     )
     by_name = {spell(path): path for path in extra}
@@ -267,7 +314,7 @@ def _names(
             found.append(Difference(spell(path), "nesting", "/".join(path), "/".join(other)))
             del missing[path], extra[other]
     names = [spell(path) for path in extra]
-    searches = max(1, _MOST_COMPARED // (len(names) + 1))  # each takes a while
+    searches = max(1, _MOST_COMPARED // (len(names) + 1))
     for i, (path, entry) in enumerate(missing.items()):
         close = close_names(spell(path), names) if i < searches else ()
         found.append(Difference(spell(path), "missing", str(entry), None, tuple(close)))
@@ -275,50 +322,51 @@ def _names(
     return found, matched
 
 
-def _levels(only: Mapping[Path, Entry], other: Contents, spell: _Speller) -> list[str]:
-    """Returns the levels without leaves that the other tree does not have, with leaves or without."""
-    empty = [path for path, entry in only.items() if entry.leaf is LEVEL]
+def _levels(only: Mapping[Path, _Entry], other: _Contents, spell: _Speller) -> list[str]:
+    """Returns the levels without leaves that the other tree lacks, with leaves or without."""
+    empty = [path for path, entry in only.items() if entry.sign is LEVEL]
     depths = {len(path) for path in empty}
     levels = {path[:depth] for path in other.entries for depth in depths if len(path) > depth}
     return [spell(path) for path in empty if path not in levels]
 
 
-def _containers(first: Contents, second: Contents, spell: _Speller) -> list[Difference]:
-    """Returns the containers that are of another type, or differ in what jax takes for static."""
+def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
+    """Returns the containers that differ in type, or in what jax takes for static."""
     found = []
-    for path, one in first.containers.items():
+    for path, container in first.containers.items():
         other = second.containers.get(path)
         if other is None:
             continue
-        if one.type is not other.type:
-            name, other_name = (kind.__qualname__ for kind in (one.type, other.type))
+        if container.type is not other.type:
+            types = (container.type, other.type)
+            name, other_name = (kind.__qualname__ for kind in types)
             if name == other_name:
-                name, other_name = f"{one.type.__module__}.{name}", f"{other.type.__module__}.{name}"
+                name, other_name = (f"{kind.__module__}.{kind.__qualname__}" for kind in types)
             found.append(Difference(spell(path), "container", name, other_name))
-        elif one.form != other.form and one.keys == other.keys:
-            found.append(_static(spell(path), one.form, other.form))
+        elif container.form != other.form and container.keys == other.keys:
+            found.append(_static(spell(path), container.form, other.form))
     return found
 
 
-def _static(name: str, one: Any, other: Any) -> Difference:
-    return Difference(name, "static", str(one), str(other))
+def _static(name: str, form: Any, other: Any) -> Difference:
+    return Difference(name, "static", str(form), str(other))
 
 
-def _order(first: Contents, second: Contents, spell: _Speller) -> list[Difference]:
-    """Returns the first place at which names that are in both trees stand in another order."""
-    here = (path for path in first.entries if path in second.entries)
-    there = (path for path in second.entries if path in first.entries)
-    for one, other in zip(here, there, strict=True):
-        if one != other:
-            return [Difference(spell(one), "order", spell(one), spell(other))]
+def _order(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
+    """Returns the first place where names that both trees have come in another order."""
+    ours = (path for path in first.entries if path in second.entries)
+    theirs = (path for path in second.entries if path in first.entries)
+    for path, other in zip(ours, theirs, strict=True):
+        if path != other:
+            return [Difference(spell(path), "order", spell(path), spell(other))]
     return []
 
 
-def _ties(first: Contents, second: Contents, spell: _Speller) -> list[Difference]:
-    """Returns the names that are tied to others in one tree and not in the other."""
+def _ties(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
+    """Returns the names that are tied to different names in the two trees."""
     common = [path for path in first.entries if path in second.entries]
-    owners = [[outline.entries[path].owner for path in common] for outline in (first, second)]
-    # The name by which a leaf goes here is the first that both trees have, in the order of the first.
+    owners = [[tree.entries[path].owner for path in common] for tree in (first, second)]
+    # The canonical name of a leaf here is the first that both trees have, in the order of the first.
     firsts: list[dict[Path, Path]] = [{}, {}]
     for path, *pair in zip(common, *owners, strict=True):
         for known, owner in zip(firsts, pair, strict=True):
@@ -327,26 +375,29 @@ def _ties(first: Contents, second: Contents, spell: _Speller) -> list[Difference
     for path, *pair in zip(common, *owners, strict=True):
         end, other = (known[owner] for known, owner in zip(firsts, pair, strict=True))
         if end != other:
-            one, two = (None if source == path else spell(source) for source in (end, other))
-            found.append(Difference(spell(path), "tie", one, two))
+            sources = (None if source == path else spell(source) for source in (end, other))
+            found.append(Difference(spell(path), "tie", *sources))
     return found
 
 
-def _of_leaf(name: str, one: Entry, other: Entry) -> list[Difference]:
-    """Returns what differs in two entries of one name."""
-    here, there = one.leaf, other.leaf
-    if LEVEL is here or LEVEL is there:
-        return [] if here is there else [Difference(name, "level", str(one), str(other))]
+def _of_leaf(name: str, entry: _Entry, other: _Entry) -> list[Difference]:
+    """Returns how two entries of one name differ."""
+    if LEVEL in (entry.sign, other.sign):
+        same = entry.sign == other.sign
+        return [] if same else [Difference(name, "level", str(entry), str(other))]
     found = []
-    if None not in (one.kind, other.kind) and one.kind != other.kind:
-        found.append(Difference(name, "kind", one.kind, other.kind))
-    if LEFT_OUT is here or LEFT_OUT is there:
-        one_is, other_is = (LEFT_OUT.text if leaf is LEFT_OUT else "a leaf" for leaf in (here, there))
-        return found if here is there else [*found, Difference(name, "hole", one_is, other_is)]
-    shape, other_shape = shape_of(here), shape_of(there)
+    if None not in (entry.kind, other.kind):
+        if entry.kind != other.kind:
+            found.append(Difference(name, "kind", entry.kind, other.kind))
+        if entry.sizes != other.sizes:
+            found.append(Difference(name, "stack", *(x.sizes or None for x in (entry, other))))
+    if entry.sign or other.sign:
+        sides = (x.sign or "a leaf" for x in (entry, other))
+        return found if entry.sign == other.sign else [*found, Difference(name, "hole", *sides)]
+    shape, other_shape = shape_of(entry.leaf), shape_of(other.leaf)
     if None not in (shape, other_shape) and shape != other_shape:
         found.append(Difference(name, "shape", shape, other_shape))
-    dtype, other_dtype = (_dtype_name(leaf) or type(leaf).__name__ for leaf in (here, there))
-    if dtype != other_dtype and not shape is other_shape is None:
-        found.append(Difference(name, "dtype", dtype, other_dtype))
+    dtypes = [_dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other)]
+    if dtypes[0] != dtypes[1] and not shape is other_shape is None:
+        found.append(Difference(name, "dtype", *dtypes))
     return found

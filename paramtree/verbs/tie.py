@@ -1,11 +1,11 @@
 """Ties: several paths that lead to one stored leaf.
 
-A tie is a fact of the structure, not of the values, so nothing that is done to the leaves can
-lose it: a gradient of a tied leaf is the sum over its uses because there is only one leaf to
-differentiate, and an optimiser keeps one slot for it for the same reason.
+A tie is a fact of the structure, not of the values, so nothing that happens to the leaves can lose it. A
+gradient of a tied leaf is the sum over its uses because there is only one leaf to differentiate, and an
+optimizer keeps one slot for it for the same reason.
 """
 
-from collections.abc import KeysView, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, ParamTreeError, RuleError, suggest
-from paramtree.core.names import Pattern, match, names, no_match
-from paramtree.core.structure import EMPTY, Node, Path, Structure, build
-from paramtree.core.tree import ParamTree, _rebuild, whole
+from paramtree.core.errors import MismatchError, RuleError, suggest
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import Pattern, hits, no_match
+from paramtree.core.structure import Path, Structure
+from paramtree.core.tree import ParamTree, flatten
+from paramtree.verbs.assemble import check_no_holes, for_trees, take_apart
 
 __all__ = ["tie", "ties", "untie"]
 
+_on_trees = for_trees("as only its structure can hold ties")
 
+
+@_on_trees
 def ties(tree: ParamTree, *, sep: str = "_") -> dict[str, str]:
     """Returns the name of every alias with the name of the leaf that it leads to.
 
@@ -34,7 +39,7 @@ def ties(tree: ParamTree, *, sep: str = "_") -> dict[str, str]:
       >>> pt.ties(pt.tie(params, {"decoder": "embed"}))
       {'decoder_weight': 'embed_weight'}
     """
-    structure = whole(_checked(tree, "ties"))._structure
+    structure, _ = flatten(tree)
     first = structure.canonical
     return {
         join(path, sep): join(first[slot], sep)
@@ -43,6 +48,7 @@ def ties(tree: ParamTree, *, sep: str = "_") -> dict[str, str]:
     }
 
 
+@_on_trees
 def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
     """Returns the tree with some paths leading to the leaves of others; the source's value stays.
 
@@ -67,8 +73,9 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
       >>> params.b.w is params.a.w
       True
     """
-    tree = whole(_checked(tree, "tie"))
-    structure = _without_holes(tree, "tie")
+    check_no_holes(tree, "tie")
+    parts = take_apart(tree)
+    structure, leaves = flatten(tree)
     problems: list[str] = []
     target: dict[Path, list[Path]] = {}
     for alias, source in pairs.items():
@@ -80,19 +87,26 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
         raise RuleError(f"tie: {' '.join(problems)}")
     slot_of = dict(structure.entries())
     ends = {path: _follow(path, target, slot_of) for path in target}
+    sizes = {entry.path: tuple(size for _, size in entry.stack) for entry in parts.entries}
     for path, end in ends.items():
-        if reason := _difference(structure, tree._leaves, slot_of[path], slot_of[end]):
-            problems.append(f"`{join(path)}` and `{join(end)}` have {reason}")
+        sides = [
+            (shape_of(leaves[slot]), dtype_of(leaves[slot]), structure.kinds[slot], sizes[each])
+            for each in (path, end)
+            for slot in (slot_of[each],)
+        ]
+        for word, a, b in zip(("shapes", "dtypes", "kinds", "stacks"), *sides, strict=True):
+            if a != b:
+                problems.append(f"`{join(path)}` and `{join(end)}` have different {word}, {a} and {b}")
+                break
     if problems:
-        raise MismatchError(f"tie: {'; '.join(problems)}. Only equals can share one leaf.")
-    items = [
-        (path, None if slot == EMPTY else slot_of[ends.get(path, path)])
-        for path, slot in zip(structure.paths, structure.slots, strict=True)
-    ]
-    tied, order = build(items, structure.kinds)
-    return _rebuild(tied, tuple(tree._leaves[slot] for slot in order), tree._place)
+        raise MismatchError(f"tie: {'; '.join(problems)}. Only leaves that match can be tied.")
+    return parts.assembled(
+        entry._replace(label=slot_of[ends[entry.path]]) if entry.path in ends else entry
+        for entry in parts.entries
+    )
 
 
+@_on_trees
 def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
     """Returns the tree with a leaf of its own for every tied name that matches, a copy of the value.
 
@@ -112,40 +126,34 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
       >>> params.b.w is params.a.w, params.b.w
       (False, array([1., 1.]))
     """
-    tree = whole(_checked(tree, "untie"))
-    structure = _without_holes(tree, "untie")
-    entries = list(structure.entries())
-    count: dict[int, int] = {}
-    for _, slot in entries:
-        count[slot] = count.get(slot, 0) + 1
+    check_no_holes(tree, "untie")
+    parts = take_apart(tree)
+    structure, leaves = flatten(tree)
+    source = open_tree(tree)._replace(structure=structure, leaves=leaves)
+    paths: dict[int, list[Path]] = {}
+    for path, slot in structure.entries():
+        paths.setdefault(slot, []).append(path)
     loose = {
         path
-        for (path, slot), hit in zip(entries, match(structure, pattern), strict=True)
-        if hit and count[slot] > 1
+        for (path, slot), hit in zip(structure.entries(), hits(source, pattern), strict=True)
+        if hit and len(paths[slot]) > 1
     }
     if not loose and pattern is not None:
-        tied = [name for name, (_, s) in zip(names(structure), entries, strict=True) if count[s] > 1]
+        tied = [join(path) for path, slot in structure.entries() if len(paths[slot]) > 1]
         among = f" The tied names are: {', '.join(tied)}." if tied else " Nothing is tied."
         raise RuleError(f"untie: {no_match(pattern, tied)}.{among}")
-    kinds: dict[Any, str] = dict(enumerate(structure.kinds))
-    items: list[tuple[Path, Any]] = []
-    for path, slot in zip(structure.paths, structure.slots, strict=True):
-        label: Any = None if slot == EMPTY else slot
-        if path in loose and slot != EMPTY:
-            label = path
-            kinds[path] = structure.kinds[slot]
-        items.append((path, label))
-    slot_of = dict(entries)
-    untied, order = build(items, kinds)
-    used: set[int] = set()
-    leaves = []
-    for label in order:
-        slot = label if isinstance(label, int) else slot_of[label]
-        # The first to take the value has the array itself, the others copies: a buffer that is
-        # in the tree twice could not be donated.
-        leaves.append(_copied(tree._leaves[slot]) if slot in used else tree._leaves[slot])
-        used.add(slot)
-    return _rebuild(untied, tuple(leaves), tree._place)
+    entries, values = [], {}
+    used: set[Any] = set()
+    for entry in parts.entries:
+        slot, label = entry.label, entry.path if entry.path in loose else entry.label
+        entries.append(entry._replace(label=label))
+        if slot is not None and label not in values:
+            # The first to take the value has the array itself, the others copies: a buffer that is in
+            # a tree twice could not be donated.
+            values[label] = _copied(parts.leaves[slot]) if slot in used else parts.leaves[slot]
+            parts.kinds[label] = parts.kinds[slot]
+            used.add(slot)
+    return parts._replace(leaves=values).assembled(entries)
 
 
 def _copied(leaf: Any) -> Any:
@@ -154,40 +162,21 @@ def _copied(leaf: Any) -> Any:
     return np.copy(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def _checked(tree: Any, verb: str) -> ParamTree:
-    if not isinstance(tree, ParamTree):
-        raise TypeError(
-            f"{verb} takes a parameter tree, as only its structure can hold ties, but found "
-            f"{type(tree).__name__}: pt.from_tree(tree) makes one."
-        )
-    return tree
-
-
-def _without_holes(tree: ParamTree, verb: str) -> Structure:
-    structure = tree._structure
-    if structure.whole is not structure:
-        raise ParamTreeError(
-            f"{verb}: the tree has holes, left by select or partition. Fill them with pt.merge first."
-        )
-    return structure
-
-
 def _path(structure: Structure, text: str) -> Path:
     if not isinstance(text, str):
         raise RuleError(f"a path is a string such as 'decoder/weight', but found {text!r}.")
-    by_text = structure.cache.get("by_text")
-    if by_text is None:
-        by_text = {
+    by_text: dict[str, Path] = structure.cached(
+        "levels and leaves",
+        lambda: {
             "/".join(path[:i]): path[:i] for path in structure.paths for i in range(1, len(path) + 1)
-        }
-        structure.cache["by_text"] = by_text
+        },
+    )
     if text not in by_text:
         for path in by_text.values():
             if join(path) == text:
                 raise RuleError(f"`{text}` is a name; tie takes paths: write '{'/'.join(path)}'.")
         raise RuleError(f"`{text}` is not a path in the tree.{suggest(text, by_text)}")
-    found: Path = by_text[text]
-    return found
+    return by_text[text]
 
 
 def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, list[Path]]) -> None:
@@ -199,7 +188,7 @@ def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, l
     if alias[:short] == source[:short]:
         raise RuleError(f"`{here}` and `{there}` cannot be tied: one holds the other.")
     below = [_below(structure, path) for path in (alias, source)]
-    if below[0] != below[1]:
+    if below[0].keys() != below[1].keys():
         kind = ["a leaf" if () in part else "a level" for part in below]
         if kind[0] != kind[1]:
             raise RuleError(f"`{here}` is {kind[0]} and `{there}` {kind[1]}: tie like to like.")
@@ -213,15 +202,10 @@ def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, l
         target.setdefault((*alias, *rest), []).append((*source, *rest))
 
 
-def _below(structure: Structure, path: Path) -> KeysView[Path]:
-    """Returns the paths of the leaves at or below a path, relative to it."""
-    found: Node | int = structure.root
-    for segment in path:
-        assert isinstance(found, Node)  # the path was looked up, so it leads somewhere
-        found = found.children[segment]
-    if not isinstance(found, Node):
-        return {(): None}.keys()
-    return {entry[len(path) :]: None for entry, _ in structure.entries(found)}.keys()
+def _below(structure: Structure, path: Path) -> dict[Path, None]:
+    """Returns the paths of the leaves at or below a path, relative to it, in order."""
+    depth = len(path)
+    return {entry[depth:]: None for entry, _ in structure.entries() if entry[:depth] == path}
 
 
 def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int]) -> Path:
@@ -238,14 +222,3 @@ def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int
         different = " and ".join("/".join(end) for end in ends)
         raise RuleError(f"tie: `{shown}` is tied twice, to different leaves, {different}.")
     return ends[0]
-
-
-def _difference(structure: Structure, leaves: Any, one: int, other: int) -> str:
-    for word, a, b in (
-        ("shapes", shape_of(leaves[one]), shape_of(leaves[other])),
-        ("dtypes", dtype_of(leaves[one]), dtype_of(leaves[other])),
-        ("kinds", structure.kinds[one], structure.kinds[other]),
-    ):
-        if a != b:
-            return f"different {word}, {a} and {b}"
-    return ""

@@ -1,4 +1,4 @@
-"""Laws that hold for every tree of the catalogue, and for any other tree."""
+"""Laws that hold for every tree, from the catalogue or generated."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ def test_pickle_copy_and_deepcopy(tree: pt.ParamTree) -> None:
     for again in (pickle.loads(pickle.dumps(tree)), copy.copy(tree), copy.deepcopy(tree)):
         assert same(tree, again)
         for one, other in zip(repr(again).splitlines(), repr(tree).splitlines(), strict=True):
-            assert one.split("(")[0] == other.split("(")[0]  # the full name: its place is kept, too
+            assert one.split("(")[0] == other.split("(")[0]  # full names: the place is kept too
 
 
 @given(trees(holes=False))
@@ -164,11 +164,11 @@ def test_any_object_can_be_a_leaf(tree: pt.ParamTree) -> None:
         assert len(repr(mapped).splitlines()) == len(repr(tree).splitlines())
 
 
-# Ties and structures survive everything that is done to a tree
+# Ties and structures survive every transformation
 
 
 def loss(tree: pt.ParamTree) -> jax.Array:
-    """Every name contributes, with a weight of its own."""
+    """A sum over all names, each with a different weight."""
     total = jnp.float32(0)
     for i, (path, _) in enumerate(whole(tree)._structure.entries()):
         total += (i + 1) * jnp.sum(tree["/".join(path)] ** 2)
@@ -269,7 +269,7 @@ def test_jax_export_round_trip() -> None:
     np.testing.assert_array_equal(result.embed.weight, 2 * tree.embed.weight)
 
 
-# Initialisation
+# Initialization
 
 
 def mlp(sizes: list[tuple[str, int]]) -> Any:

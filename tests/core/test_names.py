@@ -1,4 +1,4 @@
-"""Names, patterns, rules, and the verbs that stand on them."""
+"""Names, patterns, rules, and the verbs that use them."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_the_first_rule_that_matches_counts() -> None:
     values = resolve(structure, {"dense0_.*": "a", ".*weight": "b", ".*": "c"})
     assert values[:4] == ("a", "a", "b", "c")
     assert resolve(structure, {"dense0_.*": "a"}, default=None)[:3] == ("a", "a", None)
-    assert resolve(structure, {".*": 1, "dense0_bias": 2})[1] == 1  # shadowed, and no typo
+    assert resolve(structure, {".*": 1, "dense0_bias": 2})[1] == 1  # shadowed, not a typo
 
 
 def test_everything_that_is_wrong_with_rules_is_in_one_error() -> None:
@@ -100,9 +100,9 @@ def test_everything_that_is_wrong_with_rules_is_in_one_error() -> None:
     with pytest.raises(pt.RuleError, match=r"the pattern '\[' is not a regular expression.*re.escape"):
         resolve(tied()._structure, {"[": 1})
     with pytest.raises(pt.RuleError, match="in a string, as in '.\\*weight', but found 3 of type int"):
-        resolve(tied()._structure, {3: 1})  # type: ignore[dict-item]  # the mistake that is tested
+        resolve(tied()._structure, {3: 1})  # type: ignore[dict-item]  # the tested mistake
     with pytest.raises(pt.RuleError, match="the rules are a mapping of patterns"):
-        resolve(tied()._structure, ["a"])  # type: ignore[arg-type]  # the mistake that is tested
+        resolve(tied()._structure, ["a"])  # type: ignore[arg-type]  # the tested mistake
 
 
 def test_a_tied_leaf_may_be_matched_by_one_of_its_names() -> None:
@@ -123,7 +123,7 @@ def test_replace_fits_values_to_the_leaf() -> None:
     new = pt.replace(tree, {"w": [[1, 2], [3, 4]], "n": 5})
     assert new.w.dtype == jnp.bfloat16 and new.n.dtype == jnp.int32 and int(new.n) == 5
     assert pt.replace(tree, {"w": np.ones((2, 2))}).w.dtype == jnp.bfloat16
-    assert pt.replace(tree, {"w": jnp.ones((2, 2))}).w.dtype == jnp.float32  # a jax array as it is
+    assert pt.replace(tree, {"w": jnp.ones((2, 2))}).w.dtype == jnp.float32  # not a jax array's
     assert jax.jit(lambda t, v: pt.replace(t, {"w": v}))(tree, jnp.ones((2, 2))).w.dtype == jnp.float32
     assert pt.replace({"a": np.ones(2)}, {"a": np.zeros(2)})["a"].tolist() == [0, 0]
     shapes = pt.replace(tree, {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)})

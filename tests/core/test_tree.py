@@ -1,4 +1,4 @@
-"""Reading, printing and protecting a tree."""
+"""Reading and printing a tree, and its immutability."""
 
 from typing import Any
 
@@ -201,7 +201,7 @@ def test_from_tree_keeps_the_ties_and_kinds_of_trees_inside() -> None:
     assert pt.ties(both).items() >= {"one_decoder_weight": "one_embed_weight"}.items()
     assert both.one.embed.weight is both.one.decoder.weight
     assert list(pt.collect(both, kind="state")) == ["bn_mean"]
-    assert len(jax.tree.leaves(both)) == 2 * len(jax.tree.leaves(inner)) + 1  # a tree twice is no tie
+    assert len(jax.tree.leaves(both)) == 2 * len(jax.tree.leaves(inner)) + 1  # repetition makes no tie
 
 
 def test_from_tree_keeps_the_holes_of_trees_inside() -> None:
@@ -265,5 +265,5 @@ def test_truth_and_identity() -> None:
     assert not pt.from_tree({})
     assert siblings()
     tree = CATALOGUE["flat"]()
-    assert tree == tree  # by identity, as arrays have no one truth
+    assert tree == tree  # by identity, because arrays have no single truth value
     assert len({tree, tree}) == 1

@@ -1,4 +1,4 @@
-"""The chapter "Parameter Management": its example runs, and its nets compute what real MXNet does."""
+"""The chapter "Parameter Management": the example runs, and its nets match MXNet's numbers."""
 
 import json
 import re
@@ -20,7 +20,7 @@ JIT = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    # A GPU may multiply float32 matrices in fewer bits, which would not be equal to 1e-5.
+    # A GPU may multiply float32 matrices in fewer bits, and miss the tolerance of 1e-5.
     with jax.default_matmul_precision("float32"):
         yield
 
@@ -30,7 +30,7 @@ def full_precision():
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
-    """Returns what the example prints, by section."""
+    """Returns the example's output by section."""
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -186,7 +186,7 @@ def test_custom_initialiser_has_the_distribution_of_the_chapter(key) -> None:
     np.testing.assert_allclose(sizes[sizes > 0].mean(), 7.5, atol=0.05)
 
 
-# Real MXNet's numbers
+# MXNet's numbers
 
 
 def gold(name: str) -> dict[str, np.ndarray]:
@@ -199,7 +199,7 @@ def weights_in(data: dict[str, np.ndarray]) -> list[str]:
 
 
 def path_of(params: pt.ParamTree, name: str) -> str:
-    """Returns the path of a structural name: digits are positions, all else are names."""
+    """Returns the path of a structural name, in which digits are positions."""
     path = []
     for segment in name.split("."):
         path.append(list(params)[int(segment)] if segment.isdigit() else segment)
@@ -320,7 +320,7 @@ def test_fancy_mlp_equals_gluon(wrap) -> None:
     assert_close(y, data["y"][0])
     grads = wrap(jax.grad(net))(params, x)
     assert list(grads) == ["rand_weight", "dense"]
-    assert grads.rand_weight.shape == (20, 20)  # a leaf like any other to jax.grad; Gluon has none
+    assert grads.rand_weight.shape == (20, 20)  # a leaf like any other to jax.grad; not in Gluon
     assert "grad_sum:rand_weight" not in data
     assert_gradients(grads, data, "grad_sum")
 
@@ -344,7 +344,7 @@ def test_fancy_mlp_keeps_its_constant_as_state(key) -> None:
     ],
 )
 def test_fancy_mlp_halves_and_multiplies_as_the_loop_does(size, halvings, tenfold, wrap) -> None:
-    """Steers the norm before the loop with a bias alone: every other weight is 0."""
+    """Sets the norm before the loop by a single bias: all other weights are 0."""
     tree = {
         "rand_weight": jnp.zeros((20, 20)),
         "dense": {"weight": jnp.zeros((20, 20)), "bias": jnp.zeros(20).at[3].set(size)},
@@ -354,7 +354,7 @@ def test_fancy_mlp_halves_and_multiplies_as_the_loop_does(size, halvings, tenfol
     factor = 0.5**halvings * (10 if tenfold else 1)
     y, grads = wrap(jax.value_and_grad(example.FancyMLP()))(params, x)
     assert_close(y, size * factor)
-    # The second use of the layer is what gets through: relu of the bias, times the factor.
+    # Only the second use of the layer contributes: relu of the bias, times the factor.
     np.testing.assert_allclose(grads.dense.bias[3], factor, rtol=1e-6)
     assert y.dtype == jnp.float32
 

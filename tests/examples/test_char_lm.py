@@ -1,4 +1,4 @@
-"""The example of a language model: its tie, its runs and resumed runs, and sampling with a cache."""
+"""The language model example: its tie, new and resumed runs, and sampling with a cache."""
 
 import argparse
 import functools
@@ -24,12 +24,12 @@ __all__ = ["quick_compilation"]
 TINY = ["--width", "16", "--layers", "2", "--heads", "2", "--context", "16", "--batch-size", "8"]
 TINY += ["--lr", "0.03", "--steps", "20", "--every", "10"]
 TIED, UNTIED = (example.Settings(16, 2, 2, tie) for tie in (1, 0))
-FULL = jax.jit(example.network(TIED))  # without a cache; of one text of 16 characters
+FULL = jax.jit(example.network(TIED))  # without a cache; batches of one text of 16 characters
 
 
 @pytest.fixture(scope="module", autouse=True)
 def lenient_optax() -> Iterator[None]:
-    """Lets the optimiser alone mix dtypes, as optax computes powers of a count of steps."""
+    """Allows dtype promotion in the optimiser only, since optax raises floats to an int32 count."""
     make_tx = example.make_tx
 
     def lenient(lr: float) -> Any:
@@ -49,7 +49,7 @@ def lenient_optax() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the checkpoint of a whole run, beside which its reports are kept."""
+    """Returns the path of the checkpoint that the fixture ``reports`` writes."""
     return tmp_path_factory.mktemp("runs") / "whole.safetensors"
 
 
@@ -115,7 +115,7 @@ def test_a_batch_depends_on_step_and_seed() -> None:
     for step, seed in ((6, 3), (5, 4)):
         assert not np.array_equal(batch, example.batch_at(text, step, 4, 16, seed))
     starts = example.batch_at(text[:18], 0, 100, 16, 0)[:, 0]
-    assert set(starts.tolist()) == {0, 1}  # every piece there is, and none that is cut
+    assert set(starts.tolist()) == {0, 1}  # all slices, and none that runs over the end
 
 
 # The network
@@ -171,11 +171,11 @@ def test_a_seed_gives_one_run(saved: Path, reports: list[example.Report], tmp_pa
         1
     ]
     assert [report[:4] for report in half + rest] == [report[:4] for report in reports]
-    assert resumed.read_bytes() == saved.read_bytes()  # as if it had never been interrupted
+    assert resumed.read_bytes() == saved.read_bytes()  # the same as without the interruption
     assert example.train_step._cache_size() == traces  # equal networks share what is compiled
     other = example.main([*args, "--seed", "4", "--steps", "10"])[1]
     assert other[0].loss != half[0].loss
-    assert example.main([*TINY, "--sample", "0", "--resume", str(resumed)]) == {1: []}  # all are done
+    assert example.main([*TINY, "--sample", "0", "--resume", str(resumed)]) == {1: []}  # none left
 
 
 def test_both_kinds_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_sampling_gives_the_logits_of_the_whole_text(run: example.Run) -> None:
         whole = jnp.concatenate([prompt, tokens], axis=1)
         expected = FULL(run.params, whole)[:, 3:-1]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(tokens, logits.argmax(-1))  # a cold sample takes the likeliest
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))  # a low temperature selects the likeliest
     text = example.continued(TIED, run.params, "def ", 12, seed=0)
     assert text.startswith("def ") and len(text) == 16
     assert text == example.continued(TIED, run.params, "def ", 12, seed=0)
@@ -249,7 +249,7 @@ def test_a_run_goes_on_by_its_own_settings(saved: Path, run: example.Run) -> Non
     args = argparse.Namespace(
         batch_size=8, context=16, every=5, steps=21, dropout=0.0, lr=0.03, width=999
     )
-    again = example.load_run(saved, 0.03)  # a step takes the buffers of what it is given
+    again = example.load_run(saved, 0.03)  # a step donates its arguments
     after, reports = example.train(again, example.load_data(), args)
     assert after.step == 21 and after.settings == TIED and len(reports) == 1
     assert pt.ties(after.params) == pt.ties(run.params)

@@ -1,4 +1,4 @@
-"""The convolutional example: it learns, keeps statistics, resumes exactly, and its errors are clear."""
+"""The convolutional example: learning, running statistics, exact resumption, and errors."""
 
 import re
 from pathlib import Path
@@ -20,14 +20,14 @@ QUICK = ["--batch-size", "128", "--channels", "4", "--lr", str(LR)]
 KEY = jax.random.key(1)
 STATE = {f"batchnorm{i}_running_{what}" for i in (0, 1) for what in ("mean", "var")}
 
-# Noise of the digits' size, dark or light by the label: an easy task.
+# An easy task: noise of the digits' size, whose brightness depends on the label.
 RNG = np.random.default_rng(0)
 Y = RNG.integers(0, 10, 128).astype(np.int32)
 X = (RNG.normal(size=(128, 8, 8, 1)) * 0.1 + Y[:, None, None, None] / 10).astype(np.float32)
 
 
 class Setting:
-    """A small network, its compiled functions, and what comes of three steps."""
+    """A small network, its compiled functions, and the runs of its first three steps."""
 
     def __init__(self) -> None:
         self.net, self.tx = example.network(4), example.optimiser(LR, 1437 // 128)
@@ -40,7 +40,7 @@ class Setting:
         return example.start(self.net, self.tx, jax.random.key(0), X[:1])
 
     def take(self, run: Any) -> Any:
-        """Takes a step on a copy, as the step takes the buffers."""
+        """Takes a step on a copy, because the step donates its run."""
         return self.step(jax.tree.map(jnp.copy, run), X, Y, KEY)
 
 
@@ -92,7 +92,7 @@ def test_the_statistics_are_those_of_the_batch(setting: Setting) -> None:
     before, after = (run.params for run in setting.runs[:2])
     out = np.asarray(setting.net[0](before.conv0, X))
     norm = after.batchnorm0
-    # A tenth of the batch's, and nine tenths of what they begin with.
+    # A tenth of the batch's, plus nine tenths of the initial ones.
     np.testing.assert_allclose(norm.running_mean, 0.1 * out.mean((0, 1, 2)), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(norm.running_var, 0.9 + 0.1 * out.var((0, 1, 2)), rtol=1e-5)
 
@@ -104,9 +104,7 @@ def test_the_optimiser_moves_by_the_gradients(setting: Setting) -> None:
         logits, _ = pt.training(setting.net)(params, X, key=jax.random.fold_in(KEY, 0))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(Y)), Y])
 
-    grads = leaves(
-        jax.jit(jax.grad(loss))(run.params)
-    )  # the state is there too, and its gradient is zero
+    grads = leaves(jax.jit(jax.grad(loss))(run.params))  # includes the state, whose gradient is zero
     before, after = leaves(run.params), leaves(setting.runs[1].params)
     assert all((grads[name] == 0).all() for name in STATE)
     for name in before.keys() - STATE:
@@ -143,7 +141,7 @@ def test_inference_is_deterministic_and_uses_the_running_statistics(setting: Set
     params, net = setting.runs[-1].params, jax.jit(setting.net)
     logits = np.asarray(net(params, X))
     np.testing.assert_array_equal(net(params, X), logits)
-    # What is beside an image does not matter to it, as it would with the batch's statistics.
+    # Predictions do not depend on the rest of the batch, as they would with batch statistics.
     np.testing.assert_allclose(net(params, X[:3]), logits[:3], rtol=1e-4, atol=1e-5)
     name = "batchnorm1_running_mean"
     other = pt.replace(params, {name: pt.collect(params)[name] + 1})
@@ -167,7 +165,7 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # Each run would compile the same step anew, as its optimiser is another object.
+    # Each run would recompile the step, because its optimiser is a new object.
     monkeypatch.setattr(example, "make_step", lambda net, tx: setting.step)
     whole, first, second = (tmp_path / f"{name}.safetensors" for name in ("whole", "first", "second"))
     expected = example.main([*QUICK, "--seed", "3", "--epochs", "2", "--checkpoint", str(whole)])
@@ -183,7 +181,7 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(
     assert [result[:4] for result in begun + resumed] == [result[:4] for result in expected]
     assert whole.read_bytes() == second.read_bytes()
     assert setting.step._cache_size() == 1
-    assert example.main([*QUICK, "--epochs", "2", "--resume", str(second)]) == []  # all are done
+    assert example.main([*QUICK, "--epochs", "2", "--resume", str(second)]) == []  # no epochs are left
     saved = pt.load(whole)
     assert (saved.epoch, saved.seed, saved.run.steps) == (2, 3, 2 * (1437 // 128))
     assert set(saved.run.slots["0"].trace) == set(saved.run.params)
@@ -195,7 +193,7 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(
 def test_options_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, ["--batch-size", "2000"], "--batch-size is from 1 to 1437")
     fails(capsys, ["--batch-size", "0"], "--batch-size is from 1 to 1437")
-    fails(capsys, ["--channels", "0"], "channels is a whole number of 1 or more, but found 0")
+    fails(capsys, ["--channels", "0"], "channels must be a positive integer, but found 0")
     fails(capsys, ["--checkpoint", str(tmp_path / "no" / "run.npz")], "there is no folder .*no")
     fails(capsys, ["--resume", str(tmp_path / "none.npz")], r"No such file .*none\.npz")
     fails(capsys, ["--data", str(tmp_path / "none")], "none lacks train-images")

@@ -1,4 +1,4 @@
-"""The example of Fashion-MNIST: it learns as plain JAX does, it resumes, and its errors are clear."""
+"""The Fashion-MNIST example: losses equal to plain JAX, resumption, and errors."""
 
 import gzip
 import re
@@ -46,12 +46,12 @@ def fails(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> 
 
 
 def hand_loss(p: Any, x: Any, y: Any) -> Any:
-    """The network in plain JAX: ``shared`` is there once, and used twice."""
+    """The network in plain JAX: ``shared`` is stored once and used twice."""
     for name in ("hidden", "shared", "shared"):
         x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"][None])
     logits = x @ p["out"]["weight"].T + p["out"]["bias"][None]
-    # The same formula as the example's: at this rate the net amplifies what two formulas differ by in
-    # the last bit, until after 150 steps the losses differ in the fourth digit.
+    # The same formula as the example's: at this rate the net amplifies differences in the last bit, and
+    # after 150 steps the losses differ in the fourth digit.
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
@@ -65,7 +65,7 @@ def test_the_losses_are_those_of_plain_jax(data: example.Data) -> None:
     net, tx = example.network(), optax.sgd(0.5)
     rules = {".*weight": init.Normal(0.01), ".*bias": init.Zero()}
     params = pt.init(net, jax.random.key(0), data.x[:1], rules=rules)
-    copied = jax.tree.map(np.array, params)  # the step takes the buffers of the tree
+    copied = jax.tree.map(np.array, params)  # the step donates the tree
     hand: Any = {
         "hidden": copied.dense0.to_dict(),
         "shared": copied.dense1.to_dict(),
@@ -121,7 +121,7 @@ def test_it_runs_on_digits(tie: bool, capsys: pytest.CaptureFixture[str]) -> Non
     assert ("dense1_bias = dense2_bias" in printed) == tie
     table = printed.split("|gradient|")[1].strip().splitlines()
     assert len(table) == (6 if tie else 8)
-    assert all(float(line.split()[-1]) > 0 for line in table)  # a gradient for each
+    assert all(float(line.split()[-1]) > 0 for line in table)  # each has a gradient
 
 
 @pytest.mark.skipif(not example.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
@@ -145,16 +145,14 @@ def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path: Path) -> 
     assert (saved.epoch, saved.seed) == (2, 3)
     assert saved.params.dense2.weight is saved.params.dense1.weight
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (whole, first, second)}
-    assert example.main([*QUICK, "--epochs", "2", "--resume", str(second)]) == []  # all are done
+    assert example.main([*QUICK, "--epochs", "2", "--resume", str(second)]) == []  # no epochs are left
 
 
 @pytest.mark.usefixtures("digits")
 def test_a_file_that_is_not_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.safetensors"
     example.main([*QUICK, "--epochs", "1", "--no-tie", "--checkpoint", str(file)])
-    message = (
-        r"`params.dense1.weight` and `params.dense2.weight` are one leaf, .* and differ in 65,?536 of"
-    )
+    message = r"`params.dense1.weight` and `params.dense2.weight` are tied to one leaf, .* but differ in 65,?536 of"
     fails(capsys, ["--resume", str(file)], message)
     for content in (b"", b"text", file.read_bytes()[:-1000]):
         file.write_bytes(content)
@@ -173,14 +171,14 @@ def test_options_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def idx(array: np.ndarray) -> bytes:
-    """Returns the bytes of an idx.gz file."""
+    """Returns an array as the bytes of an idx.gz file."""
     head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
     return gzip.compress(head + array.astype(np.uint8).tobytes())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Returns a folder of noise in the right format."""
+    """Returns a folder of random data in the right format."""
     rng = np.random.default_rng(0)
     for (images, labels), size in ((example.TRAIN, 40), (example.TEST, 20)):
         (tmp_path / images).write_bytes(idx(rng.integers(0, 256, (size, 28, 28))))

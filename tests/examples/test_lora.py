@@ -1,4 +1,4 @@
-"""The example of LoRA: only adapters are trained and saved, and folding them in changes no output."""
+"""The LoRA example: only adapters are trained and saved, and folding them changes no output."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ TOKENS = char_lm.batch_at(char_lm.encode("import sys, os, re\nprint(sys.argv)\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def lenient_optax() -> Iterator[None]:
-    """Lets the optimiser alone mix dtypes, as optax computes powers of a count of steps."""
+    """Allows dtype promotion in the optimiser only, since optax raises floats to an int32 count."""
     make_tx = char_lm.make_tx
 
     def lenient(lr: float) -> Any:
@@ -59,7 +59,7 @@ def adapters(params: pt.ParamTree) -> pt.ParamTree:
 
 
 def filled(adapters: pt.ParamTree) -> pt.ParamTree:
-    """Returns adapters of which neither leaf is zero."""
+    """Returns the adapters with nonzero ``a`` and ``b``."""
     return pt.reinit(adapters, jax.random.key(2), {".*": pt.initializers.Normal(0.3)})
 
 
@@ -75,7 +75,7 @@ def test_each_weight_that_matches_has_its_adapters(
         assert adapter.a.shape == (2, 2, 16) and adapter.b.shape == (2, 16, 2)
         assert np.any(adapter.a) and not np.any(adapter.b)
     a, b = (adapters[name].a for name in NAMES)
-    assert not np.array_equal(a, b) and not np.array_equal(a[0], a[1])  # each has its own
+    assert not np.array_equal(a, b) and not np.array_equal(a[0], a[1])  # all are drawn independently
 
 
 def test_with_b_at_zero_nothing_changes(params: pt.ParamTree, adapters: pt.ParamTree) -> None:
@@ -94,7 +94,7 @@ def test_folding_adds_the_products_to_the_chosen_and_copies_nothing_else(
         if name not in NAMES:
             assert leaf is before[name]
             continue
-        for i in range(2):  # each of the stacked copies by itself
+        for i in range(2):  # each of the stacked copies separately
             ab = np.asarray(adapters[name].b[i]) @ np.asarray(adapters[name].a[i])
             np.testing.assert_allclose(leaf[i], before[name][i] + 2.0 * ab, rtol=1e-5, atol=1e-6)
 

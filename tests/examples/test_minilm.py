@@ -1,4 +1,4 @@
-"""The example of MiniLM gives what PyTorch gives from the same file."""
+"""The MiniLM example matches PyTorch on the same file."""
 
 import collections
 import sys
@@ -13,7 +13,7 @@ import pytest
 import paramtree as pt
 from examples import minilm
 
-# What PyTorch computed from the same weights, for six sentences.
+# PyTorch's outputs from the same weights, for six sentences.
 with np.load(Path(__file__).parents[1] / "data" / "minilm_gold.npz") as opened:
     GOLD = dict(opened)
 SENTENCES = GOLD["sentences"].tolist()
@@ -37,7 +37,7 @@ def params(file: Path) -> pt.ParamTree:
 
 @pytest.fixture(autouse=True)
 def full_precision() -> Any:
-    with jax.default_matmul_precision("float32"):  # some devices round the factors of a product
+    with jax.default_matmul_precision("float32"):  # some devices multiply in fewer bits
         yield
 
 
@@ -107,7 +107,7 @@ def test_only_the_pooler_and_the_position_ids_have_no_place(file: Path) -> None:
     _, report = pt.load(file, like=like, rename=minilm.RENAME, report=True)
     assert len(report.loaded) == 101 and not report.missing and not report.cast
     assert sorted(report.ignored) == UNUSED
-    with pytest.raises(pt.LoadError) as caught:  # they are no part of the model
+    with pytest.raises(pt.LoadError) as caught:  # they are not part of the model
         pt.load(file, like=like, rename=[rule for rule in minilm.RENAME if rule[1] is not None])
     assert all(f"`{name}`" in str(caught.value) for name in UNUSED)
 
@@ -153,7 +153,7 @@ def test_without_arguments_it_takes_its_own_sentences(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(minilm.SENTENCES)
     assert all(line.endswith(own) for line, own in zip(lines, minilm.SENTENCES, strict=True))
-    assert float(lines[0].split()[1]) > 0.5 > float(lines[0].split()[2])  # two cats, and no cat
+    assert float(lines[0].split()[1]) > 0.5 > float(lines[0].split()[2])  # two cats against one cat
 
 
 @pytest.mark.parametrize("module", PACKAGES)
@@ -164,7 +164,7 @@ def test_a_missing_package_is_named(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    if module == "tokenizers":  # whether or not there are weights
+    if module == "tokenizers":  # with or without the weights
         monkeypatch.setattr(minilm, "model_folder", lambda: tmp_path)
         monkeypatch.setattr(minilm, "load_minilm", dict)
     package = PACKAGES[module]

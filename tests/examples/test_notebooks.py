@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, show what they say, and are kept without outputs."""
+"""The notebooks run from top to bottom, show the expected outputs, and are stored without outputs."""
 
 import base64
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
-# By notebook and cell what is among its outputs.
+# Text expected in the outputs, by notebook and cell.
 EXPECTED = {
     "chapter": {
         "params": "Parameter dense0_weight (shape=(8, 4), dtype=float32)",
@@ -68,7 +68,7 @@ EXPECTED = {
 
 
 class SameInterpreter(KernelSpecManager):
-    """Knows one kernel: the Python that runs the tests, whatever is installed on the machine."""
+    """Offers a single kernel, the Python that runs the tests, whatever is installed."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         return KernelSpec(
@@ -98,7 +98,7 @@ def test_a_notebook_is_kept_without_outputs_and_with_ids(name: str) -> None:
     assert notebook.metadata.kernelspec.name == "python3"
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
-    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in ids)  # words, not what jupyter rolls
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in ids)  # words, not random ids
     for cell in notebook.cells:
         assert cell.metadata == {}
         if cell.cell_type == "code":
@@ -117,10 +117,10 @@ def test_a_notebook_runs_and_shows_what_it_says(name: str, tmp_path: Path) -> No
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute(
-        cleanup_kc=True,  # ends the kernel, as if the client had started a manager of its own
+        cleanup_kc=True,  # shuts the kernel down, as with the client's own manager
         env={
             **os.environ,
-            "IPYTHONDIR": str(tmp_path / "ipython"),  # no settings of whoever runs the tests
+            "IPYTHONDIR": str(tmp_path / "ipython"),  # ignores the user's settings
             "JAX_PLATFORMS": "cpu",
             "JAX_NUMPY_DTYPE_PROMOTION": "strict",
             "JAX_NUMPY_RANK_PROMOTION": "raise",
@@ -130,7 +130,7 @@ def test_a_notebook_runs_and_shows_what_it_says(name: str, tmp_path: Path) -> No
     shown = {}
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
-        # Nothing is shown twice, and no warning is printed.
+        # A cell shows at most one result and prints no warning.
         assert len([output for output in outputs if output.output_type != "stream"]) <= 1, cell.id
         assert [output.text for output in outputs if output.get("name") == "stderr"] == [], cell.id
         shown[cell.id] = "\n".join(map(text_of, outputs))

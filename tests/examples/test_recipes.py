@@ -1,4 +1,4 @@
-"""The recipes give what an independent computation gives, and stay short."""
+"""The recipes match independent computations, and stay short."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ LR = 0.1
 
 
 def tied_net(p: Any, x: Any) -> Any:
-    """A dense layer used under two names, a norm and a head, and a state that is added."""
+    """A dense layer under two names, a norm and a head, and a state that is added."""
     h = nn.Dense(8, activation="tanh")(p.body, x)
     h = nn.Dense(8, activation="tanh")(p.again, h)
     gamma = p.norm.param("gamma", h.shape, init.One())
@@ -42,7 +42,7 @@ def tied_mean_loss(params: Any, xs: Any, labels: Any) -> Any:
 
 
 class Case:
-    """A net with its losses and parameters; all leaves are random, so that no gradient is zero."""
+    """A net with its losses and parameters; all leaves are random, so no gradient is zero."""
 
     def __init__(self, net: Any, loss: Any, mean_loss: Any, ties: dict[str, str] | None) -> None:
         self.net, self.loss, self.mean_loss = net, loss, mean_loss
@@ -59,7 +59,7 @@ class Case:
 
     @functools.cached_property
     def each(self) -> list[dict[str, np.ndarray]]:
-        """The gradients of each example."""
+        """The gradients of the single examples."""
         grad = jax.jit(jax.grad(self.loss))
         return [named(grad(self.params, x, y)) for x, y in zip(XS, YS, strict=True)]
 
@@ -84,7 +84,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def same(a: Any, b: Any) -> None:
-    """Fails unless two trees have one structure and equal leaves, bit by bit."""
+    """Fails unless two trees have the same structure and bitwise equal leaves."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for name, leaf in named(a).items():
         other = named(b)[name]
@@ -98,7 +98,7 @@ def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
 
 
 def updates(tx: Any, case: Case, steps: int = 1) -> Any:
-    """Returns what an optimiser does with the same gradients after some steps."""
+    """Returns an optimiser's last update after some steps with the same gradients."""
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(case.trained)
         for _ in range(steps):
@@ -108,7 +108,7 @@ def updates(tx: Any, case: Case, steps: int = 1) -> Any:
 
 
 def mixed(case: Case, pattern: str, yes: Any, no: Any) -> Any:
-    """Returns the leaves of one tree where names match and those of another elsewhere."""
+    """Returns the leaves of ``yes`` where names match, and of ``no`` elsewhere."""
     return pt.merge(pt.select(yes, pattern), pt.partition(no, pattern)[1])
 
 
@@ -234,7 +234,7 @@ def test_every(case: Case) -> None:
             part = slice(2 * i, 2 * i + 2)
             moves, state = tx.update(grad(case.params, XS[part], YS[part]), state, params)
             params = optax.apply_updates(params, moves)
-    expected = optax.apply_updates(case.trained, updates(optax.sgd(LR), case))  # of the whole batch
+    expected = optax.apply_updates(case.trained, updates(optax.sgd(LR), case))  # on the full batch
     close(params, expected)
 
 
@@ -311,7 +311,7 @@ def test_fisher(case: Case, pattern: str | None) -> None:
 
 
 def hand_inner(case: Case, params: Any, *batch: Any) -> Any:
-    """Returns the head one SGD step on, with no verb that divides a tree."""
+    """Returns the parameters after an SGD step on the head, without partition or select."""
     leaves = pt.collect(params).to_dict()
     grads = pt.collect(jax.grad(case.mean_loss)(params, *batch)).to_dict()
     for name in ("head_weight", "head_bias"):
@@ -378,7 +378,7 @@ def test_averages(case: Case) -> None:
 
 
 def products(jaxpr: Any) -> list[set[Any]]:
-    """Returns the dtypes of the operands of every dot_general in a jaxpr, the nested ones too."""
+    """Returns the operand dtypes of every dot_general in a jaxpr, including nested ones."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -445,7 +445,7 @@ def test_new_head(case: Case) -> None:
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["by hand", "by use"])
 def test_transplant(sequential: bool) -> None:
-    """The new net has a wider head; a tie is kept if the net makes it, and else the values are."""
+    """The new net has a wider head; a tie that the net does not make becomes two equal leaves."""
     shared = nn.Dense(8, activation="tanh")
 
     def of(units: int) -> nn.Sequential:
@@ -464,7 +464,7 @@ def test_transplant(sequential: bool) -> None:
             assert np.array_equal(moved[layer][leaf], old[layer][leaf])
 
 
-# All of them
+# All recipes
 
 
 def functions() -> list[ast.FunctionDef]:
@@ -473,7 +473,7 @@ def functions() -> list[ast.FunctionDef]:
 
 
 def code_lines(node: ast.FunctionDef) -> int:
-    """Returns how many lines of a function hold code: not its docstring, blank lines or comments."""
+    """Returns the number of code lines of a function, without docstring, blank lines and comments."""
     source = Path(recipes.__file__).read_text().splitlines()
     first = node.body[0]
     doc = range(first.lineno, (first.end_lineno or 0) + 1) if ast.get_docstring(node) else range(0)
@@ -504,7 +504,7 @@ def test_the_demonstration_runs(
 ) -> None:
     with jax.numpy_dtype_promotion("standard"):
         params = pt.abstract(net, XS[0, :5])
-        for name in ("moves", "gradients"):  # traced and not compiled, which takes seconds
+        for name in ("moves", "gradients"):  # only traced: compiling takes seconds
             norms = jax.eval_shape(
                 getattr(recipes, name), params, np.tile(XS[:4, :5], (2, 1)), np.zeros(8, np.int32)
             )

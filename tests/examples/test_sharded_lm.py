@@ -1,4 +1,4 @@
-"""The sharded language model: the same numbers on one device and on eight, however it is divided."""
+"""The sharded language model: the same numbers on one device and on eight, with every table."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ LR = 0.01
 
 @pytest.fixture(autouse=True)
 def lenient_promotion() -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # optax computes powers of a count of steps
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an int32 count
         yield
 
 
@@ -80,7 +80,7 @@ def test_steps_keep_everything_in_its_place(table: str) -> None:
 
 
 def gathered(table: str) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    """Returns the collectives of a step, and the shapes of what is gathered in it."""
+    """Returns the collectives of a step and the shapes of its all-gathers."""
     from paramtree.inspect.compiled import collectives
 
     one = where(table, 8)
@@ -93,7 +93,7 @@ def gathered(table: str) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
 
 
 def weights() -> set[tuple[int, ...]]:
-    """Returns the shapes of whole weights, of a layer and of all of them, either way round."""
+    """Returns the shapes of unsharded weights, without the layer axis, and their transposes."""
     shapes = pt.abstract(where("data", 1).net, char_lm.ONE)
     whole = {leaf.shape[-2:] for leaf in jax.tree.leaves(pt.select(shapes, ".*weight"))}
     return whole | {shape[::-1] for shape in whole}
@@ -102,12 +102,12 @@ def weights() -> set[tuple[int, ...]]:
 def test_a_step_exchanges_what_it_should() -> None:
     data, _ = gathered("data")
     assert list(data) == ["all-reduce"]
-    # Two sums a layer forward, for what is added after attention and MLP, and two back; the embedding,
-    # the softmax, and the norm of the gradient. No weight is ever whole on a device, nor anything else.
+    # Two sums per layer forward, after attention and MLP, and two backward; the embedding, the softmax,
+    # and the gradient norm. No device ever gathers a weight, or anything else.
     tensor, found = gathered("tensor")
     assert list(tensor) == ["all-reduce"] and found == []
     assert tensor["all-reduce"]["runs"] >= 4 * SETTINGS.layers
-    # Each weight of a layer is gathered when the layer needs it, and never those of all layers at once.
+    # A layer's weights are gathered when it needs them, never those of all layers at once.
     fsdp, found = gathered("fsdp")
     assert set(fsdp) == {"all-gather", "all-reduce"}
     assert found and all(shape[-2:] in weights() for shape in found)
@@ -123,7 +123,7 @@ def test_it_trains_and_says_how_it_is_divided(capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "both: {'data': 2, 'model': 4}" in text and losses[-1] < losses[0]
     assert re.search(r"embed_weight +\(96, 32\) +float32 +P\('model', 'data'\) +1.5 KiB", text)
-    assert "decoder_weight" not in text  # one leaf, divided once
+    assert "decoder_weight" not in text  # one leaf, sharded once
     with pytest.raises(SystemExit):
         sharded_lm.main(["--width", "36", "--heads", "3"])
     assert "is no multiple of 8" in capsys.readouterr().err

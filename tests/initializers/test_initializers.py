@@ -1,4 +1,4 @@
-"""Initializers: their distributions, bounds and formulas, and what ``pt.init`` makes of them."""
+"""Initializers: their distributions, bounds and formulas, and their use in ``pt.init``."""
 
 import contextlib
 import itertools
@@ -16,12 +16,12 @@ from paramtree import initializers as init
 from paramtree import nn
 from tests.helpers import quick_compilation, x64
 
-__all__ = ["quick_compilation"]  # a fixture is used by being here
+__all__ = ["quick_compilation"]  # an autouse fixture
 
 X = jax.ShapeDtypeStruct((2, 5), "float32")
 NET = nn.Sequential(nn.Dense(4, activation="relu"), nn.Dense(3))
 
-# Every public initializer that can be called: a factory, a shape, whether it draws.
+# Every callable public initializer: a factory, a shape, whether it is random.
 TABLE = {
     "Zero": (init.Zero, (4, 3), False),
     "One": (init.One, (4, 3), False),
@@ -47,7 +47,7 @@ rows = pytest.mark.parametrize("row", TABLE)
 
 def sample(initializer, shape, repeats=1, seed=0, dtype=jnp.float32):
     """Returns values for several keys as float64[repeats, *shape]."""
-    # Not under vmap or jit: called like this, all initializers share what jax compiles for a shape.
+    # No vmap or jit, so that all initializers share the code compiled for a shape.
     keys = jax.random.split(jax.random.key(seed), repeats)
     return np.stack([initializer(key, shape, dtype) for key in keys]).astype("float64")
 
@@ -67,12 +67,12 @@ def uniform(s):
 
 
 def told(info):
-    """Returns all that an error says, its notes too."""
+    """Returns the text of an error, with its notes."""
     return "\n".join([str(info.value), *getattr(info.value, "__notes__", [])])
 
 
 def same(a, b):
-    """Whether two trees hold exactly the same values under the same structure."""
+    """Whether two trees have equal structures and values."""
     equal = jax.tree.map(lambda x, y: bool((x == y).all()) and x.dtype == y.dtype, a, b)
     return all(jax.tree.leaves(equal))
 
@@ -129,7 +129,7 @@ def test_truncnorm(mean, stdev):
     slack = 1e-6 * (abs(m) + s)
     assert np.abs(values - m).max() <= 2 * s + slack
     assert np.abs(values - m).max() > 1.99 * s
-    # Far from 0, float32 holds few enough values for the steps between them to show.
+    # Far from 0, the steps between float32 values are large enough to show.
     if abs(m) < 100 * s:
         assert p_value(values, claimed) > 1e-4
 
@@ -212,10 +212,10 @@ def test_a_fan_keeps_the_variance_of_activations(key):
 @pytest.mark.parametrize("initializer", [init.Xavier(), init.MSRAPrelu(), init.Orthogonal()], ids=repr)
 @pytest.mark.parametrize("shape", [(), (5,)], ids=str)
 def test_fans_need_two_dimensions(initializer, shape, key):
-    with pytest.raises(ValueError, match=r"needs .*two dimensions or more, but found .*\(") as info:
+    with pytest.raises(ValueError, match=r"needs .*at least two dimensions, but found .*\(") as info:
         initializer(key, shape, jnp.float32)
     assert str(shape) in str(info.value)
-    with pytest.raises(ValueError, match="two dimensions or more") as info:
+    with pytest.raises(ValueError, match="at least two dimensions") as info:
         pt.init(NET, key, X, rules={".*": initializer})
     assert "dense0_bias" in told(info)
     params = pt.init(NET, key, X, rules={".*weight": initializer})  # what the text says to do
@@ -225,10 +225,10 @@ def test_fans_need_two_dimensions(initializer, shape, key):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: init.Xavier("normal"), "rnd_type is one of 'uniform', 'gaussian', not 'normal'"),
-        (lambda: init.Xavier(factor_type="mean"), "factor_type is one of .*'avg'.* not 'mean'"),
-        (lambda: init.MSRAPrelu("fan"), "factor_type is one of .*'avg'.* not 'fan'"),
-        (lambda: init.Orthogonal(rand_type="gaussian"), "rand_type is one of .* not 'gaussian'"),
+        (lambda: init.Xavier("normal"), "rnd_type must be one of 'uniform', 'gaussian', not 'normal'"),
+        (lambda: init.Xavier(factor_type="mean"), "factor_type must be one of .*'avg'.* not 'mean'"),
+        (lambda: init.MSRAPrelu("fan"), "factor_type must be one of .*'avg'.* not 'fan'"),
+        (lambda: init.Orthogonal(rand_type="gaussian"), "rand_type must be one of .* not 'gaussian'"),
     ],
     ids=["rnd_type", "factor_type", "msraprelu", "rand_type"],
 )
@@ -298,7 +298,7 @@ def test_bilinear(size, key):
 
 
 def test_bilinear_upsamples_a_constant_to_itself(key):
-    # Every output of a stride-2 transposed convolution sums one kernel value in two on each axis.
+    # Each output of a stride-2 transposed convolution sums every second kernel value on each axis.
     kernel = np.asarray(init.Bilinear()(key, (1, 1, 4, 4), jnp.float32))[0, 0]
     for y, x in itertools.product(range(2), repeat=2):
         np.testing.assert_allclose(kernel[y::2, x::2].sum(), 1, rtol=1e-6)
@@ -306,7 +306,7 @@ def test_bilinear_upsamples_a_constant_to_itself(key):
 
 @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (1, 1, 2, 2, 2)], ids=str)
 def test_bilinear_shape(shape, key):
-    with pytest.raises(ValueError, match=r"Bilinear fills a weight \(out, in, height, width\)") as info:
+    with pytest.raises(ValueError, match=r"Bilinear needs a shape \(out, in, height, width\)") as info:
         init.Bilinear()(key, shape, jnp.float32)
     assert str(shape) in str(info.value)
 
@@ -320,7 +320,7 @@ def test_lstm_bias(size, key):
 
 @pytest.mark.parametrize("shape", [(), (6,), (4, 4), (8, 1)], ids=str)
 def test_lstm_bias_shape(shape, key):
-    with pytest.raises(ValueError, match="LSTMBias fills a vector of four equal gates") as info:
+    with pytest.raises(ValueError, match="LSTMBias needs a vector of four equal gates") as info:
         init.LSTMBias()(key, shape, jnp.float32)
     assert str(shape) in str(info.value)
 
@@ -358,7 +358,7 @@ def test_constant_equality_and_hash():
         [init.Constant(42), init.Constant(42)],
         [init.Constant(43)],
         [init.Constant(0.0), init.Constant(0.0)],
-        [init.Constant(-0.0)],  # another value: 1 / x tells them apart
+        [init.Constant(-0.0)],  # differs from 0.0 in 1 / x
         [init.Constant(float("nan")), init.Constant(float("nan"))],
         [init.Constant(array), init.Constant(array.copy()), init.Constant(list(array))],
         [init.Constant(array[:2])],
@@ -388,7 +388,7 @@ def test_a_constant_array_is_copied(key):
     assert params.dense0.bias is not value
     doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(params)
     np.testing.assert_array_equal(doubled.dense0.bias, 2 * np.arange(4))
-    np.testing.assert_array_equal(value, np.arange(4))  # donating the tree did not take it
+    np.testing.assert_array_equal(value, np.arange(4))  # not donated with the tree
 
 
 def test_a_constant_may_be_traced(key):
@@ -483,7 +483,7 @@ def test_init_under_jit(row, key):
     make, shape, _ = TABLE[row]
 
     def model(p):
-        for name in ("a", "b", "c"):  # alike, so one loop computes them
+        for name in ("a", "b", "c"):  # equal specs, computed in one loop
             p[name].param("w", shape, make())
 
     eager = pt.init(model, key)
@@ -539,7 +539,7 @@ def test_half_precision_keeps_the_distribution(dtype, step):
         (init.Xavier(), uniform(math.sqrt(3 / 150)), math.sqrt(3 / 150)),
     ):
         values = sample(initializer, (100, 200), dtype=dtype)
-        # The values are rounded, so moments are compared, with room for the rounding.
+        # Values are rounded, so compare moments with a tolerance for rounding.
         assert abs(values.mean()) < 5 * claimed.std() / math.sqrt(values.size) + step * claimed.std()
         assert abs(values.std() / claimed.std() - 1) < 0.02
         assert np.abs(values).max() <= bound * (1 + 2 * step)
@@ -705,7 +705,7 @@ def test_strings_in_layers(key):
     ids=["get", "weight", "bias", "embedding"],
 )
 def test_unknown_string(use):
-    with pytest.raises(ValueError, match=r"name is one of .*xavier.*, not 'xavie'"):
+    with pytest.raises(ValueError, match=r"no initializer 'xavie'\. The names are .*xavier"):
         use("xavie")
     use("xavier")
 
@@ -716,7 +716,9 @@ def test_unknown_string(use):
 @pytest.mark.parametrize("kind", BY_NAME)
 def test_by_name_has_to_know_the_name(kind, key):
     initializer = BY_NAME[kind]()
-    with pytest.raises(pt.ParamTreeError, match=f"{kind} goes by name: use it in the rules") as info:
+    with pytest.raises(
+        pt.ParamTreeError, match=f"{kind} depends on .* name: use it in the rules"
+    ) as info:
         initializer(key, (4,), jnp.float32)
     assert "{'.*': initializer}" in str(info.value)
     pt.init(NET, key, X, rules={".*": initializer})  # what the text says to do
@@ -866,7 +868,7 @@ def test_load_of_a_wrong_shape(wrong, key):
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_load_checks_the_shape_beside_an_equal_constant(jit, key):
-    # A constant broadcasts, and what Load gives does not, even where their values are the same.
+    # A Constant broadcasts and an array from Load does not, even if their values are equal.
     net = nn.Sequential(nn.Dense(3), nn.Dense(3))
     rules = {
         "dense0_bias": init.Constant(np.float32(5)),
@@ -889,10 +891,10 @@ def test_load_converts_to_the_models_dtype(dtype, key):
 
 
 def test_names_that_only_an_alias_has(key):
-    # A deduplicated file may keep a tied array under the last of its names.
+    # A deduplicated file may store a tied array under its last name.
     layer = nn.Dense(5)
     tied = nn.Sequential(layer, layer)
     saved = {"dense1_weight": np.eye(5, dtype="float32"), "dense1_bias": np.ones(5, "float32")}
-    with contextlib.suppress(pt.RuleError):  # loud, or right
+    with contextlib.suppress(pt.RuleError):  # an error or the right values, nothing else
         params = pt.init(tied, key, X, rules={".*": init.Load(saved)})
         np.testing.assert_array_equal(params.dense0.weight, np.eye(5))

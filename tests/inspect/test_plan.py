@@ -1,4 +1,4 @@
-"""A plan from shapes alone: its bytes are those of arrays, its collectives those of the program."""
+"""A plan made from shapes matches the bytes of real arrays and the collectives of the program."""
 
 import re
 from typing import Any
@@ -20,35 +20,35 @@ NET = nn.Sequential(nn.Dense(64, activation="relu"), nn.Dense(8))
 TENSOR = {"dense0.*": P("model"), "dense1_weight": P(None, "model"), ".*": None}
 
 
-def test_the_bytes_are_those_of_the_arrays() -> None:
+def test_bytes_match_the_arrays() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
-    found = pt.plan(NET, X, mesh, TENSOR)
+    report = pt.plan(NET, X, mesh, TENSOR)
     params = pt.init(NET, jax.random.key(0), X)
     placed = jax.device_put(params, pt.shardings(params, mesh, TENSOR))
-    each = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
-    assert found.per_device["parameters"] == found.per_device["gradients"] == each
-    assert found.per_device["optimiser"] == 2 * each + 4  # two moments and a count
-    assert found.whole["parameters"] == pt.nbytes(params) and found.count == pt.count(params)
-    assert found.per_device["total"] == sum(v for k, v in found.per_device.items() if k != "total")
-    assert found.per_device["activations"] >= (32 // 2) * (64 // 4) * 4
+    size = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert report.per_device["parameters"] == report.per_device["gradients"] == size
+    assert report.per_device["optimiser"] == 2 * size + 4  # two moments and a count
+    assert report.whole["parameters"] == pt.nbytes(params) and report.count == pt.count(params)
+    assert report.per_device["total"] == sum(v for k, v in report.per_device.items() if k != "total")
+    assert report.per_device["activations"] >= (32 // 2) * (64 // 4) * 4
 
 
-def test_the_collectives_are_those_of_the_program() -> None:
+def test_collectives_match_the_program() -> None:
     data = pt.plan(NET, X, {"data": 8}, {".*": None})
     assert list(data.collectives) == ["all-reduce"]
     # The gradient of every parameter, and the loss.
     assert data.collectives["all-reduce"]["bytes"] >= pt.nbytes(pt.abstract(NET, X))
     alone = pt.plan(NET, X, {"data": 1}, {".*": None})
-    assert alone.collectives == {} and "The devices exchange nothing." in str(alone)
+    assert alone.collectives == {} and "The devices do not communicate." in str(alone)
     tensor = pt.plan(NET, X, {"model": 8}, TENSOR, batch=None)
     assert list(tensor.collectives) == ["all-reduce"]
     assert tensor.collectives["all-reduce"]["bytes"] < data.collectives["all-reduce"]["bytes"] / 2
 
 
-def test_a_loop_counts_as_often_as_it_runs() -> None:
+def test_every_iteration_of_a_loop_counts() -> None:
     net = nn.Repeat(nn.Dense(16, flatten=False), 5)
-    found = pt.plan(net, X, {"model": 8}, {"weight": P(None, "model"), ".*": None}, batch=None)
-    assert any(one["runs"] >= one["ops"] + 4 for one in found.collectives.values())
+    report = pt.plan(net, X, {"model": 8}, {"weight": P(None, "model"), ".*": None}, batch=None)
+    assert any(total["runs"] >= total["ops"] + 4 for total in report.collectives.values())
 
 
 def test_more_devices_than_there_are() -> None:
@@ -59,7 +59,7 @@ def test_more_devices_than_there_are() -> None:
     assert "1,608 parameters on 32 devices (data=4, model=8)" in str(there)
 
 
-def test_what_is_here_and_elsewhere_is_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_subprocess_compiles_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
     here = pt.plan(NET, X, {"data": 2, "model": 4}, TENSOR)
     monkeypatch.setattr(jax, "devices", list)
     assert pt.plan(NET, X, {"data": 2, "model": 4}, TENSOR).to_dict() == here.to_dict()
@@ -69,19 +69,19 @@ def test_nothing_is_allocated() -> None:
     before = {id(a) for a in jax.live_arrays()}
     net = nn.Sequential(nn.Dense(2**15), nn.Dense(2**15))
     big = jax.ShapeDtypeStruct((8, 2**15), jnp.float32)
-    found = pt.plan(net, big, {"model": 8}, {".*weight": P("model"), ".*": None}, batch=None)
-    assert found.per_device["parameters"] > 2**30
+    report = pt.plan(net, big, {"model": 8}, {".*weight": P("model"), ".*": None}, batch=None)
+    assert report.per_device["parameters"] > 2**30
     new = [a for a in jax.live_arrays() if id(a) not in before]
     assert sum(a.nbytes for a in new) < 2**20
 
 
 def test_state_keys_other_losses_and_optimisers() -> None:
     net = nn.Sequential(nn.Dense(16), nn.BatchNorm(), nn.Dropout(0.5), nn.Dense(8))
-    found = pt.plan(net, X, {"data": 4}, {".*": None}, tx=optax.sgd(0.1))
+    report = pt.plan(net, X, {"data": 4}, {".*": None}, tx=optax.sgd(0.1))
     shapes = pt.abstract(net, X)
-    assert found.per_device["optimiser"] == 0
-    assert found.per_device["gradients"] == pt.nbytes(shapes, kind="param")
-    assert found.per_device["parameters"] == pt.nbytes(shapes)
+    assert report.per_device["optimiser"] == 0
+    assert report.per_device["gradients"] == pt.nbytes(shapes, kind="param")
+    assert report.per_device["parameters"] == pt.nbytes(shapes)
     y = jax.ShapeDtypeStruct((32, 8), jnp.float32)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
@@ -89,11 +89,13 @@ def test_state_keys_other_losses_and_optimisers() -> None:
 
     with_loss = pt.plan(lambda p, x, y: NET(p, x), (X, y), {"data": 4}, {".*": None}, loss=loss)
     assert with_loss.count == pt.count(pt.abstract(NET, X))
-    with pytest.raises(pt.ParamTreeError, match=r"the loss is a scalar, but found shape=\(32, 8\)"):
+    with pytest.raises(
+        pt.ParamTreeError, match=r"the loss must be a scalar, but found shape=\(32, 8\)"
+    ):
         pt.plan(NET, X, {"data": 4}, {".*": None}, loss=lambda p, x: NET(p, x))
 
 
-def test_what_does_not_fit_is_said_before_anything_is_compiled() -> None:
+def test_bad_arguments_are_refused_before_compiling() -> None:
     with pytest.raises(pt.RuleError, match="'dense2.*' matches no name"):
         pt.plan(NET, X, {"data": 2}, {"dense2.*": None, ".*": None})
     odd = jax.ShapeDtypeStruct((33, 16), jnp.float32)
@@ -114,12 +116,12 @@ def test_a_program_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPa
         pt.plan(NET, X, {"data": 16}, {".*": None})
 
 
-def test_large_leaves_that_are_whole_everywhere_are_named() -> None:
+def test_large_replicated_leaves_are_named() -> None:
     wide = nn.Dense(2**10)
     x = jax.ShapeDtypeStruct((8, 2**10), jnp.float32)
-    found = pt.plan(wide, x, {"data": 8}, {".*": None})
-    assert found.large == ["weight"]
-    assert "Large, and whole on every device: weight." in str(found) and found._repr_html_()
+    report = pt.plan(wide, x, {"data": 8}, {".*": None})
+    assert report.large == ["weight"]
+    assert "Large and replicated on every device: weight." in str(report) and report._repr_html_()
 
 
 def test_collectives_are_read_from_the_text_of_a_program() -> None:
@@ -173,12 +175,12 @@ def test_seven_billion_parameters_on_sixty_four_devices() -> None:
         ".*": None,
     }
     before = {id(a) for a in jax.live_arrays()}
-    found = pt.plan(net, jax.ShapeDtypeStruct((64, 2048), jnp.int32), {"data": 8, "model": 8}, rules)
-    assert 6.8e9 < found.count < 6.9e9
-    weights = 4 * found.count / 64
-    assert weights < found.per_device["parameters"] < weights + 2**22  # norms are whole everywhere
-    assert re.search(r"6,8\d\d,\d{3},\d{3} parameters on 64 devices \(data=8, model=8\)", str(found))
-    assert set(found.collectives) >= {"all-reduce"} and found.per_device["activations"] > 2**30
+    report = pt.plan(net, jax.ShapeDtypeStruct((64, 2048), jnp.int32), {"data": 8, "model": 8}, rules)
+    assert 6.8e9 < report.count < 6.9e9
+    weights = 4 * report.count / 64
+    assert weights < report.per_device["parameters"] < weights + 2**22  # norms are replicated
+    assert re.search(r"6,8\d\d,\d{3},\d{3} parameters on 64 devices \(data=8, model=8\)", str(report))
+    assert set(report.collectives) >= {"all-reduce"} and report.per_device["activations"] > 2**30
     assert not [a for a in jax.live_arrays() if id(a) not in before and a.nbytes > 2**20]
 
 

@@ -1,4 +1,4 @@
-"""Pictures say what numpy says of the same arrays, and leave nothing behind."""
+"""Plots agree with numpy on the same arrays, and leave no figure open."""
 
 import io
 import pickle
@@ -28,7 +28,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def drawn(figure: Any) -> Any:
-    """The figure, after everything in it was laid out and drawn once."""
+    """Returns a figure after laying out and drawing everything in it once."""
     figure.savefig(io.BytesIO(), format="png", dpi=40)
     return figure
 
@@ -57,7 +57,7 @@ def nothing_is_left_open() -> Any:
 
 @pytest.mark.parametrize("shape", [(1000,), (16, 3, 5, 5), (40, 7), (5,)])
 @pytest.mark.parametrize("bins", [None, 1, 17])
-def test_bars_are_those_of_numpy(shape, bins) -> None:
+def test_bars_match_numpy(shape, bins) -> None:
     values = normal(*shape)
     figure = pt.plots.histograms({"w": jnp.asarray(values)}, bins=bins)
     counts, edges = bars(figure.axes[0])
@@ -81,9 +81,9 @@ def test_each_stored_leaf_has_one_panel_in_order(name) -> None:
     for draw, most in ((pt.plots.histograms, 80), (pt.plots.heatmap, 80)):
         figure = draw(tree, sep="/", panels=most)
         assert len(figure.axes) == len(flat)
-        whole = ["/".join([*place, path]) for path in flat]
-        assert [t for t, full in zip(titles(figure), whole, strict=True) if len(full) <= 100] == [
-            full for full in whole if len(full) <= 100
+        names = ["/".join([*place, path]) for path in flat]
+        assert [t for t, full in zip(titles(figure), names, strict=True) if len(full) <= 100] == [
+            full for full in names if len(full) <= 100
         ]
         assert [notes(axes)[0] for axes in figure.axes] == [str(x.shape) for x in flat.values()]
 
@@ -94,7 +94,7 @@ def test_a_view_is_titled_by_its_place_in_the_model() -> None:
     assert titles(pt.plots.histograms(tree.net, sep="/")) == ["net/dense0/weight"]
 
 
-def test_what_is_not_finite_is_counted_and_not_drawn() -> None:
+def test_non_finite_values_are_counted_and_not_drawn() -> None:
     assert notes(pt.plots.heatmap({"w": np.array([1.7e308 + 1.7e308j])}).axes[0]) == [
         "(1,), absolute values, 1 inf"
     ]
@@ -138,7 +138,7 @@ def test_equal_values_are_one_bar_around_them(values, low, high) -> None:
     ],
     ids=str,
 )
-def test_numbers_of_every_kind(array, expected) -> None:
+def test_all_numeric_dtypes(array, expected) -> None:
     figure = drawn(pt.plots.histograms({"w": array} if np.ndim(array) else pt.from_tree({"w": array})))
     counts, edges = bars(figure.axes[0])
     if len(expected) > 1:
@@ -149,7 +149,7 @@ def test_numbers_of_every_kind(array, expected) -> None:
     np.testing.assert_allclose(image.get_clim(), np.array([-1, 1]) * np.abs(expected).max())
 
 
-def test_empty_leaves_say_so_and_keys_are_left_out() -> None:
+def test_empty_leaves_are_marked_and_keys_skipped() -> None:
     tree = {"a": jnp.zeros((0, 3)), "b": jax.random.key(0), "c": jnp.zeros((2, 0, 3))}
     for draw in (pt.plots.histograms, pt.plots.heatmap):
         figure = drawn(draw(tree))
@@ -157,7 +157,7 @@ def test_empty_leaves_say_so_and_keys_are_left_out() -> None:
         assert [notes(axes)[-1] for axes in figure.axes] == ["no values", "no values"]
 
 
-def test_gradients_are_beside_their_parameters() -> None:
+def test_gradients_are_drawn_next_to_their_parameters() -> None:
     tree = jax.tree.map(lambda x: x + 1, CATALOGUE["kinds"]())
     grads = pt.grad(lambda p: (p.bn.gamma**2).sum())(tree)
     figure = pt.plots.histograms(tree, grads=grads)
@@ -184,15 +184,15 @@ def test_the_gradient_of_a_tied_leaf_is_found_under_each_name() -> None:
 def test_gradients_of_another_tree_are_refused() -> None:
     tree = {"a": np.ones(2), "b": np.ones((2, 3)), "n": np.ones(2, int)}
     message = (
-        r"grads are not those of the tree. `b` has shape \(2, 3\), its gradient \(3, 2\). "
+        r"grads does not match the tree. `b` has shape \(2, 3\), its gradient \(3, 2\). "
         r"`weight` is not in the tree."
     )
     with pytest.raises(pt.MismatchError, match=message):
         pt.plots.histograms(tree, grads={"a": np.ones(2), "b": np.ones((3, 2)), "weight": np.ones(2)})
-    with pytest.raises(pt.MismatchError, match="has a gradient of none of the leaves: .* are a."):
+    with pytest.raises(pt.MismatchError, match="has no gradient for any of the leaves: .* are a."):
         pt.plots.histograms(tree, "a", grads={"b": np.ones((2, 3))})
     zero = np.zeros(2, jax.dtypes.float0)
-    with pytest.raises(pt.MismatchError, match="has a gradient of none of the leaves"):
+    with pytest.raises(pt.MismatchError, match="has no gradient for any of the leaves"):
         pt.plots.histograms(tree, "n", grads={"n": zero})
     figure = pt.plots.histograms(tree, "[an]", grads={"a": np.ones(2), "n": zero})
     assert [axes.axison for axes in figure.axes] == [True, True, True, False]
@@ -208,18 +208,20 @@ def test_counts_may_be_logarithmic() -> None:
 
 
 def tree_of(scale: float) -> pt.ParamTree:
-    made = {f"dense{i}": {"weight": normal(3, 2) * scale, "bias": normal(3) * scale} for i in range(11)}
-    return jax.tree.map(jnp.asarray, pt.from_tree(made))
+    layers = {
+        f"dense{i}": {"weight": normal(3, 2) * scale, "bias": normal(3) * scale} for i in range(11)
+    }
+    return jax.tree.map(jnp.asarray, pt.from_tree(layers))
 
 
-def test_ratios_are_those_of_the_lengths_in_the_order_of_the_tree() -> None:
+def test_ratios_are_ratios_of_norms_in_tree_order() -> None:
     params, updates = tree_of(1), tree_of(1e-3)
-    found = jax.jit(pt.update_ratios)(params, updates)
-    assert list(found) == list(pt.collect(params)) and list(found)[4:6] == [
+    ratios = jax.jit(pt.update_ratios)(params, updates)
+    assert list(ratios) == list(pt.collect(params)) and list(ratios)[4:6] == [
         "dense2_weight",
         "dense2_bias",
     ]
-    for name, ratio in found.items():
+    for name, ratio in ratios.items():
         norms = [np.linalg.norm(np.asarray(pt.collect(t)[name]).ravel()) for t in (updates, params)]
         np.testing.assert_allclose(ratio, norms[0] / norms[1], rtol=1e-5)
     assert list(pt.update_ratios(params, updates, "dense1_.*")) == ["dense1_weight", "dense1_bias"]
@@ -231,12 +233,12 @@ def test_ratios_are_those_of_the_lengths_in_the_order_of_the_tree() -> None:
 
 @given(trees())
 @settings(max_examples=30)
-def test_the_ratio_of_a_share_is_that_share(tree) -> None:
+def test_the_ratio_of_a_scaled_tree_is_the_scale(tree) -> None:
     grown = jax.tree.map(lambda x: jnp.abs(jnp.asarray(x).astype(jnp.float32)) + 1, tree)
     share = jax.tree.map(lambda x: x / 4, grown)
-    found = pt.update_ratios(grown, share, sep="/")
-    assert list(found) == list(pt.collect(tree, sep="/"))
-    for (name, ratio), x in zip(found.items(), pt.collect(tree, sep="/").values(), strict=True):
+    ratios = pt.update_ratios(grown, share, sep="/")
+    assert list(ratios) == list(pt.collect(tree, sep="/"))
+    for (name, ratio), x in zip(ratios.items(), pt.collect(tree, sep="/").values(), strict=True):
         np.testing.assert_allclose(ratio, 0.25 if np.size(x) else 0, rtol=1e-6, err_msg=name)
 
 
@@ -259,21 +261,21 @@ def test_ratios_at_the_edges(update, weight, ratio) -> None:
     np.testing.assert_allclose(jax.jit(pt.update_ratios)(params, updates)["w"], ratio, rtol=1e-6)
 
 
-def test_zeros_make_no_nan_on_the_way() -> None:
+def test_zeros_produce_no_intermediate_nan() -> None:
     with jax.debug_nans(True):
         assert pt.update_ratios({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)})["w"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "complex64"])
 def test_ratios_of_other_dtypes(dtype) -> None:
-    made = pt.update_ratios({"w": jnp.full(4, 2, dtype)}, {"w": jnp.full(4, 0.5, "float32")})["w"]
-    assert made.dtype == jnp.float32 and made == 0.25
+    ratio = pt.update_ratios({"w": jnp.full(4, 2, dtype)}, {"w": jnp.full(4, 0.5, "float32")})["w"]
+    assert ratio.dtype == jnp.float32 and ratio == 0.25
     with x64():
         wide = pt.update_ratios({"w": jnp.full(4, 2.0, dtype)}, {"w": np.full(4, 0.5)})["w"]
     assert wide.dtype == np.float64 and np.asarray(wide) == 0.25
 
 
-def test_ratios_of_what_is_trained_only() -> None:
+def test_only_floating_point_leaves_have_ratios() -> None:
     tree = {"w": jnp.ones(2), "n": jnp.arange(2), "key": jax.random.key(0), "b": jnp.ones(3)}
     updates = {"w": jnp.ones(2), "n": np.zeros(2, jax.dtypes.float0), "key": None, "b": None}
     assert list(pt.update_ratios(tree, updates)) == ["w"]
@@ -296,7 +298,7 @@ def test_a_tied_leaf_has_one_ratio() -> None:
 def test_updates_of_another_tree_are_refused() -> None:
     message = (
         r"update_ratios: `dense_wieght` is not in params. Did you mean `dense_weight`\? "
-        r"`x` has shape \(2,\) in params, and its update \(3,\). The two are one step's"
+        r"`x` has shape \(2,\) in params, but its update has \(3,\). Pass the params and updates of one step"
     )
     params = {"dense": {"weight": np.ones(2)}, "x": np.ones(2)}
     with pytest.raises(pt.MismatchError, match=message):
@@ -335,9 +337,9 @@ def test_a_step_that_returns_ratios_is_traced_once_and_its_history_is_drawn() ->
 
     _, stacked = jax.lax.scan(lambda p, _: step(p), tree_of(1), None, length=4)
     both = [drawn(pt.plots.update_ratios(h, steps=[0, 10, 20, 30])) for h in (stacked, history)]
-    for one, other in zip(both[0].axes[0].lines, both[1].axes[0].lines, strict=True):
-        np.testing.assert_allclose(one.get_ydata(), other.get_ydata(), rtol=1e-5)
-        np.testing.assert_array_equal(one.get_xdata(), other.get_xdata())
+    for line, same in zip(both[0].axes[0].lines, both[1].axes[0].lines, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), same.get_ydata(), rtol=1e-5)
+        np.testing.assert_array_equal(line.get_xdata(), same.get_xdata())
     assert both[0].axes[0].lines[1].get_xdata().tolist() == [0, 10, 20, 30]
 
 
@@ -352,7 +354,7 @@ def test_many_lines_are_coloured_in_their_order() -> None:
     assert shown == sorted(shown, key=names.index) and len(shown) == 12
 
 
-def test_what_has_no_logarithm_is_a_gap() -> None:
+def test_values_without_a_logarithm_are_gaps() -> None:
     history = [{"a": 0.0, "b": np.inf}, {"a": 0.1, "b": np.nan}, {"b": -1.0}, {"a": 0.2, "c": 1e-9}]
     figure = drawn(pt.plots.update_ratios(history))
     lines = figure.axes[0].lines[1:]
@@ -376,13 +378,13 @@ def test_one_step_is_drawn_as_points() -> None:
         ([], "the history is empty"),
         ([{}], "the history is empty"),
         ({}, "the history is empty"),
-        (3, "is a list of what pt.update_ratios returned at each step, but found 3"),
+        (3, "must be a list of the results of pt.update_ratios, but found 3"),
         ("abc", "but found 'abc'"),
         ([1.0], "each element .* a mapping of names to numbers, but 1 are not, such as 1.0"),
         ([{"a": np.ones(2)}, {"a": np.ones(3)}], "`a` is "),
         ([{"a": 1.0}, {"a": "x"}], r"`a` is \[1.0, 'x'\]"),
         ({"a": 1.0}, "`a` is 1.0"),
-        ({"a": [1.0], "b": [1.0, 2.0]}, "its arrays are of 1 and 2 steps"),
+        ({"a": [1.0], "b": [1.0, 2.0]}, "its arrays have 1 and 2 steps"),
         ({"a": [], "b": [1j]}, r"`a` is .*; `b` is "),
     ],
 )
@@ -392,8 +394,8 @@ def test_a_history_of_something_else_is_refused(history, message) -> None:
 
 
 @pytest.mark.parametrize("steps", [[1], [1, np.nan], ["a", "b"], [[1, 2]], 2, [1j, 2]])
-def test_steps_are_a_number_for_each(steps) -> None:
-    with pytest.raises(pt.MismatchError, match="steps are 2 numbers, one for each element"):
+def test_bad_steps_are_refused(steps) -> None:
+    with pytest.raises(pt.MismatchError, match="steps must be 2 finite numbers, one per element"):
         pt.plots.update_ratios([{"a": 1.0}, {"a": 2.0}], steps=steps)
 
 
@@ -408,7 +410,7 @@ def test_the_colours_of_a_heat_map_are_symmetric_about_zero() -> None:
     np.testing.assert_array_equal(image.get_array(), values)
     np.testing.assert_allclose(image.get_clim(), [-values.max(), values.max()])
     middle = image.cmap(image.norm(0))
-    assert all(abs(channel - middle[0]) < 0.01 for channel in middle[:3])  # white, or near it
+    assert all(abs(channel - middle[0]) < 0.01 for channel in middle[:3])  # white, or nearly
     blue, red = image.cmap(0.0), image.cmap(1.0)
     assert blue[2] > 2 * blue[0] and red[0] > 2 * red[2]
     assert axes.yaxis_inverted()  # row 0 is at the top
@@ -422,7 +424,7 @@ def test_a_limit_holds_for_all_leaves() -> None:
     assert drawn(pt.plots.heatmap({"z": np.zeros((2, 2))})).axes[0].images[0].get_clim() == (-1, 1)
 
 
-def test_cells_that_are_not_finite_have_a_colour_of_their_own() -> None:
+def test_non_finite_cells_are_yellow() -> None:
     values = normal(4, 5)
     values[1, 2], values[3, 0] = np.nan, -np.inf
     axes = drawn(pt.plots.heatmap({"w": values})).axes[0]
@@ -471,7 +473,7 @@ def test_every_value_is_in_one_cell(shape, cells) -> None:
     drawn(pt.plots.heatmap({"w": values.astype(np.float32)}))
 
 
-def test_tiles_that_are_not_there_are_blank() -> None:
+def test_missing_tiles_are_blank() -> None:
     image = drawn(pt.plots.heatmap({"w": np.ones((13, 1, 3, 3))})).axes[0].images[0]
     assert np.ma.getmaskarray(image.get_array()).sum() == 3 * 9
 
@@ -489,7 +491,7 @@ def test_a_large_leaf_shows_the_extreme_of_each_block() -> None:
     assert axes.images[0].get_extent() == [-0.5, 2999.5, 999.5, -0.5]
 
 
-def test_extremes_are_those_of_numpy() -> None:
+def test_extremes_match_numpy() -> None:
     values = normal(11, 7)
     cells, block = extremes(values, most=4)
     assert block == (3, 2) and cells.shape == (4, 4)
@@ -501,7 +503,7 @@ def test_extremes_are_those_of_numpy() -> None:
 # Names, errors, figures
 
 
-def test_names_are_drawn_as_they_are() -> None:
+def test_names_are_drawn_literally() -> None:
     names = ["$\\frac{$", "a$b$c", "_hidden", "100%", "\\begin{x}", "<b>&", "#1~^{}"]
     tree = pt.from_tree(dict.fromkeys(names, np.ones((2, 2))))
     with pyplot.rc_context({"text.usetex": True}):  # which would run LaTeX on them
@@ -543,14 +545,10 @@ def test_bad_calls_are_refused(draw) -> None:
         draw(tree, "dense")
     with pytest.raises(pt.RuleError, match=r"'\(' is not a regular expression"):
         draw(tree, "(")
-    with pytest.raises(
-        pt.RuleError, match="room for 1 leaves in a figure, and these are 2: .* panels=2"
-    ):
+    with pytest.raises(pt.RuleError, match="a figure holds at most 1 leaves, but 2 match: .* panels=2"):
         draw(tree, panels=1)
     for panels in (0, True, 2.0, None):
-        with pytest.raises(
-            ValueError, match="panels is for how many leaves there is room, 1 or more, not"
-        ):
+        with pytest.raises(ValueError, match="panels must be a positive integer, not"):
             draw(tree, panels=panels)
     with pytest.raises(pt.RuleError, match=f"{draw.__name__}: the tree has no arrays of kind 'state'"):
         draw(tree, kind="state")
@@ -563,21 +561,19 @@ def test_bad_calls_are_refused(draw) -> None:
 
 
 @pytest.mark.parametrize("bins", [0, -1, 2.5, True, "10"])
-def test_bins_are_a_number(bins) -> None:
-    with pytest.raises(ValueError, match="histograms: bins is a number of bars, 1 or more, not"):
+def test_bad_bins_are_refused(bins) -> None:
+    with pytest.raises(ValueError, match="histograms: bins must be a positive integer, not"):
         pt.plots.histograms({"a": np.ones(2)}, bins=bins)
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, np.nan, np.inf, True, "1"])
-def test_a_limit_is_above_zero(limit) -> None:
-    with pytest.raises(
-        ValueError, match="heatmap: limit is the value of the darkest colour, above 0, not"
-    ):
+def test_bad_limits_are_refused(limit) -> None:
+    with pytest.raises(ValueError, match="heatmap: limit must be a positive number, not"):
         pt.plots.heatmap({"a": np.ones(2)}, limit=limit)
 
 
 @pytest.mark.parametrize("draw", DRAWN)
-def test_what_has_no_values_is_named_and_all_at_once(draw) -> None:
+def test_all_leaves_without_values_are_named(draw) -> None:
     donated = jnp.ones(2)
     donated.delete()
     tree = pt.from_tree(
@@ -595,7 +591,7 @@ def test_what_has_no_values_is_named_and_all_at_once(draw) -> None:
     )
     with pytest.raises(pt.MismatchError, match=message):
         draw(tree)
-    with pytest.raises(pt.MismatchError, match="`w` is traced: draw outside of jit"):
+    with pytest.raises(pt.MismatchError, match="`w` is traced: draw it outside of jit"):
         jax.jit(lambda w: draw({"w": w}))(jnp.ones(2))
 
 
@@ -607,7 +603,7 @@ def test_without_matplotlib_the_error_says_what_to_install(call, monkeypatch) ->
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_a_figure_shows_itself_in_the_size_that_it_has(count) -> None:
+def test_a_figure_renders_at_its_size(count) -> None:
     tree = {f"w{i}": normal(4, 4) for i in range(count)}
     for figure in (
         pt.plots.histograms(tree),
@@ -621,7 +617,7 @@ def test_a_figure_shows_itself_in_the_size_that_it_has(count) -> None:
         assert (width, height) == tuple(int(inches * 150) for inches in figure.get_size_inches())
 
 
-def test_the_same_picture_is_drawn_again_and_from_a_pickle() -> None:
+def test_pictures_are_deterministic_and_survive_pickling() -> None:
     tree = {"a": normal(4, 4), "b": normal(3)}
     image = pt.plots.heatmap(tree)._repr_png_()
     assert pt.plots.heatmap(tree)._repr_png_() == image
@@ -651,7 +647,7 @@ def test_ratios_say_which_leaves_have_no_values() -> None:
         pt.update_ratios(params, {"a": jnp.ones(2), "b": gone})
 
 
-def test_a_pattern_that_is_none_is_an_error() -> None:
+def test_swapped_arguments_are_an_error() -> None:
     with pytest.raises(
         pt.RuleError, match="a pattern is a regular expression in a string.*of type dict"
     ):

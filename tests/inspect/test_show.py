@@ -1,4 +1,4 @@
-"""What a tree says of itself: as text, in IPython, as HTML, and drawn by treescope."""
+"""A tree renders as text, in IPython, as HTML and with treescope."""
 
 import html.parser
 import re
@@ -21,7 +21,7 @@ VOID = {"meta", "br", "img", "input", "hr", "link"}
 
 
 class Page(html.parser.HTMLParser):
-    """Reads HTML, checks that every tag is closed in order, and keeps what may act."""
+    """Parses HTML, checks that tags are closed in order, and collects tags, attributes, ids and links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_every_tree_of_the_catalogue_shows_all_its_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_totals_are_those_of_count_and_nbytes(name: str) -> None:
+def test_totals_match_count_and_nbytes(name: str) -> None:
     tree = CATALOGUE[name]()
     if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree)):
         return
@@ -126,8 +126,8 @@ ParamTree: 8 leaves, 256 parameters, 16 of state, 1.1 KiB
 
 def net() -> tuple[Any, pt.ParamTree]:
     shared = pt.nn.Dense(8)
-    made = pt.nn.Sequential(pt.nn.Dense(8), shared, shared, pt.nn.BatchNorm(), pt.nn.Activation("relu"))
-    return made, pt.init(made, jax.random.key(0), jnp.ones((2, 20)))
+    mlp = pt.nn.Sequential(pt.nn.Dense(8), shared, shared, pt.nn.BatchNorm(), pt.nn.Activation("relu"))
+    return mlp, pt.init(mlp, jax.random.key(0), jnp.ones((2, 20)))
 
 
 def test_the_text_of_a_net() -> None:
@@ -135,7 +135,7 @@ def test_the_text_of_a_net() -> None:
     assert repr(pt.show(params)) == TEXT
 
 
-def test_a_sub_tree_says_where_it_stands() -> None:
+def test_a_sub_tree_shows_its_place() -> None:
     _, params = net()
     assert (
         repr(pt.show(params.dense2)).splitlines()[0]
@@ -150,7 +150,7 @@ def test_holes_are_marked_and_counted() -> None:
     assert len(re.findall(r"  hole$", text, re.MULTILINE)) == 5
 
 
-def test_statistics_stand_in_text_and_html() -> None:
+def test_statistics_are_shown_in_text_and_html() -> None:
     tree = pt.from_tree({"a": jnp.array([0.0, 1.0, jnp.nan]), "b": "text"})
     text = repr(pt.show(tree, stats=True)).splitlines()
     assert text[1].split() == ["mean", "std", "min", "max", "zeros", "min", "to", "max"]
@@ -171,7 +171,7 @@ def test_statistics_stand_in_text_and_html() -> None:
     assert "1 NaN" in page.text and "svg" in page.tags
 
 
-def test_nothing_is_read_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_value_is_read_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax._src.array import ArrayImpl
 
     def read(self: Any) -> Any:
@@ -186,7 +186,7 @@ def test_nothing_is_read_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
     st.lists(st.text(min_size=1).filter(lambda s: "/" not in s), min_size=1, max_size=4, unique=True)
 )
 @settings(max_examples=200)
-def test_any_name_is_text_and_nothing_else(names: list[str]) -> None:
+def test_any_name_is_escaped(names: list[str]) -> None:
     tree = pt.from_tree({name: {"w": jnp.ones(2), f"{name}2": 1} for name in names})
     checked(tree._repr_html_())
     assert len(repr(pt.show(tree)).splitlines()) == 1 + 3 * len(names)
@@ -278,7 +278,7 @@ def test_a_view_is_of_a_tree_and_prints_no_control_characters() -> None:
     assert "\\x1b[31mred" in repr(tree)
 
 
-def test_what_other_containers_leave_out_is_a_hole() -> None:
+def test_none_in_other_containers_is_a_hole() -> None:
     part = pt.select({"dense": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}}, ".*kernel")
     assert repr(pt.show(part)) == (
         "ParamTree: 1 leaf, 6 parameters, 24 B, 1 hole\n"
@@ -289,17 +289,17 @@ def test_what_other_containers_leave_out_is_a_hole() -> None:
     assert '<i class="pt-dim">hole</i>' in pt.show(part)._repr_html_()
 
 
-def test_leaves_are_as_many_as_jax_sees() -> None:
+def test_leaves_are_counted_as_jax_counts_them() -> None:
     tree = pt.from_tree({"a": jnp.ones(2), "b": jnp.ones(2)})
     state = optax.masked(optax.trace(0.9), pt.mask(tree, "a")).init(tree)
     assert len(jax.tree.leaves(state)) == 1
     assert repr(pt.show(state)).startswith("ParamTree: 1 leaf, 2 parameters, 8 B\n")
     pairs = jax.tree.map(lambda leaf: (leaf, leaf), tree)
     assert repr(pt.show(pairs)).startswith("ParamTree: 4 leaves, 0 parameters")
-    assert repr(pt.show(pairs)).count("tuple of 2 leaves") == 2  # and no value of theirs
+    assert repr(pt.show(pairs)).count("tuple of 2 leaves") == 2  # and none of their values
 
 
-def test_a_size_that_is_not_known_has_no_count() -> None:
+def test_symbolic_sizes_have_no_count() -> None:
     (batch,) = export.symbolic_shape("batch")
     shape: Any = jax.ShapeDtypeStruct((batch, 4), jnp.float32)
     shown = pt.show({"x": shape, "y": jnp.ones(2)})

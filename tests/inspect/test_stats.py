@@ -1,4 +1,4 @@
-"""Statistics are those that numpy computes in double precision; what is not finite is named."""
+"""Statistics agree with numpy in double precision; leaves with non-finite values are named."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import paramtree as pt
-from paramtree.inspect.stats import CHUNK, FIELDS
+from paramtree.inspect.measure import CHUNK, FIELDS
 from tests.catalogue import CATALOGUE, tied, with_holes
 
 
 def expected(array: Any, bins: int = 0) -> dict[str, Any]:
-    """What numpy says of the values that are finite."""
+    """Returns numpy's statistics of the finite values."""
     wide = np.asarray(array)
     wide = np.abs(wide) if wide.dtype.kind == "c" else wide
     wide = wide.astype(np.float64).ravel()
@@ -33,14 +33,12 @@ def expected(array: Any, bins: int = 0) -> dict[str, Any]:
     return row
 
 
-def check(found: dict[str, Any], wanted: dict[str, Any], scale: float) -> None:
+def check(row: dict[str, Any], wanted: dict[str, Any], scale: float) -> None:
     for field in ("nan", "inf", "histogram"):
-        assert found.get(field) == wanted.get(field), field
+        assert row.get(field) == wanted.get(field), field
     for field in ("mean", "std", "min", "max", "norm", "zeros"):
         tolerance = scale * 3e-5 if field in ("mean", "std") else 0.0
-        np.testing.assert_allclose(
-            found[field], wanted[field], rtol=2e-6, atol=tolerance, err_msg=field
-        )
+        np.testing.assert_allclose(row[field], wanted[field], rtol=2e-6, atol=tolerance, err_msg=field)
 
 
 SIZES = [0, 1, 7, CHUNK - 1, 4 * CHUNK, 4 * CHUNK + 1, 5 * CHUNK - 3]
@@ -49,25 +47,25 @@ SIZES = [0, 1, 7, CHUNK - 1, 4 * CHUNK, 4 * CHUNK + 1, 5 * CHUNK - 3]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("center", [0.0, 300.0])
 @pytest.mark.parametrize("bad", [(), (np.nan,), (np.inf, -np.inf, np.nan, np.nan)])
-def test_they_are_those_of_numpy(size: int, center: float, bad: tuple[float, ...]) -> None:
+def test_statistics_match_numpy(size: int, center: float, bad: tuple[float, ...]) -> None:
     rng = np.random.default_rng(size)
     array = (rng.standard_normal(size) + center).astype(np.float32)
     array[: size // 9] = 0
     array[: len(bad)] = bad[:size]
     rng.shuffle(array)
     both = pt.from_tree({"host": array, "device": jnp.asarray(array)})
-    found = pt.stats(both, bins=0)
+    report = pt.stats(both, bins=0)
     for name in ("host", "device"):
-        check(found[name], expected(array), center + 4.0)
+        check(report[name], expected(array), center + 4.0)
 
 
 @pytest.mark.parametrize("size", [3, 1000, 4 * CHUNK + 5])
-def test_histograms_are_those_of_numpy(size: int) -> None:
-    # Whole numbers and a power of two of bins: every edge is exact, and so is what is on it.
+def test_histograms_match_numpy(size: int) -> None:
+    # Integers and a power of two of bins make every edge exact.
     array = np.random.default_rng(size).integers(0, 17, size).astype(np.float32)
     array[:2] = 0, 16
-    found = pt.stats({"a": jnp.asarray(array)}, bins=8)
-    assert found.to_dict()["a"]["histogram"] == np.histogram(array, 8)[0].tolist()
+    report = pt.stats({"a": jnp.asarray(array)}, bins=8)
+    assert report.to_dict()["a"]["histogram"] == np.histogram(array, 8)[0].tolist()
 
 
 SHAPES = st.sampled_from([(), (0,), (5,), (2, 3), (1, 4, 2)])
@@ -84,7 +82,7 @@ def test_any_dtype_and_shape(array: Any) -> None:
     check(pt.stats({"a": array}, bins=1)["a"], expected(array, 1), 200.0)
 
 
-def test_bfloat16_and_small_floats_are_measured_as_they_are() -> None:
+def test_bfloat16_and_small_floats() -> None:
     values = np.array([0.0, 1.5, -2.0, 4.0], np.float32)
     for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
         row = pt.stats({"a": jnp.asarray(values).astype(dtype)})["a"]
@@ -95,14 +93,14 @@ def test_numpys_64_bits_are_not_lost() -> None:
     tree = pt.from_tree(
         {"f": np.array([1e300, -1e300, 1.0]), "i": np.array([2**53, 0]), "s": np.float32(1)}
     )
-    found = pt.stats(tree)
-    assert found["f"]["max"] == 1e300 and found["f"]["inf"] == 0
-    assert found["i"]["max"] == 2.0**53
-    assert found.dtypes == ("float64", "int64", "float32")
+    report = pt.stats(tree)
+    assert report["f"]["max"] == 1e300 and report["f"]["inf"] == 0
+    assert report["i"]["max"] == 2.0**53
+    assert report.dtypes == ("float64", "int64", "float32")
     assert not pt.find_nonfinite(tree)
 
 
-def test_large_leaves_are_read_side_by_side_and_again_if_not_finite() -> None:
+def test_large_leaves_are_read_in_parallel_and_again_if_not_finite() -> None:
     rng = np.random.default_rng(0)
     arrays_ = {f"l{i}": rng.standard_normal(4 * CHUNK + 9 * i).astype(np.float32) for i in range(6)}
     arrays_["l2"][5] = np.nan
@@ -111,9 +109,9 @@ def test_large_leaves_are_read_side_by_side_and_again_if_not_finite() -> None:
     tree: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays_.items()}
     tree["l5"] = tree["l5"].astype(jnp.bfloat16)
     arrays_["l5"] = np.asarray(tree["l5"]).astype(np.float32)
-    found = pt.stats(tree).to_dict()
-    huge = found.pop("l4")
-    for name, row in found.items():
+    report = pt.stats(tree).to_dict()
+    huge = report.pop("l4")
+    for name, row in report.items():
         check(row, expected(arrays_[name]), 4.0)
     assert huge["max"] == arrays_["l4"].max() and huge["inf"] == huge["nan"] == 0
 
@@ -153,7 +151,7 @@ def test_a_pattern_and_a_kind_choose() -> None:
     assert pt.stats(params, kind="state").names == ("batchnorm0_running_mean", "batchnorm0_running_var")
 
 
-def test_it_can_be_returned_from_a_jitted_step_and_is_traced_once() -> None:
+def test_a_jitted_step_returns_statistics_and_is_traced_once() -> None:
     traces = 0
 
     @jax.jit
@@ -169,7 +167,7 @@ def test_it_can_be_returned_from_a_jitted_step_and_is_traced_once() -> None:
     assert inside.to_dict() == pt.stats(params, ".*w", bins=4).to_dict()
 
 
-def test_under_cond_it_costs_only_when_it_is_asked_for() -> None:
+def test_statistics_work_under_cond() -> None:
     @jax.jit
     def step(params: Any, count: Any) -> Any:
         shapes = jax.eval_shape(pt.stats, params)
@@ -182,7 +180,7 @@ def test_under_cond_it_costs_only_when_it_is_asked_for() -> None:
 
 
 def test_leaves_of_one_shape_share_a_compiled_function() -> None:
-    from paramtree.inspect.stats import _of_leaf
+    from paramtree.inspect.measure import _of_leaf
 
     _of_leaf.clear_cache()
     tree = pt.from_tree({f"l{i}": {"w": jnp.full((3, 2), i), "b": jnp.zeros(3)} for i in range(20)})
@@ -193,15 +191,15 @@ def test_leaves_of_one_shape_share_a_compiled_function() -> None:
 
 def test_an_optimisers_state_has_statistics_too() -> None:
     params = pt.from_tree({"a": {"w": jnp.ones(3)}})
-    found = pt.stats(optax.trace(0.9).init(params))
-    assert len(found.names) == 1 and found.names[0].endswith("a_w")
+    report = pt.stats(optax.trace(0.9).init(params))
+    assert len(report.names) == 1 and report.names[0].endswith("a_w")
 
 
 def test_shapes_have_no_statistics() -> None:
     shapes = pt.abstract(pt.nn.Dense(2), jnp.ones((1, 3)))
     with pytest.raises(
         pt.MismatchError,
-        match="`weight` is only a shape, `bias` is only a shape: take the tree of pt.init",
+        match="`weight` is only a shape, `bias` is only a shape: pass the tree from pt.init",
     ):
         pt.stats(shapes)
     with pytest.raises(pt.MismatchError, match="`weight` is only a shape"):
@@ -209,7 +207,7 @@ def test_shapes_have_no_statistics() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="bins is 0 for no histogram, or more, but found -1"):
+    with pytest.raises(ValueError, match="bins must be a non-negative integer, but found -1"):
         pt.stats({"a": jnp.ones(2)}, bins=-1)
     with pytest.raises(ValueError, match="found 2.5"):
         pt.stats({"a": jnp.ones(2)}, bins=2.5)  # type: ignore[arg-type]
@@ -223,7 +221,7 @@ def test_bad_arguments() -> None:
         pt.stats({"weight": jnp.ones(2)}, "(")
 
 
-def test_what_is_no_number_is_left_out() -> None:
+def test_non_numeric_leaves_are_left_out() -> None:
     tree = pt.from_tree(
         {"key": jax.random.key(0), "f": jax.nn.relu, "s": "text", "n": 3, "a": jnp.ones(2)}
     )
@@ -240,13 +238,13 @@ def test_leaves_with_bad_values_are_found_and_counted() -> None:
             "c": jnp.full((2, 2), -jnp.inf),
         }
     )
-    found = pt.find_nonfinite(tree)
-    assert found
-    assert found.to_dict() == {
+    report = pt.find_nonfinite(tree)
+    assert report
+    assert report.to_dict() == {
         "a": {"size": 3, "nan": 1, "inf": 1},
         "c": {"size": 4, "nan": 0, "inf": 4},
     }
-    assert repr(found).startswith("Not finite: 2 of 3 leaves\n")
+    assert repr(report).startswith("Not finite: 2 of 3 leaves\n")
     fine = pt.find_nonfinite(tree, "b")
     assert not fine and repr(fine) == "Not finite: 0 of 1 leaf"
     assert fine.to_dict() == {}
@@ -258,7 +256,7 @@ def test_values_that_are_traced_cannot_be_reported_but_statistics_can() -> None:
             pt.find_nonfinite(tree)
         with pytest.raises(TypeError, match="Leave out stats=True"):
             pt.show(tree, stats=True)
-        assert repr(pt.stats(tree)) == "Statistics of 1 leaf, being traced"
+        assert repr(pt.stats(tree)) == "Statistics of 1 leaf, traced"
         return pt.stats(tree)
 
     assert jax.jit(check)({"a": jnp.array([jnp.nan])}).nan.tolist() == [1]
@@ -274,12 +272,12 @@ def test_statistics_of_many_steps_can_be_stacked() -> None:
     assert log["a"]["max"] == [2.0, 4.0, 8.0]
     assert log.to_dict()["b_w"]["mean"] == [1.0, 2.0, 4.0]
     assert log["a"]["histogram"] == [[1, 2]] * 3
-    assert repr(log).startswith("Statistics of 2 leaves at 3 steps; the last of them\n")
+    assert repr(log).startswith("Statistics of 2 leaves at 3 steps; the last is shown\n")
     last = jax.tree.map(lambda leaf: leaf * 4, params)
     assert repr(log).splitlines()[1:] == repr(pt.stats(last, bins=2)).splitlines()[1:]
 
 
-def test_numbers_of_python_are_looked_at_and_donated_arrays_are_named() -> None:
+def test_python_numbers_are_measured_and_donated_arrays_are_named() -> None:
     assert pt.find_nonfinite({"loss": float("nan"), "x": jnp.ones(2)}).to_dict()["loss"]["nan"] == 1
     gone = jnp.ones(3)
     gone.delete()

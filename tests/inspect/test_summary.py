@@ -32,16 +32,16 @@ def of(net: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Summary:
     return pt.summary(net, pt.abstract(net, *inputs), *inputs, **kwargs)
 
 
-def names(found: Summary) -> list[str]:
-    return ["  " * row.depth + f"{row.name} {row.layer}".strip() for row in found.rows]
+def names(report: Summary) -> list[str]:
+    return ["  " * row.depth + f"{row.name} {row.layer}".strip() for row in report.rows]
 
 
 def by_xla(f: Callable[..., Any], *inputs: Any) -> float:
     return jax.jit(f).lower(*inputs).cost_analysis().get("flops", 0.0)
 
 
-def check_sums(found: Summary) -> None:
-    rows, totals = found.rows, found.totals
+def check_sums(report: Summary) -> None:
+    rows, totals = report.rows, report.totals
     for name in ("params", "trained", "state", "bytes", "flops"):
         assert sum(getattr(row, name) for row in rows) == totals["total"][name]
     parts = [totals[name] for name in ("trained", "frozen", "state")]
@@ -55,8 +55,8 @@ def check_sums(found: Summary) -> None:
 def test_the_table_of_a_tied_model_with_repeated_blocks() -> None:
     net = char_lm.network(char_lm.Settings())
     tokens = shape(16, 128, dtype="int32")
-    found = pt.summary(net, pt.abstract(net, tokens, ties=char_lm.TIES), tokens)
-    assert str(found).split("\n") == [
+    report = pt.summary(net, pt.abstract(net, tokens, ties=char_lm.TIES), tokens)
+    assert str(report).split("\n") == [
         "layer                                     input             output             params       bytes     FLOPs",
         "───────────────────────────────────────────────────────────────────────────────────────────────────────────",
         "Sequential                                i32[16,128]       f32[16,128,96]",
@@ -82,12 +82,12 @@ def test_the_table_of_a_tied_model_with_repeated_blocks() -> None:
         "trained                                                                       231,840   905.6 KiB",
         "total                                                                         231,840   905.6 KiB     1.3 G",
     ]  # fmt: skip
-    check_sums(found)
+    check_sums(report)
 
 
 def test_the_table_of_a_net_with_state_and_frozen_parameters() -> None:
-    found = of(fashion_cnn.network(), shape(128, 28, 28, 1), trainable="dense.*", flops=False)
-    lines = str(found).split("\n")
+    report = of(fashion_cnn.network(), shape(128, 28, 28, 1), trainable="dense.*", flops=False)
+    lines = str(report).split("\n")
     assert lines[3:6] == [
         "  conv0: Conv2D             f32[128,28,28,1]    f32[128,14,14,16]       400                       1.6 KiB",
         "  batchnorm0: BatchNorm     f32[128,14,14,16]   f32[128,14,14,16]        32                32       256 B",
@@ -105,30 +105,30 @@ def test_the_table_of_a_net_with_state_and_frozen_parameters() -> None:
 def test_a_terminal_and_a_notebook_show_the_rows() -> None:
     from rich.console import Console
 
-    found = of(nn.Sequential(nn.Dense(3), nn.Dense(2)), shape(4, 5))
+    report = of(nn.Sequential(nn.Dense(3), nn.Dense(2)), shape(4, 5))
     out = io.StringIO()
-    Console(file=out, width=120).print(found)
+    Console(file=out, width=120).print(report)
     assert "  dense1: Dense   f32[4,3]   f32[4,2]" in out.getvalue()
-    page = found._repr_html_()
+    page = report._repr_html_()
     assert "  dense1: Dense" in page and "f32[4,2]" in page
     assert "<script" not in page
 
 
-def test_names_are_not_trusted() -> None:
+def test_names_are_escaped() -> None:
     def net(p: Any, x: Any) -> Any:
         return nn.Dense(2)(p["<b>\x1b[31m"], x)
 
-    found = of(net, shape(1, 2))
-    assert "<b>" not in found._repr_html_() and "&lt;b&gt;" in found._repr_html_()
-    assert "\x1b" not in str(found) + found._repr_html_()
-    assert "\\x1b" in str(found)
+    report = of(net, shape(1, 2))
+    assert "<b>" not in report._repr_html_() and "&lt;b&gt;" in report._repr_html_()
+    assert "\x1b" not in str(report) + report._repr_html_()
+    assert "\\x1b" in str(report)
 
 
-def test_programs_get_plain_values() -> None:
+def test_to_dict_has_plain_values() -> None:
     net = nn.Sequential(nn.Dense(3), nn.BatchNorm())
-    found = of(net, shape(4, 5), trainable="dense0_weight").to_dict()
-    assert json.loads(json.dumps(found)) == found
-    assert found["rows"][1] == {
+    report = of(net, shape(4, 5), trainable="dense0_weight").to_dict()
+    assert json.loads(json.dumps(report)) == report
+    assert report["rows"][1] == {
         "name": "dense0",
         "layer": "Dense",
         "depth": 1,
@@ -142,10 +142,10 @@ def test_programs_get_plain_values() -> None:
         "tied": {},
         "shared": False,
     }
-    assert found["totals"]["trained"] == {"params": 15, "trained": 15, "bytes": 60}
-    assert found["totals"]["frozen"] == {"params": 9, "bytes": 36}
-    assert found["totals"]["state"] == {"state": 6, "bytes": 24}
-    assert found["unused"] == []
+    assert report["totals"]["trained"] == {"params": 15, "trained": 15, "bytes": 60}
+    assert report["totals"]["frozen"] == {"params": 9, "bytes": 36}
+    assert report["totals"]["state"] == {"state": 6, "bytes": 24}
+    assert report["unused"] == []
 
 
 # Counts
@@ -159,19 +159,19 @@ def tied_model() -> tuple[nn.Sequential, pt.ParamTree, Any]:
     return net, pt.abstract(net, tokens, ties={"decoder/weight": "embed/weight"}), tokens
 
 
-TIED_IN_PYTORCH = 3026  # what sum(p.numel() for p in module.parameters()) gives for it
+TIED_IN_PYTORCH = 3026  # sum(p.numel() for p in module.parameters())
 
 
-def test_counts_of_a_tied_model_are_those_of_pytorch() -> None:
+def test_counts_of_a_tied_model_match_pytorch() -> None:
     net, params, tokens = tied_model()
-    found = pt.summary(net, params, tokens)
-    assert found.totals["total"]["params"] == pt.count(params) == TIED_IN_PYTORCH
-    assert [row.params for row in found.rows] == [0, 800, 2176, 50]
-    assert found.rows[3].tied == {"decoder_weight": "embed_weight"}
-    assert "decoder: Dense (tied to embed_weight)" in str(found)
+    report = pt.summary(net, params, tokens)
+    assert report.totals["total"]["params"] == pt.count(params) == TIED_IN_PYTORCH
+    assert [row.params for row in report.rows] == [0, 800, 2176, 50]
+    assert report.rows[3].tied == {"decoder_weight": "embed_weight"}
+    assert "decoder: Dense (tied to embed_weight)" in str(report)
 
 
-def test_pytorch_itself_counts_as_many() -> None:
+def test_pytorch_counts_the_same() -> None:
     torch = pytest.importorskip("torch")
 
     class Tied(torch.nn.Module):  # type: ignore[misc, name-defined]
@@ -188,28 +188,28 @@ def test_pytorch_itself_counts_as_many() -> None:
 def test_a_layer_instance_twice_counts_once_and_names_the_first() -> None:
     shared = nn.Dense(8, activation="relu")
     net = nn.Sequential(nn.Dense(8), shared, shared, nn.Dense(10))
-    found = of(net, shape(2, 20))
-    assert [row.params for row in found.rows] == [0, 168, 72, 0, 90]
-    assert found.rows[3].tied == {"dense2_weight": "dense1_weight", "dense2_bias": "dense1_bias"}
-    assert "  dense2: Dense (tied to dense1)" in str(found)
-    assert found.rows[2].flops == found.rows[3].flops == 2 * 2 * 8 * 8 + 2 * 8 + 2 * 8
-    check_sums(found)
+    report = of(net, shape(2, 20))
+    assert [row.params for row in report.rows] == [0, 168, 72, 0, 90]
+    assert report.rows[3].tied == {"dense2_weight": "dense1_weight", "dense2_bias": "dense1_bias"}
+    assert "  dense2: Dense (tied to dense1)" in str(report)
+    assert report.rows[2].flops == report.rows[3].flops == 2 * 2 * 8 * 8 + 2 * 8 + 2 * 8
+    check_sums(report)
 
 
 def test_ties_to_several_layers_are_counted() -> None:
     net = nn.Sequential(a=nn.Dense(4), b=nn.Dense(4), c=nn.Dense(4))
     ties = {"c/weight": "a/weight", "c/bias": "b/bias"}
-    found = pt.summary(net, pt.abstract(net, shape(2, 4), ties=ties), shape(2, 4))
-    assert found.rows[3].tied == {"c_weight": "a_weight", "c_bias": "b_bias"}
-    assert "  c: Dense (tied to a_weight +1)" in str(found)
+    report = pt.summary(net, pt.abstract(net, shape(2, 4), ties=ties), shape(2, 4))
+    assert report.rows[3].tied == {"c_weight": "a_weight", "c_bias": "b_bias"}
+    assert "  c: Dense (tied to a_weight +1)" in str(report)
 
     def on_top(p: Any, x: Any) -> Any:
         return nn.Dense(4)(p.copy, nn.Dense(4)(p, x))
 
     ties = {"copy/weight": "weight", "copy/bias": "bias"}
-    found = pt.summary(on_top, pt.abstract(on_top, shape(2, 4), ties=ties), shape(2, 4))
-    assert [row.params for row in found.rows] == [0, 20, 0]
-    assert "  copy: Dense (tied to weight +1)" in str(found)
+    report = pt.summary(on_top, pt.abstract(on_top, shape(2, 4), ties=ties), shape(2, 4))
+    assert [row.params for row in report.rows] == [0, 20, 0]
+    assert "  copy: Dense (tied to weight +1)" in str(report)
 
 
 def test_a_layer_called_twice_on_one_scope_counts_once() -> None:
@@ -217,14 +217,14 @@ def test_a_layer_called_twice_on_one_scope_counts_once() -> None:
         dense = nn.Dense(4)
         return dense(p.out, dense(p.out, x))
 
-    found = of(net, shape(2, 4))
-    assert [(row.name, row.params, row.shared) for row in found.rows] == [
+    report = of(net, shape(2, 4))
+    assert [(row.name, row.params, row.shared) for row in report.rows] == [
         ("", 0, False),
         ("out", 20, False),
         ("out", 0, True),
     ]
-    assert str(found).split("\n")[4].startswith("  out: Dense (shared)")
-    check_sums(found)
+    assert str(report).split("\n")[4].startswith("  out: Dense (shared)")
+    check_sums(report)
 
 
 def test_parameters_of_functions_are_on_the_row_that_called_them() -> None:
@@ -232,7 +232,7 @@ def test_parameters_of_functions_are_on_the_row_that_called_them() -> None:
     class Scaled(nn.Layer):
         def __call__(self, p: Any, x: Any) -> Any:
             scale = p.param("scale", (), pt.initializers.One())
-            return scale * nn.Dense(3)(p, x)  # on the same place, which has both their leaves
+            return scale * nn.Dense(3)(p, x)  # at the same place, which holds the leaves of both
 
     def head(p: Any, x: Any) -> Any:
         return x + jnp.expand_dims(p.param("shift", x.shape[-1:], "zeros"), 0)
@@ -240,48 +240,48 @@ def test_parameters_of_functions_are_on_the_row_that_called_them() -> None:
     def net(p: Any, x: Any) -> Any:
         return head(p.head, Scaled()(p.body, x)) * p.param("temperature", (), "ones")
 
-    found = of(net, shape(2, 4))
-    assert [(row.depth, row.layer, row.params) for row in found.rows] == [
+    report = of(net, shape(2, 4))
+    assert [(row.depth, row.layer, row.params) for row in report.rows] == [
         (0, "net", 3 + 1),
         (1, "Scaled", 1),
         (2, "Dense", 15),
     ]
-    check_sums(found)
+    check_sums(report)
 
 
 def test_leaves_read_as_attributes_belong_to_their_place() -> None:
     params = pt.from_tree(
         {"dense": {"weight": np.ones((3, 4), np.float32), "extra": np.ones(2)}, "w": np.ones(5)}
     )
-    found = pt.summary(
+    report = pt.summary(
         lambda p, x: nn.Dense(3, use_bias=False)(p.dense, x) * p.w.sum().astype("float32"),
         params,
         shape(1, 4),
     )
-    assert [row.params for row in found.rows] == [5, 14]
-    assert found.unused == ["dense_extra"]
-    assert str(found).endswith("\nThe output does not depend on dense_extra.")
+    assert [row.params for row in report.rows] == [5, 14]
+    assert report.unused == ["dense_extra"]
+    assert str(report).endswith("\nThe output does not depend on dense_extra.")
 
 
 def test_a_part_of_a_net_says_what_it_leaves_unused() -> None:
     net = nn.Sequential(*(nn.Dense(4) for _ in range(12)))
     params = pt.abstract(net, shape(2, 4))
-    found = pt.summary(net[6:], params, shape(2, 4))
-    assert [row.params for row in found.rows] == [120, 20, 20, 20, 20, 20, 20]
-    assert len(found.unused) == 12
-    assert str(found).endswith("dense0_weight, dense0_bias and 10 more.")
+    report = pt.summary(net[6:], params, shape(2, 4))
+    assert [row.params for row in report.rows] == [120, 20, 20, 20, 20, 20, 20]
+    assert len(report.unused) == 12
+    assert str(report).endswith("dense0_weight, dense0_bias and 10 more.")
 
 
-def test_a_sub_tree_is_named_from_itself() -> None:
+def test_names_in_a_sub_tree_are_relative_to_it() -> None:
     net = nn.Sequential(nn.Sequential(nn.Dense(3), nn.Dense(2)))
     params = pt.abstract(net, shape(1, 4))
-    found = pt.summary(net[0], params.sequential0, shape(1, 4))
-    assert names(found) == ["Sequential", "  dense0 Dense", "  dense1 Dense"]
-    assert [row.params for row in found.rows] == [0, 15, 8]
-    assert found.rows[1].name == "dense0"
+    report = pt.summary(net[0], params.sequential0, shape(1, 4))
+    assert names(report) == ["Sequential", "  dense0 Dense", "  dense1 Dense"]
+    assert [row.params for row in report.rows] == [0, 15, 8]
+    assert report.rows[1].name == "dense0"
 
 
-def test_bytes_know_dtypes() -> None:
+def test_bytes_depend_on_dtypes() -> None:
     params = pt.from_tree(
         {
             "a": jnp.ones((3, 2), jnp.bfloat16),
@@ -294,52 +294,52 @@ def test_bytes_know_dtypes() -> None:
             "h": shape(4),
         }
     )
-    found = pt.summary(lambda p: p.a, params)
-    assert found.rows[0].bytes == pt.nbytes(params) == 12 + 5 + 1 + 0 + 24 + 16 + 16
-    assert found.rows[0].params == pt.count(params)
-    assert str(found).split("\n")[2].split()[:2] == ["<lambda>", "bf16[3,2]"]
+    report = pt.summary(lambda p: p.a, params)
+    assert report.rows[0].bytes == pt.nbytes(params) == 12 + 5 + 1 + 0 + 24 + 16 + 16
+    assert report.rows[0].params == pt.count(params)
+    assert str(report).split("\n")[2].split()[:2] == ["<lambda>", "bf16[3,2]"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe(nn.Layer):
-    """Reads some of its leaves, by whichever way, and calls probes on some levels below it."""
+    """Reads some of its leaves, by attribute or declaration, and calls probes on some inner levels."""
 
     choices: tuple[int, ...]
 
     def __call__(self, p: Any) -> Any:
         total = jnp.zeros(())
-        for i, (name, found) in enumerate(list(p.items())):
+        for i, (name, child) in enumerate(list(p.items())):
             choice = self.choices[i % len(self.choices)]
-            if isinstance(found, pt.ParamTree):
+            if isinstance(child, pt.ParamTree):
                 for _ in range(choice):
-                    total = total + Probe(self.choices[1:] or (1,))(found)
+                    total = total + Probe(self.choices[1:] or (1,))(child)
             elif choice:
-                total = total + p.param(name, found.shape, "zeros").astype("float32").sum()
+                total = total + p.param(name, child.shape, "zeros").astype("float32").sum()
         return total
 
 
 @given(trees(holes=False), st.lists(st.integers(0, 2), min_size=1, max_size=4))
-def test_every_column_adds_up_to_what_is_there(tree: pt.ParamTree, choices: list[int]) -> None:
-    found = pt.summary(Probe(tuple(choices)), tree, flops=False)
-    total = found.totals["total"]
+def test_every_column_adds_up(tree: pt.ParamTree, choices: list[int]) -> None:
+    report = pt.summary(Probe(tuple(choices)), tree, flops=False)
+    total = report.totals["total"]
     assert total["params"] == pt.count(tree, kind="param")
     assert total["state"] == pt.count(tree, kind="state")
     assert total["bytes"] == pt.nbytes(tree)
     for name in ("params", "trained", "state", "bytes"):
-        assert sum(getattr(row, name) for row in found.rows) == total[name]
+        assert sum(getattr(row, name) for row in report.rows) == total[name]
 
 
 @given(trees(holes=False), st.data())
-def test_what_is_trained_is_what_select_takes(tree: pt.ParamTree, data: st.DataObject) -> None:
+def test_trainable_matches_what_partition_selects(tree: pt.ParamTree, data: st.DataObject) -> None:
     known = [] if _collides(tree) else list(pt.collect(tree, kind="param"))
     if not known:
         return
     pattern = data.draw(st.sampled_from(known).map(lambda name: f"{name[:1]}.*" if name else ".*"))
     pattern = pattern if pattern[0].isalnum() else ".*"
-    found = pt.summary(lambda p: None, tree, trainable=pattern, flops=False)
+    report = pt.summary(lambda p: None, tree, trainable=pattern, flops=False)
     trained, frozen = pt.partition(tree, pattern, kind="param")
-    assert found.totals["trained"]["params"] == pt.count(trained)
-    assert found.totals["frozen"]["params"] == pt.count(frozen, kind="param")
+    assert report.totals["trained"]["params"] == pt.count(trained)
+    assert report.totals["frozen"]["params"] == pt.count(frozen, kind="param")
 
 
 def _collides(tree: pt.ParamTree) -> bool:
@@ -355,7 +355,7 @@ def _collides(tree: pt.ParamTree) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Child(nn.Dense):
-    """A subclass that goes through its parent's call."""
+    """A subclass whose call goes through its parent's."""
 
     def __call__(self, p: Any, x: Any) -> Any:
         return super().__call__(p, x) + 1
@@ -363,12 +363,12 @@ class Child(nn.Dense):
 
 def test_a_call_through_super_is_one_row() -> None:
     net = nn.Residual(nn.Dense(4), Child(4))
-    found = of(net, shape(2, 4))
-    assert names(found) == ["Residual", "  dense0 Dense", "  child0 Child"]
-    assert [row.params for row in found.rows] == [0, 20, 20]
+    report = of(net, shape(2, 4))
+    assert names(report) == ["Residual", "  dense0 Dense", "  child0 Child"]
+    assert [row.params for row in report.rows] == [0, 20, 20]
 
 
-def test_bases_that_inherit_their_call_do_not_hide_that_of_another() -> None:
+def test_bases_with_an_inherited_call_do_not_hide_another_call() -> None:
     class Loud(nn.Layer):
         pass
 
@@ -399,13 +399,13 @@ def test_bases_that_inherit_their_call_do_not_hide_that_of_another() -> None:
         Loud()(params, x)
 
 
-def test_layers_are_what_they_were() -> None:
+def test_layers_stay_plain_dataclasses() -> None:
     @dataclasses.dataclass(frozen=True, slots=True)
     class Slots(nn.Layer):
         size: int
 
         def __call__(self, scope: Any, x: Any, *, twice: bool = False) -> Any:
-            """Says what it does."""
+            """A docstring."""
             return nn.Dense(self.size)(scope.inner, x) * (2 if twice else 1)
 
     import inspect
@@ -413,10 +413,10 @@ def test_layers_are_what_they_were() -> None:
     net = Slots(3)
     assert net == Slots(3) and hash(net) == hash(Slots(3)) and net != Slots(4)
     assert list(inspect.signature(net).parameters) == ["scope", "x", "twice"]
-    assert Slots.__call__.__doc__ == "Says what it does."
+    assert Slots.__call__.__doc__ == "A docstring."
     assert Slots.__call__.__qualname__.endswith("Slots.__call__")
-    found = of(nn.Sequential(net), shape(2, 4))
-    assert names(found) == ["Sequential", "  slots0 Slots", "    slots0_inner Dense"]
+    report = of(nn.Sequential(net), shape(2, 4))
+    assert names(report) == ["Sequential", "  slots0 Slots", "    slots0_inner Dense"]
     for layer in (nn.Dense(3), Child(2), nn.Sequential(nn.Dense(3), nn.Dropout(0.5))):
         assert pickle.loads(pickle.dumps(layer)) == layer == copy.deepcopy(layer)
 
@@ -430,22 +430,22 @@ def test_scopes_and_inputs_may_be_keywords() -> None:
 
     x, mask = shape(2, 5, 8), shape(2, 5, dtype="bool")
     params = pt.abstract(net, x, mask, 3)
-    found = pt.summary(net, params, x, layer=3, mask=mask)
-    rows = {row.name: row for row in found.rows}
+    report = pt.summary(net, params, x, layer=3, mask=mask)
+    rows = {row.name: row for row in report.rows}
     assert [a.shape for a in rows[""].inputs] == [(2, 5, 8), (2, 5)]
     assert [a.shape for a in rows["attend"].inputs] == [(2, 5, 8), (2, 5)]
     assert [a.shape for a in rows["lstm"].inputs] == [(2, 5, 8), (1, 2, 4), (1, 2, 4)]
     assert [a.shape for a in rows["lstm"].outputs] == [(2, 5, 4), (1, 2, 4), (1, 2, 4)]
     assert len(rows[""].outputs) == 3
-    assert "f32[2,5,8] +2" in str(found)
+    assert "f32[2,5,8] +2" in str(report)
 
 
 def test_layers_without_parameters_have_rows() -> None:
     net = nn.Sequential(
         nn.Conv2D(2, 3), nn.MaxPool2D(), nn.Activation("relu"), nn.Flatten(), nn.Dropout(0.5), jnp.tanh
     )
-    found = of(net, shape(1, 8, 8, 1))
-    assert [row.layer for row in found.rows] == [
+    report = of(net, shape(1, 8, 8, 1))
+    assert [row.layer for row in report.rows] == [
         "Sequential", "Conv2D", "MaxPool2D", "Activation(relu)", "Flatten", "Dropout", "Lambda(tanh)"
     ]  # fmt: skip
 
@@ -510,11 +510,11 @@ def test_a_layer_is_seen_wherever_it_is_called(name: str) -> None:
     params = INNER
     if name == "cond":
         params = pt.from_tree({**params.to_dict(), "other": params.inner})
-    found = pt.summary(model, params, jnp.ones((3, 4)))
+    report = pt.summary(model, params, jnp.ones((3, 4)))
     expected = [("", 0), ("inner", 20), *([("other", 20)] if name == "cond" else [])]
-    assert [(row.name, row.params) for row in found.rows] == expected
-    assert found.rows[1].layer == "Dense"
-    check_sums(found)
+    assert [(row.name, row.params) for row in report.rows] == expected
+    assert report.rows[1].layer == "Dense"
+    check_sums(report)
 
 
 def test_one_function_under_checkpoint_is_seen_at_each_place() -> None:
@@ -523,13 +523,13 @@ def test_one_function_under_checkpoint_is_seen_at_each_place() -> None:
             x = jax.checkpoint(dense)(p[f"block{i}"], x)
         return x
 
-    found = of(net, shape(2, 4))
-    assert [row.name for row in found.rows] == ["", "block0_inner", "block1_inner", "block2_inner"]
-    assert [row.params for row in found.rows] == [0, 20, 20, 20]
-    assert len({row.flops for row in found.rows[1:]}) == 1
-    assert found.rows[1].flops > 2 * 2 * 4 * 4
-    again = of(net, shape(2, 4))  # nothing is left of the first time
-    assert again.to_dict() == found.to_dict()
+    report = of(net, shape(2, 4))
+    assert [row.name for row in report.rows] == ["", "block0_inner", "block1_inner", "block2_inner"]
+    assert [row.params for row in report.rows] == [0, 20, 20, 20]
+    assert len({row.flops for row in report.rows[1:]}) == 1
+    assert report.rows[1].flops > 2 * 2 * 4 * 4
+    again = of(net, shape(2, 4))  # the first trace leaves nothing behind
+    assert again.to_dict() == report.to_dict()
 
 
 def test_a_scope_may_be_carried_by_a_scan() -> None:
@@ -549,20 +549,20 @@ def test_repeated_blocks_show_their_rows_stacked_and_unstacked() -> None:
     for remat in (False, True):
         net = nn.Sequential(blocks=nn.Repeat(block, 3, remat=remat), head=nn.Dense(4))
         params = pt.abstract(net, x)
-        found = pt.summary(net, params, x)
-        assert names(found) == [
+        report = pt.summary(net, params, x)
+        assert names(report) == [
             "Sequential",
             "  blocks Repeat(3 x)",
             "    blocks Residual",
             "      blocks_dense0 Dense",
             "  head Dense",
         ]
-        assert [row.params for row in found.rows] == [0, 0, 0, 3 * 20, 20]
-        assert found.rows[3].flops == 3 * (2 * 2 * 4 * 4 + 2 * 4 + 2 * 4)
-        assert found.rows[2].flops == 3 * 2 * 4
+        assert [row.params for row in report.rows] == [0, 0, 0, 3 * 20, 20]
+        assert report.rows[3].flops == 3 * (2 * 2 * 4 * 4 + 2 * 4 + 2 * 4)
+        assert report.rows[2].flops == 3 * 2 * 4
         apart = pt.summary(net, pt.unstack(params, "blocks"), x)
         assert [row.name for row in apart.rows][1:4] == ["blocks", "blocks_0", "blocks_0_dense0"]
-        assert apart.totals == found.totals
+        assert apart.totals == report.totals
         check_sums(apart)
 
 
@@ -593,47 +593,47 @@ NETS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_operations_are_as_many_as_xla_says_of_the_whole(name: str) -> None:
+def test_operations_add_up_to_what_xla_counts_for_the_program(name: str) -> None:
     net, inputs = NETS[name]
     params = INNER if name == "cast" else pt.abstract(net, *inputs)
-    found = pt.summary(net, params, *inputs)
+    report = pt.summary(net, params, *inputs)
     folded = 2 * 4 if name == "gradient" else 0  # XLA leaves out a product with ones
-    assert found.totals["total"]["flops"] - folded == by_xla(net, params, *inputs)
-    check_sums(found)
+    assert report.totals["total"]["flops"] - folded == by_xla(net, params, *inputs)
+    check_sums(report)
 
 
 def test_a_while_loop_counts_once() -> None:
     params = pt.abstract(dense, shape(2, 4))
-    found = pt.summary(looped, params, shape(2, 4))
-    assert found.rows[1].flops == of(dense, shape(2, 4)).rows[1].flops
-    assert found.totals["total"]["flops"] == by_xla(looped, params, shape(2, 4))
+    report = pt.summary(looped, params, shape(2, 4))
+    assert report.rows[1].flops == of(dense, shape(2, 4)).rows[1].flops
+    assert report.totals["total"]["flops"] == by_xla(looped, params, shape(2, 4))
 
 
-def test_of_branches_that_with_the_most_counts() -> None:
+def test_the_most_expensive_branch_counts() -> None:
     def net(p: Any, x: Any) -> Any:
         branches = [lambda x: nn.Dense(4)(p.a, x), lambda x: nn.Dense(4)(p.b, nn.Dense(9)(p.c, x))]
         return jax.lax.switch(x[0, 0].astype(int), branches, x)
 
     x = shape(2, 4)
-    found = of(net, x)
-    assert [(row.name, row.flops > 0) for row in found.rows[1:]] == [
+    report = of(net, x)
+    assert [(row.name, row.flops > 0) for row in report.rows[1:]] == [
         ("a", False),
         ("c", True),
         ("b", True),
     ]
-    assert found.totals["total"]["flops"] == by_xla(net, pt.abstract(net, x), x)
-    check_sums(found)
+    assert report.totals["total"]["flops"] == by_xla(net, pt.abstract(net, x), x)
+    check_sums(report)
 
 
 def test_a_tied_net_has_the_operations_of_an_untied_one() -> None:
     net, params, tokens = tied_model()
-    found = pt.summary(net, params, tokens)
+    report = pt.summary(net, params, tokens)
     untied = pt.summary(net, pt.untie(params, "decoder_weight"), tokens)
-    assert [row.flops for row in found.rows] == [row.flops for row in untied.rows]
+    assert [row.flops for row in report.rows] == [row.flops for row in untied.rows]
     assert untied.totals["total"]["params"] == TIED_IN_PYTORCH + 800
 
 
-def test_a_scan_counts_as_often_as_it_runs() -> None:
+def test_every_iteration_of_a_scan_counts() -> None:
     time, size = 6, 4
     net, x = nn.LSTM(size), shape(6, 2, 3)
 
@@ -668,30 +668,30 @@ def test_scans_within_scans_multiply() -> None:
 
         return jax.lax.scan(outer, x, None, length=5)[0]
 
-    found = of(net, shape(2, 4))
-    one = of(dense, shape(2, 4)).rows[1].flops
-    assert [row.flops for row in found.rows] == [5 * 2 * 4, 15 * one]
+    report = of(net, shape(2, 4))
+    once = of(dense, shape(2, 4)).rows[1].flops
+    assert [row.flops for row in report.rows] == [5 * 2 * 4, 15 * once]
 
 
-def test_what_nobody_needs_does_not_count() -> None:
-    found = of(unused, shape(2, 4))
-    assert [(row.name, row.flops > 0) for row in found.rows] == [
+def test_unused_results_do_not_count() -> None:
+    report = of(unused, shape(2, 4))
+    assert [(row.name, row.flops > 0) for row in report.rows] == [
         ("", True),
         ("dead", False),
         ("inner", True),
     ]
-    assert found.unused == ["dead_weight", "dead_bias"]
-    assert found.rows[0].flops == 2 * 4 + 2 * 4  # one product and the sum, not the other product
+    assert report.unused == ["dead_weight", "dead_bias"]
+    assert report.rows[0].flops == 2 * 4 + 2 * 4  # one product and the sum, not the other product
 
 
-def test_vmapped_calls_count_for_all_that_they_do() -> None:
+def test_vmapped_calls_count_the_mapped_axis() -> None:
     params = pt.abstract(dense, shape(1, 4))
-    found = pt.summary(SEEN["vmap"], params, shape(3, 4))
-    assert found.rows[1].inputs[0].shape == (1, 4)
-    assert found.rows[1].flops == of(dense, shape(3, 4)).rows[1].flops
+    report = pt.summary(SEEN["vmap"], params, shape(3, 4))
+    assert report.rows[1].inputs[0].shape == (1, 4)
+    assert report.rows[1].flops == of(dense, shape(3, 4)).rows[1].flops
 
 
-def test_what_is_alike_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_layers_are_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = []
     analysed = flops._analysed
 
@@ -703,10 +703,10 @@ def test_what_is_alike_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net: Any = nn.Sequential(*(nn.Dense(4, activation="relu") for _ in range(200)))
     for _ in range(30):  # and a deep one, in which every level adds its input
         net = nn.Residual(net)
-    found = of(net, shape(2, 4))
-    assert len(found.rows) == 231
+    report = of(net, shape(2, 4))
+    assert len(report.rows) == 231
     assert len(lowered) == 2
-    assert found.totals["total"]["flops"] == by_xla(net, pt.abstract(net, shape(2, 4)), shape(2, 4))
+    assert report.totals["total"]["flops"] == by_xla(net, pt.abstract(net, shape(2, 4)), shape(2, 4))
 
 
 def test_operations_that_xla_does_not_know_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -717,30 +717,30 @@ def test_operations_that_xla_does_not_know_are_marked(monkeypatch: pytest.Monkey
         return float("nan") if unknown else analysed(equations)
 
     monkeypatch.setattr(flops, "_analysed", counted)
-    found = of(nn.Sequential(nn.Dense(3), nn.Dense(3, activation="tanh")), shape(2, 4))
-    assert [row.flops for row in found.rows] == [0, 54, None]
-    assert found.totals["total"]["flops"] is None
-    assert str(found).count("?") == 2
+    report = of(nn.Sequential(nn.Dense(3), nn.Dense(3, activation="tanh")), shape(2, 4))
+    assert [row.flops for row in report.rows] == [0, 54, None]
+    assert report.totals["total"]["flops"] is None
+    assert str(report).count("?") == 2
 
 
-def test_an_analysis_that_fails_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_analysis_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("there is no such backend")
 
     monkeypatch.setattr(jax, "local_devices", fails)
-    found = of(nn.Dense(3), shape(2, 4))
-    assert found.rows[0].flops is None
-    assert found.rows[0].params == 15
+    report = of(nn.Dense(3), shape(2, 4))
+    assert report.rows[0].flops is None
+    assert report.rows[0].params == 15
 
 
 def test_without_operations_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "_analysed", None)
-    found = of(nn.Dense(3), shape(2, 4), flops=False)
-    assert found.to_dict()["rows"][0]["flops"] is None
-    assert "FLOPs" not in str(found) and "?" not in str(found)
+    report = of(nn.Dense(3), shape(2, 4), flops=False)
+    assert report.to_dict()["rows"][0]["flops"] is None
+    assert "FLOPs" not in str(report) and "?" not in str(report)
 
 
-# It looks, and leaves nothing behind
+# No computation, no side effects
 
 
 def test_nothing_is_computed_and_the_model_is_traced_once() -> None:
@@ -754,20 +754,20 @@ def test_nothing_is_computed_and_the_model_is_traced_once() -> None:
     net = nn.Sequential(nn.Dense(size), counted, nn.Dense(size))
     params = pt.abstract(net, shape(1, size))
     traces.clear()
-    found = pt.summary(net, params, shape(1, size))
+    report = pt.summary(net, params, shape(1, size))
     assert len(traces) == 1
-    assert found.totals["total"]["params"] == 2 * (size * size + size)
-    assert "3.6 TiB" in str(found) and "2.0 T" in str(found)
+    assert report.totals["total"]["params"] == 2 * (size * size + size)
+    assert "3.6 TiB" in str(report) and "2.0 T" in str(report)
 
 
 def test_arrays_shapes_and_tracers_give_the_same(key: jax.Array) -> None:
     net = fashion_cnn.network(2)
     x = jnp.ones((2, 28, 28, 1))
     params = pt.init(net, key, x)
-    found = []
+    reports = []
 
     def inside(params: pt.ParamTree, x: Any) -> Any:
-        found.append(pt.summary(net, params, x).to_dict())
+        reports.append(pt.summary(net, params, x).to_dict())
         return x
 
     inside(params, x)
@@ -775,8 +775,8 @@ def test_arrays_shapes_and_tracers_give_the_same(key: jax.Array) -> None:
     inside(jax.eval_shape(lambda p: p, params), shape(2, 28, 28, 1))
     jax.jit(inside)(params, x)
     pt.training(inside)(params, x, key=key)
-    assert all(one == found[0] for one in found[1:])
-    assert len(found) == 5
+    assert all(report == reports[0] for report in reports[1:])
+    assert len(reports) == 5
 
 
 def test_no_tracer_leaks() -> None:
@@ -785,14 +785,14 @@ def test_no_tracer_leaks() -> None:
     )
     params = pt.abstract(net, shape(3, 2, 4))
     with jax.checking_leaks():
-        found = pt.summary(net, params, shape(3, 2, 4))
-    assert len(found.rows) == 5
+        report = pt.summary(net, params, shape(3, 2, 4))
+    assert len(report.rows) == 5
     assert all(
-        type(a) is jax.ShapeDtypeStruct for row in found.rows for a in (*row.inputs, *row.outputs)
+        type(a) is jax.ShapeDtypeStruct for row in report.rows for a in (*row.inputs, *row.outputs)
     )
 
 
-def test_other_scopes_have_nothing_of_it(key: jax.Array) -> None:
+def test_other_scopes_are_not_affected(key: jax.Array) -> None:
     traces = []
 
     def counted(x: Any) -> Any:
@@ -814,10 +814,10 @@ def test_other_scopes_have_nothing_of_it(key: jax.Array) -> None:
     assert all(str(equation.source_info.name_stack) == "" for equation in after.eqns)
     traces.clear()
     np.testing.assert_array_equal(step(params, x), y)
-    assert not traces  # what was compiled is still there
+    assert not traces  # the compiled function is still cached
 
 
-def test_errors_of_the_model_are_its_own() -> None:
+def test_errors_of_the_model_propagate() -> None:
     class Broken(Exception):
         pass
 
@@ -830,10 +830,10 @@ def test_errors_of_the_model_are_its_own() -> None:
     with pytest.raises(Broken, match="by the model") as caught:
         pt.summary(nn.Sequential(nn.Sequential(body=Wrapped(net))), params, 1.0)
     assert caught.value is error
-    one = nn.Sequential(nn.Dense(3))
-    small = pt.abstract(one, shape(2, 4))
+    net = nn.Sequential(nn.Dense(3))
+    small = pt.abstract(net, shape(2, 4))
     with pytest.raises(pt.MismatchError, match="`dense0_weight` has shape .* the model needs"):
-        pt.summary(one, small, shape(2, 5))
+        pt.summary(net, small, shape(2, 5))
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         pt.summary(nn.Dense(3), params)
 
@@ -854,20 +854,20 @@ class Wrapped(nn.Layer):
 def test_arguments_in_another_order() -> None:
     net, x = nn.Dense(3), jnp.ones((2, 4))
     params = pt.abstract(net, x)
-    with pytest.raises(TypeError, match="takes a model first, .*but found ParamTree in its place"):
+    with pytest.raises(TypeError, match=r"takes a model first, .*but found ParamTree\. Make"):
         pt.summary(params, net, x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="found the class Dense in its place; a layer is made first"):
+    with pytest.raises(TypeError, match="found the class Dense. Make an instance of a layer, as in"):
         pt.summary(nn.Dense, params, x)
-    with pytest.raises(TypeError, match="found dict in their place. .*pt.from_tree"):
+    with pytest.raises(TypeError, match="but found dict. pt.abstract.*pt.from_tree"):
         pt.summary(net, params.to_dict(), x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="parameters second, .* in their place. pt.abstract"):
+    with pytest.raises(TypeError, match="parameters second, .* but found ArrayImpl. pt.abstract"):
         pt.summary(net, x, params)  # type: ignore[arg-type]
 
 
 def test_a_tree_with_holes() -> None:
     net, x = nn.Dense(3), jnp.ones((2, 4))
     part = pt.select(pt.abstract(net, x), "weight")
-    with pytest.raises(pt.ParamTreeError, match="1 of the 2 leaves .* are left out. Fill .*trainable"):
+    with pytest.raises(pt.ParamTreeError, match="1 of the 2 leaves .* are holes. Fill .*trainable"):
         pt.summary(net, part, x)
 
 
@@ -876,22 +876,22 @@ def test_a_pattern_that_matches_no_parameter() -> None:
     params = pt.abstract(net, x)
     with pytest.raises(pt.RuleError, match="summary: 'dens0.*' matches no name; the closest.* 'batch"):
         pt.summary(net, params, x, trainable=["dens0.*", "batchnorm0_running.*"])
-    found = pt.summary(net, params, x, trainable=["dense0_.*", ".*gamma"])
-    assert found.totals["trained"]["params"] == 15 + 3
+    report = pt.summary(net, params, x, trainable=["dense0_.*", ".*gamma"])
+    assert report.totals["trained"]["params"] == 15 + 3
 
 
 def test_a_tree_and_a_model_of_nothing() -> None:
-    found = pt.summary(lambda p: None, pt.from_tree({}))
-    assert found.totals["total"] == {"params": 0, "trained": 0, "state": 0, "bytes": 0, "flops": 0}
-    assert str(found).split("\n")[2].strip() == "<lambda>"
+    report = pt.summary(lambda p: None, pt.from_tree({}))
+    assert report.totals["total"] == {"params": 0, "trained": 0, "state": 0, "bytes": 0, "flops": 0}
+    assert str(report).split("\n")[2].strip() == "<lambda>"
 
 
 def test_a_model_in_training_is_one_row() -> None:
     net = nn.Sequential(nn.Dense(3), nn.Dropout(0.5), nn.BatchNorm())
     x = jnp.ones((2, 4))
-    found = pt.summary(pt.training(net), pt.abstract(net, x), x, key=jax.random.key(0))
-    assert [row.layer for row in found.rows] == ["training(Sequential)"]
-    assert found.totals["total"]["params"] == 3 * 4 + 3 + 2 * 3
+    report = pt.summary(pt.training(net), pt.abstract(net, x), x, key=jax.random.key(0))
+    assert [row.layer for row in report.rows] == ["training(Sequential)"]
+    assert report.totals["total"]["params"] == 3 * 4 + 3 + 2 * 3
 
 
 def test_long_names_leave_room_for_the_rest_of_a_note() -> None:

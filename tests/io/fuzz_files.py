@@ -1,13 +1,13 @@
-"""Damaged and hostile files for ``pt.load``, which must answer every one with a tree or a ``LoadError``.
+"""Fuzzing ``pt.load`` with damaged and hostile files: each must give a tree or a ``LoadError``.
 
-Run it as a command for many: ``python tests/io/fuzz_files.py --format all --inputs 200000 --seed 0``.
-An input is a valid file with a few edits: blind ones of bytes, and others that know the format. Each
-is made from the seed, the format and its number alone, so ``--only NUMBER`` makes it again. Whatever
-is found is printed once for each place in the source, and with ``--keep FOLDER`` the file is kept.
+As a command: ``python tests/io/fuzz_files.py --format all --inputs 200000 --seed 0``. An input is a
+valid file with a few edits, some of raw bytes and some aware of the format. It depends only on the
+seed, the format and its number, so ``--only NUMBER`` reproduces it. A problem is printed once for each
+place in the source; ``--keep FOLDER`` keeps its file.
 
-Looked for are other exceptions than ``LoadError``, messages that do not name the file, warnings, loads
+Problems are exceptions other than ``LoadError``, messages that do not name the file, warnings, loads
 that take longer than a second or more memory than a small multiple of the file, booleans that are
-neither 0 nor 1, and trees that cannot be printed, or saved and loaded again.
+neither 0 nor 1, and trees that cannot be printed, saved or loaded again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from paramtree.core.structure import build
 from paramtree.core.tree import _rebuild
 
 FORMATS = ("safetensors", "params", "npz")
-SLOW, TOO_SLOW = 5.0, 20.0  # seconds, on a machine that may be busy: a hang is meant
+SLOW, TOO_SLOW = 5.0, 20.0  # seconds, long enough for a busy machine: only a hang fails
 MIB = 2**20
 
 # fmt: off
@@ -89,11 +89,11 @@ HEADERS = [  # of .npy
 # fmt: on
 
 
-# A small tree with everything in it, and the valid files
+# A small tree of every kind of leaf, and the valid files
 
 
 def varied(native: bool = False) -> pt.ParamTree:
-    """A tree with ties, kinds, empty arrays, scalars and, unless ``native``, dtypes of all sorts."""
+    """A tree with ties, kinds, empty arrays, scalars and, unless ``native``, all sorts of dtypes."""
     rng = np.random.default_rng(0)
     leaves: dict[str, Any] = {
         "embed/weight": rng.normal(size=(4, 3)).astype(np.float32),
@@ -124,7 +124,7 @@ def with_holes(tree: pt.ParamTree) -> pt.ParamTree:
 
 
 def small() -> pt.ParamTree:
-    """The least that is a tree."""
+    """A minimal tree."""
     return pt.from_tree({"a": {"b": np.ones(2, np.float32)}})
 
 
@@ -133,7 +133,7 @@ def keys() -> pt.ParamTree:
 
 
 def flat(tree: pt.ParamTree) -> dict[str, np.ndarray]:
-    """Arrays by name, a tied one under both of its names and with two values."""
+    """Arrays by name; a tied one under both names, with different values."""
     tree = pt.untie(tree)
     found = {name: np.array(leaf) for name, leaf in pt.collect(tree, sep=".").items()}
     found["decoder.weight"] = np.full_like(found["decoder.weight"], np.nan)
@@ -141,14 +141,14 @@ def flat(tree: pt.ParamTree) -> dict[str, np.ndarray]:
 
 
 class Valid(NamedTuple):
-    """A valid file, and the trees to load it and what becomes of it into."""
+    """A valid file, and the trees to load it and its edited copies into."""
 
     data: bytes
     likes: tuple[pt.ParamTree, ...]
 
 
 def corpus(kind: str) -> dict[str, Valid]:
-    """Valid files of a format, by what they are; the same bytes every time."""
+    """Valid files of a format by description; deterministic."""
     whole, least, one = varied(kind == "params"), small(), varied(kind == "params").dense0
     same_time = unittest.mock.patch("time.localtime", return_value=time.gmtime(10**9))
     with tempfile.TemporaryDirectory() as folder, same_time:
@@ -196,7 +196,7 @@ def _known(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def npy(
     descr: str, shape: str, data: bytes, *, fortran: str = "False", version: tuple[int, int] = (1, 0)
 ) -> bytes:
-    """An .npy file, whose header need not be true."""
+    """An .npy file, whose header may be wrong."""
     text = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n"
     return npy_of(text.encode("utf-8", "surrogateescape"), data, version)
 
@@ -207,14 +207,14 @@ def npy_of(text: bytes, data: bytes, version: tuple[int, int] = (1, 0)) -> bytes
 
 
 def zipped(members: dict[str, tuple[bytes, bool]]) -> bytes:
-    """A zip file of members, each with whether it is compressed."""
+    """A zip file of members, each with a flag for compression."""
     return zipped_list([(name, data, packed) for name, (data, packed) in members.items()])
 
 
 def zipped_list(members: list[tuple[str, bytes, bool]]) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as file:
-        warnings.simplefilter("ignore")  # names that are there twice
+        warnings.simplefilter("ignore")  # duplicate names
         for name, data, packed in members:
             info = zipfile.ZipInfo(name, (2001, 9, 9, 1, 46, 40))
             info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
@@ -236,7 +236,7 @@ _I8 = struct.pack("<i", 6)
 
 
 def params(arrays: list[bytes], names: list[bytes]) -> bytes:
-    """A .params file of arrays as they are written, and names."""
+    """A .params file of encoded arrays and names."""
     listed = b"".join(u64(len(name)) + name for name in names)
     return u64(0x112, 0, len(arrays)) + b"".join(arrays) + u64(len(names)) + listed
 
@@ -263,7 +263,7 @@ def csr(
 
 
 def handmade() -> dict[str, bytes]:
-    """Files of .params as other versions of MXNet write them."""
+    """Files in .params format as other versions of MXNet write them."""
     f4 = np.arange(6, dtype=np.float32).tobytes()
     v0 = struct.pack("<III", 2, 2, 3) + _CPU_F4 + f4
     v1 = _V1 + dims(2, 3) + _CPU_F4 + f4
@@ -287,13 +287,13 @@ def handmade() -> dict[str, bytes]:
     }
 
 
-# Edits of bytes: functions of a source of randomness, a file, and what else there is to splice in
+# Edits of bytes: functions of a random generator, a file, and other files to splice in
 
 Edit = Callable[[random.Random, bytes, list[bytes]], bytes]
 
 
 def _place(rng: random.Random, data: bytes) -> int:
-    """A position, more often one in the first kilobyte, where headers are."""
+    """A random position, often in the first kilobyte, where headers are."""
     return rng.randrange(min(len(data), rng.choice([64, 1024, 2**40])) or 1)
 
 
@@ -331,7 +331,7 @@ def duplicate(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def integer(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
-    """Puts an interesting number in place of 2, 4 or 8 bytes, or changes what is there by one."""
+    """Replaces 2, 4 or 8 bytes by an interesting number, or adds or subtracts 1."""
     at, size = _place(rng, data), rng.choice([2, 4, 4, 8, 8])
     if rng.random() < 0.5:
         at -= at % 4
@@ -350,7 +350,7 @@ BLIND: list[Edit] = [flip, overwrite, truncate, insert, delete, duplicate, integ
 
 
 def edit_json(rng: random.Random, value: Any, strings: list[str]) -> Any:
-    """Changes one place in what JSON can hold."""
+    """Changes one value in a JSON document."""
     if isinstance(value, dict | list) and value and rng.random() < 0.9:
         copied: Any = dict(value) if isinstance(value, dict) else list(value)
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
@@ -386,7 +386,7 @@ def to_json(rng: random.Random, value: Any) -> bytes:
 
 
 def edit_layout(rng: random.Random, text: str) -> str:
-    """Changes a place or two in the layout of a tree."""
+    """Changes a value or two in the layout of a tree."""
     try:
         layout = json.loads(text)
     except (ValueError, RecursionError):
@@ -417,7 +417,7 @@ def edit_layout(rng: random.Random, text: str) -> str:
 
 
 class _Header(NamedTuple):
-    """The header as pairs, so that a key can be there twice, and the arrays after it."""
+    """The header as pairs, which allow duplicate keys, and the arrays after it."""
 
     pairs: list[tuple[str, Any]]
     data: bytes
@@ -440,7 +440,7 @@ def _unparse(rng: random.Random, header: _Header) -> bytes:
 
 
 def header_entry(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Changes an array's name, dtype, shape or place in the header."""
+    """Changes the name, dtype, shape or offset of an array in the header."""
     parsed = _parse(file)
     if not parsed or not parsed.pairs:
         return flip(rng, file, others)
@@ -477,7 +477,7 @@ def header_entry(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
 
 
 def header_array(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Adds an array, of any name, dtype and shape, that the header is right about."""
+    """Adds an array of any name, dtype and shape, with a correct header entry."""
     parsed = _parse(file)
     if not parsed:
         return integer(rng, file, others)
@@ -497,7 +497,7 @@ def header_array(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
 
 
 def header_layout(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Changes the layout in the metadata, or the metadata."""
+    """Changes the layout in the metadata, or other metadata."""
     parsed = _parse(file)
     if not parsed:
         return overwrite(rng, file, others)
@@ -512,7 +512,7 @@ def header_layout(rng: random.Random, file: bytes, others: list[bytes]) -> bytes
 
 
 def renamed(rng: random.Random, text: str) -> tuple[str, str, str]:
-    """Returns a layout in which one name is another one, and both of them."""
+    """Returns a layout in which one name is replaced, with the old and the new name."""
     layout, new = json.loads(text), rng.choice(NAMES)
     i = rng.randrange(len(layout["names"]))
     old, layout["names"][i] = layout["names"][i], new
@@ -527,7 +527,7 @@ def renamed(rng: random.Random, text: str) -> tuple[str, str, str]:
 
 
 def header_rename(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Renames an array in the header and in the layout alike, or leaves the layout out."""
+    """Renames an array in both header and layout, or drops the layout."""
     parsed = _parse(file)
     if not parsed:
         return flip(rng, file, others)
@@ -545,7 +545,7 @@ def header_rename(rng: random.Random, file: bytes, others: list[bytes]) -> bytes
 
 
 def header_bytes(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Puts bytes into the header that no JSON has, and keeps its length right."""
+    """Puts bytes that are not JSON into the header, and corrects its length."""
     end = min(8 + int.from_bytes(file[:8], "little"), len(file))
     at = rng.randrange(9, end) if end > 9 else 8
     junk = rng.choice(
@@ -555,7 +555,7 @@ def header_bytes(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
     return u64(end - 8 + len(junk) - cut) + file[8:at] + junk + file[at + cut :]
 
 
-# Edits that know .params: most of the file is made anew, with each field wrong now and then
+# Edits that know .params: most of the file is rewritten, with occasional wrong fields
 
 
 def _dim(rng: random.Random) -> int:
@@ -563,7 +563,7 @@ def _dim(rng: random.Random) -> int:
 
 
 def random_array(rng: random.Random) -> bytes:
-    """An array of any version that is right in most of its fields."""
+    """An array of any version with mostly correct fields."""
     rare = lambda right, wrong: right if rng.random() < 0.93 else rng.choice(wrong)  # noqa: E731
     numbers = [n for n in INTS if -(2**31) <= n < 2**31]
     shape = tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([0, 1, 1, 2, 2, 3])))
@@ -601,7 +601,7 @@ def random_array(rng: random.Random) -> bytes:
 
 
 def random_params(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """A new file of arrays that are right in most of their fields."""
+    """A new file of arrays with mostly correct fields."""
     names = [b"a.b", b"dense0.weight", b"dense0.bias", b"embed.weight", b"decoder.weight", b"b_c", b"x"]
     arrays = [random_array(rng) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
     chosen = rng.sample(names, len(arrays)) if rng.random() < 0.8 else []
@@ -613,7 +613,7 @@ def random_params(rng: random.Random, file: bytes, others: list[bytes]) -> bytes
 
 
 def rename_params(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Puts another name, with its right length, in place of one in the file."""
+    """Replaces a name in the file, and corrects its length."""
     found = list(re.finditer(rb"[a-z0-9:._]{1,40}", file))
     if not found:
         return insert(rng, file, others)
@@ -636,12 +636,12 @@ def _members(file: bytes) -> list[tuple[str, bytes, bool]] | None:
             if sum(info.file_size for info in infos) > MIB:
                 return None
             return [(i.filename, opened.read(i), i.compress_type != 0) for i in infos]
-    except Exception:  # an earlier edit has damaged it
+    except Exception:  # damaged by an earlier edit
         return None
 
 
 def npz_header(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Changes the header of an array, and the length of its data with it now and then."""
+    """Changes the header of an array, and sometimes the length of its data."""
     members = _members(file)
     if not members:
         return integer(rng, file, others)
@@ -672,7 +672,7 @@ def npz_header(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
 
 
 def npz_members(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Renames, adds, doubles, drops or changes a member, in a zip file that is right."""
+    """Renames, adds, duplicates, drops or changes a member of a correct zip file."""
     members = _members(file)
     if not members:
         return flip(rng, file, others)
@@ -708,7 +708,7 @@ def npz_layout(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
 
 
 def npz_rename(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
-    """Renames an array in the zip file and in the layout alike, or leaves the layout out."""
+    """Renames an array in both zip file and layout, or drops the layout."""
     members = {name: (data, packed) for name, data, packed in _members(file) or []}
     try:
         layout = members.pop("paramtree.json")[0].decode()
@@ -753,22 +753,22 @@ KNOWING: dict[str, list[Edit]] = {
 
 
 def edits(kind: str) -> list[Edit]:
-    """The edits that make sense for a format; those that know it count as much as the blind ones."""
+    """The edits for a format; those that know it are as frequent as the blind ones."""
     return [*BLIND, *KNOWING[kind], *KNOWING[kind]]
 
 
 def mutated(rng: random.Random, base: bytes, chosen: list[Edit], others: list[bytes]) -> bytes:
-    """A file after some edits."""
+    """Returns a file after some edits."""
     for edit in chosen:
         base = edit(rng, base, others)[: 2 * MIB]
     return base
 
 
-# What a load must do
+# Checking a load
 
 
 class Problem(NamedTuple):
-    """What was wrong, and the place in the source that tells it from other problems."""
+    """What went wrong, and the place in the source that identifies it."""
 
     kind: str
     place: str
@@ -799,17 +799,17 @@ def attempt(
     again: bool = False,
     **options: Any,
 ) -> Problem | None:
-    """Loads a file, and returns what is wrong with how that ends.
+    """Loads a file, and returns the problem with the outcome, if any.
 
     Args:
       path: the file.
-      deep: whether a tree that comes out is saved and loaded again.
-      slow: how many seconds a load may take.
-      most: how many bytes Python and numpy may have allocated at a time; to count them makes the load
-        slow, so then its time does not matter.
-      ends: takes the tree or the ``LoadError``.
-      again: whether this is the second measurement of memory, which counts.
-      options: what ``pt.load`` takes.
+      deep: whether to save a loaded tree and load it again.
+      slow: the time limit in seconds.
+      most: the limit of memory that Python and numpy allocate, in bytes. Measuring it slows the load,
+        so the time limit does not apply then.
+      ends: collects the tree or the ``LoadError``.
+      again: whether this is the second measurement of memory, which decides.
+      options: options of ``pt.load``.
     """
     end: Any = None
     problem, took, peak = None, 0.0, 0
@@ -823,7 +823,7 @@ def attempt(
         end = error
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # of Rust, too
+    except BaseException as error:  # also from Rust
         problem = _exception(error)
     finally:
         took = time.perf_counter() - begin
@@ -850,8 +850,8 @@ def attempt(
             return _exception(error)
     where = _places(end) if isinstance(end, pt.LoadError) else "a tree"
     if most is not None and peak > most and not again:
-        # What a file needs, it needs every time; what a process allocates once (an import on the way to a
-        # message, a thread of someone else's) is not the file's.
+        # A file needs its memory on every load; one-time allocations, such as an import for a message or
+        # another thread, do not count.
         return attempt(path, deep, slow, most, again=True, **options)
     if most is not None and peak > most:
         return Problem("memory", where, f"{peak:,} bytes, where at most {most:,} are expected")
@@ -863,17 +863,17 @@ def _exception(error: BaseException) -> Problem:
 
 
 def unprintable(text: str) -> bool:
-    """Whether printing a text would fail, or do more than print: names in a file may be hostile."""
+    """Whether a text has characters that are unsafe to print, as hostile names may."""
     return bool(re.search(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", text))
 
 
 def _stop_after(seconds: float) -> None:
     if signal.getsignal(signal.SIGALRM) is _stop:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again, where an exception is lost
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # repeats, as code may swallow an exception
 
 
 def _use(tree: Any, path: str) -> None:
-    """Fails if a tree that was loaded is not one that can be used."""
+    """Raises if a loaded tree cannot be used."""
     for leaf in jax.tree.leaves(tree):
         if leaf.dtype == np.bool_ and leaf.size:
             assert np.asarray(leaf).view(np.uint8).max() <= 1, "a boolean is neither 0 nor 1"
@@ -888,7 +888,7 @@ def _use(tree: Any, path: str) -> None:
     again = path + ".again"
     try:
         pt.save(again, tree, sep="/")
-    except pt.ParamTreeError:  # such as a name that is too deep with this separator
+    except pt.ParamTreeError:  # such as a name with too many segments for this separator
         return
     loaded = pt.load(again)
     assert loaded._structure is tree._structure
@@ -899,7 +899,7 @@ def _use(tree: Any, path: str) -> None:
 
 
 def options_for(rng: random.Random, valid: Valid) -> list[dict[str, Any]]:
-    """The ways in which one input is loaded: as it is and, every other time, into a tree."""
+    """The options to load one input with: none and, half of the time, into a tree."""
     if rng.random() < 0.5:
         return [{}]
     like = rng.choice(valid.likes)
@@ -908,15 +908,15 @@ def options_for(rng: random.Random, valid: Valid) -> list[dict[str, Any]]:
 
 
 def most_for(size: int) -> int:
-    """How many bytes of memory the load of a file of some size may take at a time."""
+    """The peak memory in bytes that loading a file of some size may take."""
     return 2 * size + MIB
 
 
-# Files of about a megabyte, or less, that say that there is very much more
+# Files of a megabyte or less that claim to hold far more
 
 
 def claims(kind: str) -> dict[str, Callable[[], bytes]]:
-    """Functions that make files which claim absurd counts and shapes: none may be believed."""
+    """Functions that create files with absurd counts and shapes, which must be rejected."""
     filler = bytes(MIB)
     if kind == "safetensors":
 
@@ -968,12 +968,12 @@ def claims(kind: str) -> dict[str, Callable[[], bytes]]:
     }
 
 
-# What is true, if strange: such a file may be loaded.
+# Claims that are strange but true: such files may load.
 TRUE_CLAIMS = frozenset(["nothing, very often", "deep names", "separator"])
 
 
 def separator_bomb(kind: str = "safetensors") -> bytes:
-    """A tree of deep paths, and 50,000 characters between any two parts of a name."""
+    """A tree of deep paths with a separator of 50,000 characters."""
     paths = [[f"w{i}", *("a" for _ in range(300))] for i in range(20)]
     count = len(paths)
     layout = {"version": 1, "sep": "s" * 50_000, "paths": paths, "slots": list(range(count))}
@@ -991,9 +991,9 @@ def separator_bomb(kind: str = "safetensors") -> bytes:
 
 
 def zeros(name: str, head: bytes, count: int) -> bytes:
-    """A zip file of one compressed member: some bytes, and then that many MiB of zeros."""
+    """A zip file of one compressed member: a header, then ``count`` MiB of zeros."""
     first, rest = zlib.compressobj(9, wbits=-15), zlib.compressobj(9, wbits=-15)
-    block = rest.compress(bytes(MIB)) + rest.flush(zlib.Z_FULL_FLUSH)  # the next starts from nothing
+    block = rest.compress(bytes(MIB)) + rest.flush(zlib.Z_FULL_FLUSH)  # a full flush resets the state
     data = first.compress(head) + first.flush(zlib.Z_FULL_FLUSH) + block * count + rest.flush()
     crc = zlib.crc32(head)
     for _ in range(count):
@@ -1006,7 +1006,7 @@ def zeros(name: str, head: bytes, count: int) -> bytes:
 
 
 def stored_bomb(start: bytes = b"") -> bytes:
-    """An array that is stored as it is, of 4 GB as all of the zip file says, of which none is there."""
+    """An uncompressed array that the zip file says has 4 GB, without any of its data."""
     start = start or npy("|u1", "(4000000000,)", b"")
     file = bytearray(zipped({"a.npy": (start, False)}))
     size = struct.pack("<II", *[len(start) + 4_000_000_000] * 2)
@@ -1017,8 +1017,8 @@ def stored_bomb(start: bytes = b"") -> bytes:
 
 
 def overlapping(count: int = 300, size: int = MIB) -> bytes:
-    """Arrays that are stored as they are, each with the next one in it, up to a large one."""
-    out = bytearray()  # from the back
+    """Uncompressed arrays, each containing the next one, up to a large one."""
+    out = bytearray()  # built back to front
     tail, records, members = bytes(size), [], []
     for i in range(count):
         name = b"a%d.npy" % i
@@ -1059,7 +1059,7 @@ def fast_folder() -> str:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Lets a load that does not end be stopped."""
+    """Allows stopping a load that hangs."""
     before = signal.signal(signal.SIGALRM, _stop)
     try:
         yield
@@ -1068,7 +1068,7 @@ def watched() -> Iterator[None]:
 
 
 class Fuzzer:
-    """Inputs of one format, and what was found with them."""
+    """Inputs of one format, and the problems they caused."""
 
     def __init__(self, kind: str, seed: int, folder: str, keep: str = "") -> None:
         self.kind, self.seed, self.keep = kind, seed, keep
@@ -1082,7 +1082,7 @@ class Fuzzer:
         self.trees = 0
 
     def made(self, number: int) -> tuple[bytes, list[dict[str, Any]], random.Random]:
-        """Returns an input, and how to load it."""
+        """Returns an input and the options to load it with."""
         rng = random.Random(f"{self.seed} {self.kind} {number}")
         valid = rng.choice(self.bases)
         chosen = [rng.choice(self.edits) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
@@ -1090,7 +1090,7 @@ class Fuzzer:
         return mutated(rng, valid.data, chosen, others), options_for(rng, valid), rng
 
     def run(self, number: int, say: bool = True) -> list[Problem]:
-        """Loads an input, and notes and prints what is wrong."""
+        """Loads an input, and records and prints its problems."""
         data, ways, rng = self.made(number)
         with open(self.path, "wb") as file:
             file.write(data)
@@ -1109,18 +1109,18 @@ class Fuzzer:
         self.trees += any(isinstance(end, pt.ParamTree) for end in ends)
         return problems
 
-    def note(self, problem: Problem, data: bytes, what: str, say: bool = True) -> None:
+    def note(self, problem: Problem, data: bytes, label: str, say: bool = True) -> None:
         key = problem.kind, problem.place
         self.found[key] = self.found.get(key, 0) + 1
         if self.found[key] > 1 or not say:
             return
         print(
-            f"{self.kind}: {problem.kind} at {problem.place}\n  {what}: {problem.text[:500]}",
+            f"{self.kind}: {problem.kind} at {problem.place}\n  {label}: {problem.text[:500]}",
             flush=True,
         )
         if self.keep:
             os.makedirs(self.keep, exist_ok=True)
-            name = re.sub(r"\W+", "-", f"{self.kind}-{what.split(',')[0]}-{problem.kind}")
+            name = re.sub(r"\W+", "-", f"{self.kind}-{label.split(',')[0]}-{problem.kind}")
             pathlib.Path(self.keep, name).write_bytes(data)
 
     def run_claims(self) -> None:
@@ -1135,7 +1135,7 @@ class Fuzzer:
 
 
 def resident() -> tuple[int, int]:
-    """Returns the memory that the process has and the most it had, where Linux tells it, else zeros."""
+    """Returns the current and peak memory of the process on Linux, elsewhere zeros."""
     try:
         text = pathlib.Path("/proc/self/status").read_text()
     except OSError:
@@ -1154,34 +1154,34 @@ def main() -> int:
     parser.add_argument("--format", choices=[*FORMATS, "all"], default="all")
     parser.add_argument("--inputs", type=int, default=200_000, help="for each format")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of one input to run, and no other")
-    parser.add_argument("--keep", default="", help="a folder for the files in which something is found")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="the most for each format")
-    given = parser.parse_args()
+    parser.add_argument("--only", type=int, help="run only the input of this number")
+    parser.add_argument("--keep", default="", help="a folder for the files that cause problems")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="the limit for each format")
+    options = parser.parse_args()
     warnings.simplefilter("error")
-    formats = FORMATS if given.format == "all" else (given.format,)
+    formats = FORMATS if options.format == "all" else (options.format,)
     bad = 0
-    folder = tempfile.mkdtemp(prefix="fuzz_files-", dir=fast_folder())  # left there by a crash
+    folder = tempfile.mkdtemp(prefix="fuzz_files-", dir=fast_folder())  # stays after a crash
     with watched():
         for kind in formats:
-            bad += _run(Fuzzer(kind, given.seed, folder, given.keep), given)
+            bad += _run(Fuzzer(kind, options.seed, folder, options.keep), options)
     shutil.rmtree(folder)
     return 1 if bad else 0
 
 
-def _run(fuzzer: Fuzzer, given: argparse.Namespace) -> int:
-    for valid in fuzzer.bases:  # compiles and imports what there is
+def _run(fuzzer: Fuzzer, options: argparse.Namespace) -> int:
+    for valid in fuzzer.bases:  # compile and import everything first
         pathlib.Path(fuzzer.path).write_bytes(valid.data)
         pt.load(fuzzer.path)
-    if given.only is not None:
-        fuzzer.run(given.only)
+    if options.only is not None:
+        fuzzer.run(options.only)
         return len(fuzzer.found)
     fuzzer.run_claims()
     begin, number, batch = time.perf_counter(), 0, 500
-    while number < given.inputs and time.perf_counter() - begin < given.seconds:
+    while number < options.inputs and time.perf_counter() - begin < options.seconds:
         forget_peak()
         before = resident()[0]
-        stop = min(number + batch, given.inputs)
+        stop = min(number + batch, options.inputs)
         for i in range(number, stop):
             fuzzer.run(i)
         if (grown := resident()[1] - before) > 64 * MIB and number:
@@ -1190,9 +1190,9 @@ def _run(fuzzer: Fuzzer, given: argparse.Namespace) -> int:
         number = stop
     took = time.perf_counter() - begin
     print(
-        f"{fuzzer.kind}: {number:,} inputs in {took:.0f} s, {number / took:,.0f} a second, of which "
-        f"{fuzzer.trees:,} gave a tree: "
-        f"{len(fuzzer.found)} kinds of problem, {sum(fuzzer.found.values())} times",
+        f"{fuzzer.kind}: {number:,} inputs in {took:.0f} s, {number / took:,.0f} per second; "
+        f"{fuzzer.trees:,} loaded as a tree; "
+        f"{len(fuzzer.found)} kinds of problem, {sum(fuzzer.found.values())} occurrences",
         flush=True,
     )
     return len(fuzzer.found)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the last and the best stay, everything comes back, on any mesh."""
+"""Checkpoints keep the latest and the best steps, and restore a complete run on any mesh."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +31,13 @@ def new_run(step: int = 0, seed: int = 0) -> Run:
     return Run(params, optax.adam(1e-3).init(params), jax.random.key(7), step)
 
 
-def same(one: Any, other: Any) -> bool:
+def same(actual: Any, expected: Any) -> bool:
     def data(leaf: Any) -> Any:
         typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(leaf) if typed else leaf)
 
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return all(np.array_equal(data(a), data(b)) for a, b in pairs)
 
 
@@ -51,9 +51,9 @@ def test_all_of_a_run_comes_back_in_one_call(tmp_path: Path) -> None:
     assert found.params.dense1.bias is found.params.dense0.bias
     assert found.params._structure is run.params._structure
     shapes = jax.eval_shape(new_run)._replace(step=0)
-    with pt.Checkpoints(tmp_path / "run") as again:  # in a process that has only shapes
+    with pt.Checkpoints(tmp_path / "run") as again:  # loads into shapes alone
         assert same(again.load(like=shapes), run)
-    bare = pt.load(tmp_path / "run")  # and it is a file like any other
+    bare = pt.load(tmp_path / "run")  # pt.load reads it too
     assert pt.ties(bare) and int(bare["step"]) == 3
     assert same(pt.load(tmp_path / "run" / "3", like=new_run()), run)
 
@@ -82,7 +82,7 @@ def test_training_goes_on_while_it_is_saved(tmp_path: Path) -> None:
         for step in range(8):
             checkpoints.save(step, {"value": value})
             for _ in range(3):
-                value = advance(value)  # in the memory of what is being saved
+                value = advance(value)  # donates the buffer that is being saved
         for step in range(8):
             found = checkpoints.load({"value": value}, step=step)["value"]
             assert found.min() == found.max() == 3 * step
@@ -106,35 +106,36 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep is how many checkpoints stay, at least 1, not 0"):
+    with pytest.raises(ValueError, match="keep=0: expected a number of checkpoints, at least 1"):
         pt.Checkpoints(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="mode is 'min' or 'max', not 'least'"):
+    with pytest.raises(ValueError, match="mode='least': expected 'min' or 'max'"):
         pt.Checkpoints(tmp_path, mode="least")
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(NotADirectoryError, match="file is a file: checkpoints are kept in a folder"):
+    with pytest.raises(NotADirectoryError, match="file is a file. Checkpoints need a folder"):
         pt.Checkpoints(file)
     with pt.Checkpoints(tmp_path / "run", best="loss") as checkpoints:
         for wrong in ("1", -1, 1.5, True):
-            with pytest.raises(TypeError, match=f"a step is a whole number, 0 or more, not {wrong!r}"):
+            with pytest.raises(TypeError, match=f"a non-negative integer as the step, not {wrong!r}"):
                 checkpoints.save(wrong, {"a": 1}, {"loss": 0.5})  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="the metric `loss` is a number, not 'low'"):
+        with pytest.raises(TypeError, match="the metric `loss` is not a number: 'low'"):
             checkpoints.save(1, {"a": 1}, {"loss": "low"})
-        with pytest.raises(pt.LoadError, match="has no checkpoint: the steps there are none yet"):
+        with pytest.raises(pt.LoadError, match="has no checkpoint. Steps saved: none yet"):
             checkpoints.load({"a": 1})
         with pytest.raises(
-            pt.ParamTreeError, match="`loss` says which .* step 1 have accuracy: give it"
+            pt.ParamTreeError, match="step 1 lack `loss`, which selects .* have accuracy. Pass it"
         ):
             checkpoints.save(1, {"a": 1}, {"accuracy": 0.5})
         checkpoints.save(5, {"a": jnp.ones(2)}, {"loss": 1.0})
         for step in (5, 4):
-            with pytest.raises(pt.ParamTreeError, match=f"has a checkpoint of step 5, .* not {step}"):
+            message = f"cannot save step {step}: .* already has a checkpoint of step 5, and steps must increase"
+            with pytest.raises(pt.ParamTreeError, match=message):
                 checkpoints.save(step, {"a": 1}, {"loss": 0.5})
-        with pytest.raises(pt.LoadError, match="has no checkpoint of step 4: the steps there are 5"):
+        with pytest.raises(pt.LoadError, match="has no checkpoint of step 4. Steps saved: 5"):
             checkpoints.load({"a": 1}, step=4)
         with pytest.raises(pt.LoadError, match=r"(?s)a.*shape.*\(3,\)"):
             checkpoints.load({"a": jnp.ones(3)})
-        with pytest.raises(pt.MismatchError, match="`f` is a .*, no array"):
+        with pytest.raises(pt.MismatchError, match="`f` is a .*, not an array"):
             checkpoints.save(6, pt.from_tree({"f": jnp.tanh}), {"loss": 1.0})
         assert checkpoints.steps == [5]
 

@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or something else: a ``LoadError`` that names the file, or a tree."""
+"""Loading a damaged, hostile or foreign file raises a ``LoadError`` that names it, or gives a tree."""
 
 import functools
 import json
@@ -143,11 +143,11 @@ def test_what_expands_is_not_given_to_a_transform_either(folder: Path) -> None:
     assert problem is None, problem
 
 
-# One file for each way of being wrong
+# One file for each kind of damage
 
 
 def tensors(*entries: tuple[str, dict[str, Any]], data: bytes = bytes(8), **more: Any) -> bytes:
-    """A safetensors file of a header as it is given, in which a name may be there twice."""
+    """Returns a safetensors file with the given header, which may repeat names."""
     pairs = [f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in (*entries, *more.items())]
     text = "{" + ",".join(pairs) + "}"
     return u64(len(text)) + text.encode() + data
@@ -158,7 +158,7 @@ def entry(begin: int = 0, end: int = 8, shape: Any = (2,), dtype: str = "F32") -
 
 
 def layout(**changes: Any) -> dict[str, str]:
-    """The metadata for a tree of one leaf, a/b, with changes."""
+    """Returns the metadata of a tree with one leaf, a/b, with some fields changed."""
     text = {
         "version": 1,
         "sep": ".",
@@ -193,8 +193,8 @@ DAMAGED = {
         "a negative axis": (tensors(a=entry(shape=(-2,))), "damaged"),
         "an unknown dtype": (tensors(a=entry(dtype="F31")), "damaged"),
         "a dtype that jax does not have": (tensors(a=entry(dtype="F4", shape=(16,))), "'a': has dtype F4"),
-        "too many axes": (tensors(a=entry(shape=[1] * 40, end=4), data=bytes(4)), "'a': no array has shape"),
-        "no layout": (tensors(__metadata__={"paramtree": "?"}, a=entry()), "metadata 'paramtree': .* no JSON"),
+        "too many axes": (tensors(a=entry(shape=[1] * 40, end=4), data=bytes(4)), "'a': no array can have shape"),
+        "no layout": (tensors(__metadata__={"paramtree": "?"}, a=entry()), "metadata 'paramtree': .* not JSON"),
         "a layout of nothing": (tensors(__metadata__={"paramtree": "{}"}, a=entry()), "no version"),
         "a later layout": (with_layout(version=2), "version 2, and this paramtree reads version 1"),
         "a deep layout": (tensors(__metadata__={"paramtree": "[" * 9999}, a=entry()), "metadata 'paramtree'"),
@@ -208,21 +208,21 @@ DAMAGED = {
         "a layout of no path": (with_layout(paths=[[]]), "not a list of names"),
         "a layout of a path too deep": (with_layout(paths=[["a"] * 2000]), "not a list of names"),
         "a layout of a strange kind": (with_layout(kinds=["frozen"]), "kind"),
-        "a layout of an unknown dtype": (with_layout(dtypes={"0": "float31"}), r"'a\.b': there is no dtype"),
+        "a layout of an unknown dtype": (with_layout(dtypes={"0": "float31"}), r"'a\.b': there is no numeric dtype"),
         "a layout of objects": (with_layout(dtypes={"0": "object"}), r"'a\.b': .*dtype.*'object'|'a\.b': 'object' is not a dtype"),
-        "a layout of another dtype": (with_layout(dtypes={"0": "int4"}), r"'a\.b': float32 .* holds no int4"),
-        "a layout of no keys": (with_layout(dtypes={"0": "key:threefry2x32"}), r"'a\.b': these are no PRNG keys"),
+        "a layout of another dtype": (with_layout(dtypes={"0": "int4"}), r"'a\.b': float32 .* does not encode int4"),
+        "a layout of no keys": (with_layout(dtypes={"0": "key:threefry2x32"}), r"'a\.b': float32 .* is not PRNG key data"),
     },
     "params": {
-        "nothing but a magic": (u64(0x112), "the beginning: needs 16 bytes, and 8 are left"),
-        "an axis below zero": (params([v2(2).replace(u64(2), u64(-2), 1)], [b"a"]), "array 0: no array has shape"),
+        "nothing but a magic": (u64(0x112), "the header: is truncated: needs 16 bytes, but 8 are left"),
+        "an axis below zero": (params([v2(2).replace(u64(2), u64(-2), 1)], [b"a"]), "array 0: no array can have shape"),
         "too many axes": (params([fuzz._V3 + bytes(4) + b"\x40\0\0\0"], []), "array 0: has 64 axes"),
         "an unknown dtype": (params([v2(2, dtype=13)], [b"a"]), "array 0: has an unknown dtype, number 13"),
         "an unknown storage": (params([fuzz._V2 + b"\3\0\0\0"], []), "array 0: has an unknown storage type, 3"),
         "a name of bad utf-8": (params([v2(2)], [b"\xff"]), "name 0: is not utf-8"),
-        "fewer names": (params([v2(2), v2(2)], [b"a"]), "the names: are 1, of 2 arrays"),
-        "a name twice": (params([v2(2), v2(2)], [b"arg:a", b"aux:a"]), "'aux:a': is there twice"),
-        "more after the end": (params([v2(2)], [b"a"]) + b"!", "1 bytes come after the end"),
+        "fewer names": (params([v2(2), v2(2)], [b"a"]), "the names: there are 1 for 2 arrays"),
+        "a name twice": (params([v2(2), v2(2)], [b"arg:a", b"aux:a"]), "'aux:a': appears twice"),
+        "more after the end": (params([v2(2)], [b"a"]) + b"!", "1 bytes follow the end"),
         "a row that is not there": (params([fuzz.rows((4, 2), (1, 4))], [b"a"]), "array 0: .*indices do not fit"),
         "a negative row": (params([fuzz.rows((4, 2), (-1,))], [b"a"]), "array 0: .*indices do not fit"),
         "a column that is not there": (params([fuzz.csr(columns=(0, 3))], [b"a"]), "array 0: .*indices"),
@@ -236,14 +236,14 @@ DAMAGED = {
         "no zip": (b"PK\3\4" + bytes(100), "damaged"),
         "a shape of booleans": (zipped({"a.npy": (npy("<f4", "(True,)", bytes(4)), False)}), r"'a\.npy': "),
         "no .npy": (zipped({"a.npy": (b"some text", False)}), "damaged"),
-        "another member": (zipped({"readme.txt": (b"some text", False)}), r"'readme\.txt': .*no \.npy"),
+        "another member": (zipped({"readme.txt": (b"some text", False)}), r"'readme\.txt': .*not a \.npy"),
         "a header that is no literal": (zipped({"a.npy": (fuzz.npy_of(b"exit()", b""), False)}), "damaged"),
         "a header of brackets": (zipped({"a.npy": (fuzz.npy_of(b"(" * 900, b""), True)}), "damaged"),
         "a header that is too long": (zipped({"a.npy": (fuzz.npy_of(b" " * 20_000, b""), True)}), "damaged|header"),
         "a shape for other bytes": (zipped({"a.npy": (npy("<f4", "(3,)", bytes(8)), False)}), "'a.npy': has"),
-        "a negative axis": (zipped({"a.npy": (npy("<f4", "(-2,)", bytes(8)), False)}), "'a.npy': no array has shape"),
+        "a negative axis": (zipped({"a.npy": (npy("<f4", "(-2,)", bytes(8)), False)}), "'a.npy': no array can have shape"),
         "a shape of words": (zipped({"a.npy": (npy("<f4", "('a',)", bytes(8)), False)}), "damaged"),
-        "a name twice": (zipped_list([("a.npy", two, False), ("a.npy", two, True)]), "'a': is there twice"),
+        "a name twice": (zipped_list([("a.npy", two, False), ("a.npy", two, True)]), "'a': appears twice"),
         "a name of bad utf-8": (zipped({"\xe9.npy": (two, False)}).replace("\xe9".encode(), b"\xff\xff"), "damaged"),
         "a layout of other arrays": (
             zipped({"b.npy": (two, False), "paramtree.json": (layout()["paramtree"].encode(), False)}),
@@ -256,7 +256,7 @@ DAMAGED = {
         ),
         "another compression": (
             zipped({"a.npy": (two, False)}).replace(b"PK\1\2\x14\3\x14\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0\x0c"),
-            "'a.npy': is .* compressed in an unusual way",
+            "'a.npy': is .* compressed with an unsupported method",
         ),
     },
 }
@@ -273,7 +273,7 @@ def test_a_damaged_file_says_where(folder: Path, kind: str, what: str) -> None:
 
 
 def named_like(kind: str, *names: str) -> bytes:
-    """A file by somebody else, with an array for each name."""
+    """Returns a file without a layout, with an array for each name."""
     if kind == "params":
         return params([v2(2)] * len(names), [name.encode() for name in names])
     if kind == "npz":
@@ -292,7 +292,7 @@ def test_names_that_climb(folder: Path, kind: str, name: str) -> None:
         pytest.skip("a name in a zip file ends at a NUL")
     file = folder / f"climbing.{kind}"
     file.write_bytes(named_like(kind, "fine", name))
-    with pytest.raises(pt.LoadError, match=f"^{re.escape(f'{file}: {name!r}')}: is not a name"):
+    with pytest.raises(pt.LoadError, match=f"^{re.escape(f'{file}: {name!r}')}: is not a valid name"):
         pt.load(file)
 
 
@@ -301,14 +301,15 @@ def test_names_that_climb(folder: Path, kind: str, name: str) -> None:
 def test_names_that_make_no_tree(folder: Path, kind: str, names: tuple[str, ...]) -> None:
     file = folder / f"colliding.{kind}"
     file.write_bytes(named_like(kind, *names))
-    with pytest.raises(pt.LoadError, match=f"^{re.escape(str(file))}: the names: make no tree: `a"):
+    start = f"^{re.escape(str(file))}: the names: do not form a tree: `a"
+    with pytest.raises(pt.LoadError, match=start):
         pt.load(file)
 
 
 @each_format
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [(".".join("a" * 1001), "is too deep"), ("a..b", "has an empty part between '.'")],
+    [(".".join("a" * 1001), "is nested too deep"), ("a..b", "has an empty segment between '.'")],
 )
 def test_names_that_make_no_path(folder: Path, kind: str, name: str, problem: str) -> None:
     file = folder / f"deep.{kind}"
@@ -343,7 +344,7 @@ def test_names_are_printed_without_their_effects(folder: Path, kind: str, name: 
         assert ascii(name)[1:-1] in str(raised.value)
 
 
-# Files of something else
+# Files of other formats
 
 
 @pytest.mark.parametrize(
@@ -408,25 +409,25 @@ def test_a_folder_that_is_no_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"", "is no index"),
-        (b"\xff{}", "is no index"),
-        (b"[]", "is no index"),
-        (b"{}", "is no index"),
-        (b"[" * 9999, "is no index"),
-        (b'{"weight_map": [1]}', "is no index"),
-        (b'{"weight_map": {"a": [1]}}', "is no index"),
-        (b'{"weight_map": {"a": "part", "b": 1}}', "is no index"),
-        (b'{"weight_map": {"a": 1}}', "1: is not the name of a file beside the index"),
-        (b'{"weight_map": {"a": "../part"}}', "'../part': is not the name of a file beside the index"),
+        (b"", "is not an index"),
+        (b"\xff{}", "is not an index"),
+        (b"[]", "is not an index"),
+        (b"{}", "is not an index"),
+        (b"[" * 9999, "is not an index"),
+        (b'{"weight_map": [1]}', "is not an index"),
+        (b'{"weight_map": {"a": [1]}}', "is not an index"),
+        (b'{"weight_map": {"a": "part", "b": 1}}', "is not an index"),
+        (b'{"weight_map": {"a": 1}}', "1: is not the name of a file next to the index"),
+        (b'{"weight_map": {"a": "../part"}}', "'../part': is not the name of a file next to the index"),
         (b'{"weight_map": {"a": "/etc/passwd"}}', "'/etc/passwd': is not the name of a file"),
-        (b'{"weight_map": {"a": "..\\\\part"}}', "is not the name of a file beside the index"),
-        (b'{"weight_map": {"a": ".."}}', "'..': is not the name of a file beside the index"),
-        (b'{"weight_map": {"a": "part\\u0000"}}', "is not the name of a file beside the index"),
-        (b'{"weight_map": {"a": "missing"}}', "'missing': is in the index, and not beside it"),
-        (b'{"weight_map": {"a": "\\ud800"}}', r"'\\ud800': is in the index, and not beside it"),
-        (b'{"weight_map": {"a": "part", "b": "part"}}', "'b': .*in the index, and not in the files"),
-        (b'{"weight_map": {"a": "part", "b": "broken"}}', "broken: is no safetensors file"),
-        (b'{"weight_map": {"a": "part", "b": "m.index.json"}}', "m.index.json: is no safetensors file"),
+        (b'{"weight_map": {"a": "..\\\\part"}}', "is not the name of a file next to the index"),
+        (b'{"weight_map": {"a": ".."}}', "'..': is not the name of a file next to the index"),
+        (b'{"weight_map": {"a": "part\\u0000"}}', "is not the name of a file next to the index"),
+        (b'{"weight_map": {"a": "missing"}}', "'missing': is in the index, but not next to it"),
+        (b'{"weight_map": {"a": "\\ud800"}}', r"'\\ud800': is in the index, but not next to it"),
+        (b'{"weight_map": {"a": "part", "b": "part"}}', "'b': .*in the index, but not in the files"),
+        (b'{"weight_map": {"a": "part", "b": "broken"}}', "broken: is not a safetensors file"),
+        (b'{"weight_map": {"a": "m.index.json"}}', "m.index.json: is not a safetensors file"),
     ],
 )
 def test_an_index_that_lists_what_it_should_not(folder: Path, index: bytes, message: str) -> None:
@@ -470,7 +471,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read(
         pt.load(file)
 
 
-# What no byte of a file may do to a tree
+# Values that no file may produce
 
 
 @each_format

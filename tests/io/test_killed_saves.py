@@ -1,4 +1,4 @@
-"""Saves that are killed, fail or meet each other leave a whole file, and nothing else."""
+"""Saves that are killed, fail or run concurrently leave one complete file, and nothing else."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ import paramtree as pt
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("fcntl")  # elsewhere nothing is cleaned up after a process that was killed
+pytest.importorskip("fcntl")  # without it leftovers are not cleaned up
 
 FORMATS = ("safetensors", "npz", "params")
 each_format = pytest.mark.parametrize("kind", FORMATS)
@@ -30,13 +30,13 @@ MIB = 2**18  # of float32
 
 
 def generation(number: int, size: int = MIB) -> pt.ParamTree:
-    """One of two trees, of which every value is a number: from the names and shapes the number's parity."""
+    """Returns a tree filled with a number, with names and shapes that depend on its parity."""
     names = {"embed": 2, "head": 1, "bias": 1} if number % 2 else {"first": 1, "last": 2}
     return pt.from_tree({k: np.full((count, size), number, np.float32) for k, count in names.items()})
 
 
 def whole_generation(file: Path, size: int = MIB) -> int:
-    """The number of the tree that a file holds; fails if it is not all of one tree."""
+    """Returns the number of the tree in a file; fails if the file mixes two trees."""
     tree = pt.load(file)
     number = int(np.asarray(next(iter(tree.values())))[0, 0])
     expected = generation(number, size)
@@ -50,8 +50,8 @@ def leftovers(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-# A process that is ready to save, and forks for every try: to import takes longer than to save. Only
-# numpy arrays are saved, for jax's threads are not there after a fork.
+# A process that has imported paramtree and forks for each save, as importing takes longer than saving.
+# It saves only numpy arrays, since jax's threads do not survive a fork.
 CHILD = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ for line in sys.stdin:
 
 @contextlib.contextmanager
 def forker(*files: Path) -> Iterator[Any]:
-    """Saves to some files, and gives a function that saves to one until it is killed after some time."""
+    """Saves to files, and yields a function that saves to one and kills the save after some time."""
     root, pipe = Path(__file__).parents[2], subprocess.PIPE
     command = [sys.executable, "-c", CHILD, *map(str, files)]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=root, text=True) as process:
@@ -111,20 +111,20 @@ def test_a_hundred_killed_saves_leave_a_whole_file_every_time(tmp_path: Path) ->
             assert number >= numbers[kind]
             numbers[kind] = number
             left = leftovers(file.parent)
-            assert len(left) <= 1  # the one before was cleaned away, or the save had not begun
+            assert len(left) <= 1  # the previous one was deleted, or the save had not begun
             assert all(name.startswith(f".{file.name}.unfinished-") for name in left)
             interrupted[kind] += len(left)
-    assert sum(interrupted.values()) >= 10  # else the kills did not come while something was written
-    assert sum(numbers.values()) >= 10  # nor only before anything was
+    assert sum(interrupted.values()) >= 10  # otherwise no save was killed while writing
+    assert sum(numbers.values()) >= 10  # otherwise every save was killed before writing
     for kind, file in files.items():
         pt.save(file, generation(numbers[kind]))
         assert os.listdir(file.parent) == [file.name]
 
 
-# What is left behind
+# Leftovers
 
 
-# Saves to every path in turn, and kills itself just before the new file would take its name.
+# Saves to each path in turn, and kills itself just before the rename.
 KILLED = """
 import os, signal, sys, warnings
 warnings.simplefilter("ignore")
@@ -146,7 +146,7 @@ def test_leftovers_of_the_dead_are_cleaned_away_and_nothing_else(tmp_path: Path)
     command = [sys.executable, "-c", KILLED, *map(str, files), *map(str, files)]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
     for file in files:
-        (dead,) = leftovers(file.parent)  # of two: the second took away the first
+        (dead,) = leftovers(file.parent)  # the second save deleted the leftovers of the first
         others = [f".{file.name}", f"other{file.suffix}", dead.replace("model", "other")]
         for other in others:
             file.with_name(other).touch()
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(tmp_path: Path
     pt.save(file, generation(1, 2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the same to a writer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # fails like a full disk
     try:
         with pytest.raises(OSError, match="(?i)too large"):
             pt.save(file, generation(2, 1000))
@@ -313,7 +313,7 @@ def test_a_link_stays_a_link(tmp_path: Path, kind: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / f"step1.{kind}", tmp_path / f"latest.{kind}"
     link.symlink_to(Path("elsewhere") / target.name)
-    for number in (1, 2):  # at first it leads nowhere
+    for number in (1, 2):  # the link dangles at first
         pt.save(link, generation(number, 2))
         assert link.is_symlink()
         assert not target.is_symlink()
@@ -336,14 +336,14 @@ def test_a_path_may_be_relative_or_long(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = "x" * (254 - len(kind)) + f".{kind}"  # the longest that there may be
+    name = "x" * (254 - len(kind)) + f".{kind}"  # the longest name allowed
     for path in (f"model.{kind}", name):
         pt.save(path, generation(1, 2))
         assert whole_generation(Path(path), 2) == 1
     assert len(os.listdir(tmp_path)) == 2
 
 
-# Several at a time
+# Concurrent saves
 
 
 @each_format
@@ -382,7 +382,7 @@ def test_a_file_that_is_replaced_while_it_is_loaded_is_the_old_or_the_new_one(
     def save() -> None:
         number = 4
         while not stop.is_set():
-            pt.save(file, generation(number, 1000))  # the same names, so only the values can tell
+            pt.save(file, generation(number, 1000))  # with equal names, so only the values differ
             number += 2
 
     thread = threading.Thread(target=save)

@@ -1,4 +1,4 @@
-"""MXNet's ``.params``: gold files of real MXNet, and every version and spelling there is."""
+"""MXNet's ``.params``: files written by MXNet itself, and every version and naming scheme."""
 
 import struct
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_a_deduplicated_file_and_a_net_that_is_not_tied() -> None:
         pt.LoadError, match=r"load into pt.tie\(like, \{alias: source\}\), and pt.untie"
     ):
         pt.load(GOLD / "tied_dedup.params", like=like)
-    # what it suggests
+    # the suggested fix
     params = pt.untie(pt.load(GOLD / "tied_dedup.params", like=pt.tie(like, {"dense2": "dense1"})))
     with np.load(GOLD / "tied.npz") as gold:
         np.testing.assert_allclose(net(params, gold["x"]), gold["y"], atol=2e-6)
@@ -144,7 +144,7 @@ def test_recurrent_layers_go_by_the_cells_that_they_stand_for(tmp_path: Path) ->
     assert pt.load(file, like=both).lstm0.r0_i2h_weight.shape == (3,)
 
 
-# Files as they are in the wild, made here from the description of the format
+# Files built from the specification of the format
 
 
 def of(arrays: list[bytes], names: list[str]) -> bytes:
@@ -172,8 +172,8 @@ def code(a: np.ndarray) -> int:
     return CODES[a.dtype.str[1:]]
 
 
-def shape(dims: Any, each: str = "q") -> bytes:
-    return struct.pack(f"<i{len(dims)}{each}", len(dims), *dims)
+def shape(dims: Any, code: str = "q") -> bytes:
+    return struct.pack(f"<i{len(dims)}{code}", len(dims), *dims)
 
 
 def rest(a: np.ndarray) -> bytes:
@@ -225,7 +225,7 @@ def test_bfloat16_and_arrays_without_axes_or_elements(tmp_path: Path) -> None:
     assert (tmp_path / "a.params").read_bytes()[24:28] == struct.pack("<I", 0xF993FACA)
     found = pt.load(tmp_path / "a.params")
     assert found.h.dtype == jnp.bfloat16 and found.s.shape == () and found.z.shape == (0, 2)
-    none = struct.pack("<Iii", 0xF993FAC9, 0, 0)  # ends here
+    none = struct.pack("<Iii", 0xF993FAC9, 0, 0)  # a scalar without a value
     (tmp_path / "b").write_bytes(of([none, v2(np.ones(2, "f"))], ["a", "b"]))
     assert pt.load(tmp_path / "b").a.shape == (0,)
 
@@ -271,7 +271,7 @@ def test_sparse_arrays_become_dense_and_wrong_ones_are_refused(tmp_path: Path) -
     ):
         file.write_bytes(of([array], ["a"]))
         with pytest.raises(
-            pt.LoadError, match="array 0: is sparse, and its indices do not fit its shape"
+            pt.LoadError, match="array 0: is sparse, but its indices do not fit its shape"
         ):
             pt.load(file)
     file.write_bytes(of([sparse(1, (10**6, 10**6), np.ones((0, 10**6), "f"), index[:0])], ["a"]))

@@ -1,4 +1,4 @@
-"""A file's tree from its headers: the one that ``pt.load`` gives, with shapes for values."""
+"""``pt.peek`` returns the tree of ``pt.load``, with shapes in place of values."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def saved(path: Path, tree: Any) -> Path:
 
 
 def check(path: Path) -> None:
-    """The laws: the structure, shapes and dtypes of what is loaded, and loading into it is loading."""
+    """Checks that peek agrees with load, and that loading into the peeked tree gives the same."""
     tree, whole = pt.peek(path), pt.load(path)
     assert tree._structure is whole._structure
     for found, expected in zip(tree._leaves, whole._leaves, strict=True):
@@ -114,7 +114,7 @@ def test_a_part_can_be_loaded(tmp_path: Path) -> None:
 
 
 class Counting:
-    """What was read of the files that were opened."""
+    """Counts the bytes read from opened files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = 0
@@ -133,7 +133,7 @@ class Counting:
 
         for module in ("peek", "formats.safetensors"):
             monkeypatch.setattr(sys.modules[f"paramtree.io.{module}"], "open", opened, raising=False)
-        if hasattr(os, "preadv"):  # which passes the file object by
+        if hasattr(os, "preadv"):  # which bypasses the file object
             preadv = os.preadv
 
             def counted(*args: Any) -> int:
@@ -172,7 +172,7 @@ def test_no_array_is_read_or_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_would_expand_can_be_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, w=np.zeros(2**20, np.float32))
-    with pytest.raises(pt.LoadError, match="expect with like=, such as those that it claims"):
+    with pytest.raises(pt.LoadError, match="pass the expected shapes as like=, such as its own"):
         pt.load(path)
     assert pt.peek(path).w.shape == (2**20,)
     assert not pt.load(path, like=pt.peek(path)).w.any()
@@ -183,7 +183,7 @@ def test_what_would_expand_can_be_looked_at(tmp_path: Path) -> None:
     [
         ("a.npz", b"", "is empty"),
         ("a.safetensors", struct.pack("<Q", 9) + b'{"a": 1}}', "damaged"),
-        ("a.params", (GOLD / "mlp.params").read_bytes()[:-200], "cut off"),
+        ("a.params", (GOLD / "mlp.params").read_bytes()[:-200], "is truncated"),
         ("a.pt", b"\x80\x02", "is a pickle"),
         ("a.txt", b"some words", "is neither safetensors"),
     ],

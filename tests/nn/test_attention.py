@@ -134,7 +134,7 @@ def test_a_sequence_in_pieces_is_the_sequence(rotary, pieces):
     assert int(state.cache_index) == 6
     close(cached(state, x), layer(params, x))  # inference leaves the cache alone
 
-    def scanned(state, x):  # the state goes through a scan as what it is, the tree
+    def scanned(state, x):  # the parameter tree is the scan's carry
         def body(state, token):
             y, state = pt.training(cached)(state, token[:, None])
             return state, y[:, 0]
@@ -162,28 +162,28 @@ def test_masks_of_four_axes_and_nothing_but_masks():
     close(layer(params, x, None, lower), dataclasses.replace(layer, causal=True)(params, x))
     padding = jnp.array([[True, True, False]] * 2)
     close(layer(params, x, None, padding), layer(params, x, x[:, :2]))
-    with pytest.raises(ValueError, match=r"the mask is \(batch, other length\) .*found \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"needs a mask \(batch, memory length\), .*found \(3, 3\)"):
         layer(params, x, None, lower[0, 0])
-    with pytest.raises(ValueError, match="the mask is boolean, True is to be seen, not float32"):
+    with pytest.raises(ValueError, match=r"a boolean mask \(True means attend\), but found float32"):
         layer(params, x, None, jnp.ones((2, 3)))
 
 
 def test_sizes_that_do_not_fit(key):
     x = normal(2, 3, 6)
     for make, text in (
-        (lambda: nn.MultiHeadAttention(0), "num_heads, 0, of 1 or more"),
-        (lambda: nn.MultiHeadAttention(4, 6), "units, 6, are shared evenly by num_heads, 4"),
+        (lambda: nn.MultiHeadAttention(0), "num_heads must be positive .* found num_heads=0 and"),
+        (lambda: nn.MultiHeadAttention(4, 6), "divide units, but found num_heads=4 and units=6"),
         (
             lambda: nn.MultiHeadAttention(4, num_kv_heads=3),
-            "num_kv_heads, 3, serves as many of num_heads, 4",
+            "must divide num_heads, but found num_kv_heads=3 and num_heads=4",
         ),
-        (lambda: nn.MultiHeadAttention(4).init(key, x), "6 units do not make 4 heads"),
+        (lambda: nn.MultiHeadAttention(4).init(key, x), "cannot divide 6 units into 4 heads"),
         (lambda: nn.MultiHeadAttention(2, rotary=True).init(key, x), "2 heads of an even size"),
         (
             lambda: nn.MultiHeadAttention(2).init(key, x[0]),
-            r"takes \(batch, length, size\) twice, but found \(3, 6\)",
+            r"needs x and memory \(batch, length, size\), but found \(3, 6\)",
         ),
-        (lambda: nn.MultiHeadAttention(2, cache=4).init(key, x, x), "takes no memory"),
+        (lambda: nn.MultiHeadAttention(2, cache=4).init(key, x, x), "call it without memory"),
     ):
         with pytest.raises(ValueError, match=text):
             make()

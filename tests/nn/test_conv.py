@@ -1,4 +1,4 @@
-"""Convolutions, pooling, resizing and activations; test_conv_torch.py holds them against PyTorch's."""
+"""Convolutions, pooling, resizing and activations; test_conv_torch.py compares them with PyTorch's."""
 
 import inspect
 import json
@@ -34,19 +34,19 @@ def ones(*shape, dtype="float32"):
 
 
 def close(a, b):
-    """Checks for equality up to 1e-5 of the greatest value."""
+    """Checks for equality up to 1e-5 of the maximum."""
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
 
 
 def in_layout(layer, x):
-    """Returns an array of channels first in the layer's layout."""
+    """Returns a channels-first array in the layer's layout."""
     return np.moveaxis(x, 1, -1) if layer.layout.endswith("C") else x
 
 
 def channels_first(layer, x):
-    """Returns an array in the layer's layout with channels first."""
+    """Returns an array of the layer's layout as channels-first."""
     return np.moveaxis(np.asarray(x), -1, 1) if layer.layout.endswith("C") else np.asarray(x)
 
 
@@ -59,7 +59,7 @@ def each(draw, rank, low, high):
 
 @st.composite
 def convolutions(draw, transposed=False):
-    """Returns a rank, the shape of an input with channels first, and settings of a convolution."""
+    """Returns a rank, a channels-first input shape, and the settings of a convolution."""
     rank = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     settings = {
@@ -76,7 +76,7 @@ def convolutions(draw, transposed=False):
     for axis in range(rank):
         k, s, p, d = (settings[n][axis] for n in ("kernel_size", "strides", "padding", "dilation"))
         window = d * (k - 1) + 1
-        # The least size that leaves one entry of the output.
+        # The minimum size that gives an output of size 1.
         least = 1 + max(-(-(2 * p + 1 - window) // s), 0) if transposed else max(window - 2 * p, 1)
         sizes.append(least + draw(st.integers(0, 3)))
     if transposed:
@@ -95,8 +95,8 @@ def test_a_transposed_convolution_is_the_transpose(case, padding):
     for n, k, s, d, (low, high) in zip(
         shape[2:], given["kernel_size"], given["strides"], given["dilation"], pairs, strict=True
     ):
-        # The strategy sees to it that n + 2 low is a window or more. What the last window does not
-        # reach is not in the output, so the transpose has to be told; "same" undoes whole multiples.
+        # The strategy makes n + 2 low at least a window. Entries beyond the last window do not affect
+        # the output, so the transpose needs output_padding; "same" restores multiples of the stride.
         sizes.append({"same": n * s, "valid": n + 2 * low, "pairs": n + low - high}[padding])
         more.append(0 if padding == "same" else (n + 2 * low - d * (k - 1) - 1) % s)
     conv = CONVS[rank](**given)
@@ -136,7 +136,7 @@ def test_the_greatest_of_other_dtypes(dtype):
     x = jnp.asarray(x, dtype)
     y = jax.jit(nn.MaxPool2D(2, padding=1))(EMPTY, x)
     assert y.dtype == dtype
-    ends = np.ix_([0, 2, 3], [0, 2, 3])  # of the windows, in which the last entry is the greatest
+    ends = np.ix_([0, 2, 3], [0, 2, 3])  # the last entry of each window, which is the maximum
     np.testing.assert_array_equal(y[0, :, :, 0], np.asarray(x)[0, :, :, 0][ends])
     y = nn.GlobalMaxPool2D()(EMPTY, x)
     assert y.dtype == dtype
@@ -153,9 +153,9 @@ def test_means_of_half_precision_are_exact(layer):
 
 
 @pytest.mark.parametrize("layer", [nn.AvgPool2D(), nn.GlobalAvgPool2D()], ids=repr)
-def test_means_of_whole_numbers(layer):
+def test_means_of_integers(layer):
     x = ones(1, 2, 2, 1, dtype="int32")
-    with pytest.raises(TypeError, match="takes the mean of floating-point .* int32: cast .* float32"):
+    with pytest.raises(TypeError, match="floating-point numbers to average, .* int32: cast .* float32"):
         layer(EMPTY, x)
     assert layer(EMPTY, x.astype("float32")).item() == 1  # what the text says to do
 
@@ -169,9 +169,9 @@ def test_pooling_shows_nan(layer):
 def test_the_gradient_of_equal_entries():
     x = ones(1, 4, 1)
     grad = jax.grad(lambda x: nn.MaxPool1D()(EMPTY, x).sum())(x)
-    assert sorted(grad.ravel().tolist()) == [0, 0, 1, 1]  # one of each window gets it
+    assert sorted(grad.ravel().tolist()) == [0, 0, 1, 1]  # one entry per window gets the gradient
     grad = jax.grad(lambda x: nn.GlobalMaxPool1D()(EMPTY, x).sum())(x)
-    assert grad.ravel().tolist() == [0.25] * 4  # all share it
+    assert grad.ravel().tolist() == [0.25] * 4  # all entries share it
 
 
 # Resizing
@@ -204,9 +204,9 @@ def test_prelu_has_its_parameter(key):
     params = nn.PReLU("ones", 3, dtype="bfloat16").init(key, x.astype("bfloat16"))
     assert (params.alpha.shape, params.alpha.dtype) == ((3,), jnp.bfloat16)
     assert nn.PReLU()(nn.PReLU().init(key, x), jnp.float32(-4)) == -1
-    with pytest.raises(ValueError, match=r"expects inputs of 4 channels on axis -1.*\(2, 3\)"):
+    with pytest.raises(ValueError, match=r"expects 4 channels on axis -1, but found shape \(2, 3\)"):
         nn.PReLU(in_channels=4).init(key, x)
-    with pytest.raises(ValueError, match="expects inputs of 3 channels on axis 2"):
+    with pytest.raises(ValueError, match="expects 3 channels on axis 2, but found"):
         nn.PReLU(in_channels=3, axis=2).init(key, x)
 
 
@@ -424,38 +424,38 @@ def test_parameters_have_the_layers_dtype(key):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: nn.Conv2D(0, 3), "Conv2D: channels is a whole number of 1 or more, but found 0"),
-        (lambda: nn.Conv2D(True, 3), "Conv2D: channels is .* found True"),
-        (lambda: nn.Conv2D(3, 0), "Conv2D: kernel_size is .* 1 or more, or a tuple of 2, but found 0"),
-        (lambda: nn.Conv2D(3, (3,)), r"Conv2D: kernel_size is .* found \(3,\)"),
-        (lambda: nn.Conv1D(3, (3, 3)), r"Conv1D: kernel_size is .* a tuple of 1, .* \(3, 3\)"),
-        (lambda: nn.Conv2D(3, 3, 1.5), "Conv2D: strides is .* found 1.5"),
-        (lambda: nn.Conv2D(3, 3, dilation=0), "Conv2D: dilation is .* found 0"),
-        (lambda: nn.Conv2D(3, 3, padding=-1), "Conv2D: padding is .* found -1"),
-        (lambda: nn.Conv2D(3, 3, padding="full"), "Conv2D: padding is .*'same' or 'valid'.* 'full'"),
-        (lambda: nn.Conv2D(3, 3, padding=((1, 2, 3), 0)), "Conv2D: padding is .*pairs"),
-        (lambda: nn.Conv2D(3, 3, layout="NCW"), "Conv2D: layout is 'NHWC' or 'NCHW', .* 'NCW'"),
-        (lambda: nn.Conv2D(3, 3, groups=0), "Conv2D: groups is .* found 0"),
-        (lambda: nn.Conv2D(3, 3, groups=2), "Conv2D: channels is 3, .* into 2 equal groups"),
-        (lambda: nn.Conv2D(4, 3, groups=2, in_channels=3), "in_channels is 3, .* 2 equal groups"),
-        (lambda: nn.Conv2D(3, 3, in_channels=-3), "Conv2D: in_channels is .* found -3"),
+        (lambda: nn.Conv2D(0, 3), "Conv2D: channels must be a positive integer, but found 0"),
+        (lambda: nn.Conv2D(True, 3), "Conv2D: channels must be .* found True"),
+        (lambda: nn.Conv2D(3, 0), "Conv2D: kernel_size must be a positive .* tuple of 2, but found 0"),
+        (lambda: nn.Conv2D(3, (3,)), r"Conv2D: kernel_size must be .* found \(3,\)"),
+        (lambda: nn.Conv1D(3, (3, 3)), r"Conv1D: kernel_size must be .* a tuple of 1, .* \(3, 3\)"),
+        (lambda: nn.Conv2D(3, 3, 1.5), "Conv2D: strides must be .* found 1.5"),
+        (lambda: nn.Conv2D(3, 3, dilation=0), "Conv2D: dilation must be .* found 0"),
+        (lambda: nn.Conv2D(3, 3, padding=-1), "Conv2D: padding must be .* found -1"),
+        (lambda: nn.Conv2D(3, 3, padding="full"), "Conv2D: padding must .*'same' or 'valid'.* 'full'"),
+        (lambda: nn.Conv2D(3, 3, padding=((1, 2, 3), 0)), "Conv2D: padding must be .*pairs"),
+        (lambda: nn.Conv2D(3, 3, layout="NCW"), "Conv2D: layout must be 'NHWC' or 'NCHW', .* 'NCW'"),
+        (lambda: nn.Conv2D(3, 3, groups=0), "Conv2D: groups must be a positive integer, .* found 0"),
+        (lambda: nn.Conv2D(3, 3, groups=2), "Conv2D: channels must .* by groups=2, but found 3"),
+        (lambda: nn.Conv2D(4, 3, groups=2, in_channels=3), "in_channels must .* groups=2, .* found 3"),
+        (lambda: nn.Conv2D(3, 3, in_channels=-3), "Conv2D: in_channels must be a non-neg.* found -3"),
         (lambda: nn.Conv2D(3, 3, activation="rleu"), "no activation 'rleu'. Did you mean .*`relu`"),
-        (lambda: nn.Conv1DTranspose(3, 3, 2, 0, 2), r"output_padding is less than .* found .*\(2,\)"),
-        (lambda: nn.Conv1DTranspose(3, 3, 2, 0, -1), "output_padding is a whole number of 0 or more"),
+        (lambda: nn.Conv1DTranspose(3, 3, 2, 0, 2), r"output_padding must be less .* found .*\(2,\)"),
+        (lambda: nn.Conv1DTranspose(3, 3, 2, 0, -1), "output_padding must be a non-negative integer"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, "same", 1), "leave out output_padding"),
-        (lambda: nn.MaxPool2D(0), "MaxPool2D: pool_size is .* found 0"),
-        (lambda: nn.MaxPool2D(2, 0), "MaxPool2D: strides is .* found 0"),
-        (lambda: nn.MaxPool2D(2, padding=2), r"padding is less than pool_size.* padding=\(2, 2\)"),
-        (lambda: nn.AvgPool2D(2, 2, 0, True, "NHWC"), "AvgPool2D: layout is .* found True"),
-        (lambda: nn.GlobalAvgPool1D("NHWC"), "GlobalAvgPool1D: layout is 'NWC' or 'NCW'"),
-        (lambda: nn.Bilinear(1.5), "Bilinear: scale is .* found 1.5"),
-        (lambda: nn.Bilinear(2, "NWC"), "Bilinear: layout is"),
-        (lambda: nn.LeakyReLU(-0.1), "LeakyReLU: alpha is a slope of 0 or more, but found -0.1"),
-        (lambda: nn.PReLU(in_channels=0), "PReLU: in_channels is .* found 0"),
-        (lambda: nn.GELU("sigmoid"), "GELU: approximation is 'erf' or 'tanh', but found 'sigmoid'"),
+        (lambda: nn.MaxPool2D(0), "MaxPool2D: pool_size must be .* found 0"),
+        (lambda: nn.MaxPool2D(2, 0), "MaxPool2D: strides must be .* found 0"),
+        (lambda: nn.MaxPool2D(2, padding=2), r"padding must be less than pool_size.* padding=\(2, 2\)"),
+        (lambda: nn.AvgPool2D(2, 2, 0, True, "NHWC"), "AvgPool2D: layout must be .* found True"),
+        (lambda: nn.GlobalAvgPool1D("NHWC"), "GlobalAvgPool1D: layout must be 'NWC' or 'NCW'"),
+        (lambda: nn.Bilinear(1.5), "Bilinear: scale must be .* found 1.5"),
+        (lambda: nn.Bilinear(2, "NWC"), "Bilinear: layout must be"),
+        (lambda: nn.LeakyReLU(-0.1), "LeakyReLU: alpha must be non-negative, but found -0.1"),
+        (lambda: nn.PReLU(in_channels=0), "PReLU: in_channels must be .* found 0"),
+        (lambda: nn.GELU("relu"), "GELU: approximation must be 'erf' or 'tanh', but found 'relu'"),
     ],
 )
-def test_settings_that_are_none(make, text):
+def test_invalid_settings(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
@@ -466,22 +466,22 @@ def test_settings_that_are_none(make, text):
         (
             nn.Conv2D(3, 3),
             (28, 28, 1),
-            r"needs an input \(batch, height, width, channels\), as its layout is NHWC, but found the "
-            r"shape \(28, 28, 1\). x\[None\] adds",
+            r"needs an input \(batch, height, width, channels\) for layout NHWC, but found shape "
+            r"\(28, 28, 1\). x\[None\] adds",
         ),
-        (nn.Conv1D(3, 3, layout="NCW"), (2, 3), r"\(batch, channels, width\).* layout is NCW"),
-        (nn.Conv2D(3, 3), (1, 1, 28, 28, 1), r"found the shape \(1, 1, 28, 28, 1\)\.\n"),
-        (nn.Conv2D(3, 3, in_channels=3), (1, 3, 8, 8), r"expects inputs of 3 channels, .* 8 on axis 3"),
-        (nn.Conv2D(4, 3, groups=2), (1, 8, 8, 3), r"divided into groups=2, but found 3 on axis 3"),
-        (nn.Conv2D(4, 3), (1, 8, 8, 0), "needs a number of channels .* found 0"),
-        (nn.Conv2D(4, 3, dilation=2), (1, 8, 4, 1), r"reaches over \(5, 5\), .* padding \(0, 0\)"),
-        (nn.Conv2D(4, 3, padding=3), (1, 0, 4, 1), "empty along no axis but the batch"),
-        (nn.Conv1DTranspose(4, 2, padding=3), (1, 5, 1), r"padding \(3,\) leaves nothing"),
-        (nn.MaxPool1D(4), (1, 3, 1), "windows are larger than an input of the shape"),
+        (nn.Conv1D(3, 3, layout="NCW"), (2, 3), r"\(batch, channels, width\) for layout NCW"),
+        (nn.Conv2D(3, 3), (1, 1, 28, 28, 1), r"found shape \(1, 1, 28, 28, 1\)\.\n"),
+        (nn.Conv2D(3, 3, in_channels=3), (1, 3, 8, 8), r"expects 3 channels, but found 8 on axis 3"),
+        (nn.Conv2D(4, 3, groups=2), (1, 8, 8, 3), r"divisible by groups=2, but found 3 on axis 3"),
+        (nn.Conv2D(4, 3), (1, 8, 8, 0), "needs a positive number of channels .* found 0"),
+        (nn.Conv2D(4, 3, dilation=2), (1, 8, 4, 1), r"kernel \(5, 5\) is larger .* padding \(0, 0\)"),
+        (nn.Conv2D(4, 3, padding=3), (1, 0, 4, 1), "without empty spatial axes, but found"),
+        (nn.Conv1DTranspose(4, 2, padding=3), (1, 5, 1), r"padding \(3,\) leaves an empty output"),
+        (nn.MaxPool1D(4), (1, 3, 1), "windows are larger than an input of shape"),
         (nn.AvgPool2D(), (4, 4, 1), r"needs an input \(batch, .* x\[None\] adds"),
-        (nn.AvgPool2D(), (1, 4, 0, 1), "empty along no axis"),
+        (nn.AvgPool2D(), (1, 4, 0, 1), "without empty spatial axes"),
         (nn.GlobalMaxPool2D(), (4, 1), r"needs an input \(batch, height"),
-        (nn.GlobalAvgPool1D(), (4, 0, 1), "empty along no axis"),
+        (nn.GlobalAvgPool1D(), (4, 0, 1), "without empty spatial axes"),
         (nn.Bilinear(2), (4, 4, 1), r"needs an input \(batch, height"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Layer) else "",

@@ -35,7 +35,7 @@ __all__ = ["quick_compilation"]
 
 
 def check(layer, reference, x, **params):
-    """Checks the outputs and all gradients of a layer; x and the reference have channels first."""
+    """Checks the outputs and all gradients of a layer; x and the reference are channels-first."""
     leaves = [torch.tensor(value, requires_grad=True) for value in (x, *params.values())]
     expected = reference(*leaves)
     slope = data(*expected.shape, seed=1)
@@ -99,7 +99,7 @@ def test_padding_that_differs_between_the_ends(padding):
 
 @st.composite
 def poolings(draw):
-    """Returns a rank, the shape of an input with channels first, and settings of a pooling layer."""
+    """Returns a rank, a channels-first input shape, and the settings of a pooling layer."""
     rank = draw(st.integers(1, 3))
     given = {
         "pool_size": each(draw, rank, 1, 4),
@@ -108,7 +108,7 @@ def poolings(draw):
         "ceil_mode": draw(st.booleans()),
     }
     given["padding"] = tuple(draw(st.integers(0, size // 2)) for size in given["pool_size"])
-    sizes = [  # avg_pool3d does not take less than a window, with padding or not
+    sizes = [  # avg_pool3d rejects inputs smaller than a window, even with padding
         max(size - 2 * pad * (rank < 3), 1) + draw(st.integers(0, 4))
         for size, pad in zip(given["pool_size"], given["padding"], strict=True)
     ]

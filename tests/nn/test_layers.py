@@ -1,4 +1,4 @@
-"""Layers: one table of them all that runs through every transform, then each layer by itself."""
+"""Layers: a table of all of them, tested under every transform, then tests of each layer."""
 
 import contextlib
 import copy
@@ -22,11 +22,11 @@ from paramtree import initializers as init
 from paramtree import nn
 from tests.helpers import quick_compilation, x64
 
-__all__ = ["quick_compilation"]  # a fixture is used by being here
+__all__ = ["quick_compilation"]  # an autouse fixture
 
 
 class Row(NamedTuple):
-    """A layer, made anew at every call, and what it is called with. Integers are below 5."""
+    """A factory of a layer, and its inputs. Integer inputs are below 5."""
 
     make: Callable[[], nn.Layer]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
@@ -45,7 +45,7 @@ def tied():
     return nn.Sequential(shared, nn.Sequential(nn.Dense(5), shared), nn.Dense(2))
 
 
-# The first word is the class. A new layer needs a row, and then passes all the tests of the table.
+# The first word is the class. Every new layer needs a row, which all tests of the table run on.
 TABLE = {
     "Activation": Row(lambda: nn.Activation("tanh"), (of(2, 5),)),
     "Activation function": Row(lambda: nn.Activation(double), (of(5),)),
@@ -159,7 +159,7 @@ rows = pytest.mark.parametrize("row", TABLE)
 
 
 def normal(*shape):
-    # Made by numpy, as all the data here: jax would compile a function for every shape.
+    # Data comes from numpy, as jax would compile a function for every shape.
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), "float32")
 
 
@@ -168,7 +168,7 @@ def ones(*shape):
 
 
 def arrays(inputs, seed=0, batch=()):
-    """Returns random inputs, with more leading axes if asked for."""
+    """Returns random inputs, optionally with additional leading axes."""
     rng = np.random.default_rng(seed)
     return tuple(
         jnp.asarray(
@@ -201,7 +201,7 @@ def cast(tree, dtype):
 
 
 def loss(layer, params, *inputs):
-    """Returns a scalar that depends on every output, each with another weight."""
+    """Returns a scalar that depends on every output, with a different weight for each."""
     total = jnp.zeros((), jnp.float32)
     for y in jax.tree.leaves(layer(params, *inputs)):
         weights = jnp.linspace(0.5, 1.5, y.size, dtype=jnp.float32).reshape(y.shape)
@@ -210,7 +210,7 @@ def loss(layer, params, *inputs):
 
 
 def close(a, b, **tolerance):
-    """Checks that two trees have one structure, and shapes, dtypes and about the same values."""
+    """Checks that two trees have equal structures, shapes and dtypes, and close values."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert one.shape == other.shape
@@ -219,7 +219,7 @@ def close(a, b, **tolerance):
 
 
 def same(a, b):
-    """Whether two trees have one structure and exactly the same values."""
+    """Whether two trees have equal structures and values."""
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -231,7 +231,7 @@ def described(tree):
 
 
 def pruned(tree):
-    """Returns nested dicts without the levels that hold nothing: what a file of names gives."""
+    """Returns nested dicts without empty levels, as loaded from a file of names."""
     if not isinstance(tree, dict):
         return tree
     below = {name: pruned(value) for name, value in tree.items()}
@@ -239,7 +239,7 @@ def pruned(tree):
 
 
 class Counting:
-    """A function that counts how often it is traced or run."""
+    """A function that counts its calls, traced or eager."""
 
     def __init__(self):
         self.calls = 0
@@ -304,7 +304,7 @@ def test_grad(row):
     assert jax.tree.leaves(described(grads)) == jax.tree.leaves(described(params))
     for leaf in jax.tree.leaves(grads):
         assert np.isfinite(leaf).all()
-    for leaf in jax.tree.leaves(pt.collect(grads, kind="param")):  # state may be of no use to it
+    for leaf in jax.tree.leaves(pt.collect(grads, kind="param")):  # state may be unused
         assert np.any(leaf)
 
 
@@ -340,7 +340,7 @@ def test_scan_equals_a_loop(row):
 
 
 def outputs_of(layer, params, *inputs):
-    """Returns what a layer gives in training, and its gradient, as shapes and dtypes."""
+    """Returns the shapes and dtypes of a layer's output in training and of its gradient."""
     key = jax.random.key(1)
     y, after = jax.eval_shape(lambda p, *x: pt.training(layer)(p, *x, key=key), params, *inputs)
     return y, after, jax.eval_shape(jax.grad(functools.partial(loss, layer)), params, *inputs)
@@ -366,7 +366,7 @@ def test_x64(row):
     with x64():
         layer = make()
         made = jax.eval_shape(lambda key: pt.init(layer, key, *structs), jax.random.key(0))
-        # A layer's dtype is what it says; that 64 bits are possible changes nothing.
+        # Enabling 64 bits does not change a layer's dtype.
         assert jax.tree.leaves(made) == jax.tree.leaves(described(params))
         y = jax.eval_shape(layer, params, *inputs)
         assert jax.tree.leaves(y) == jax.tree.leaves(described(expected))
@@ -580,7 +580,7 @@ def test_a_layer_needs_a_call():
     class Nothing(nn.Layer):
         pass
 
-    with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\)"):
+    with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\): define"):
         Nothing()(pt.from_tree({}), 0)
 
 
@@ -648,7 +648,7 @@ def test_dense_on_one_dimension(flatten, key):
 
 
 def test_dense_on_a_scalar(key):
-    with pytest.raises(ValueError, match=r"Dense\(None -> 3, linear\) needs an input of one dimension"):
+    with pytest.raises(ValueError, match=r"Dense\(None -> 3, linear\) needs at least one dimension"):
         nn.Dense(3).init(key, jnp.float32(1))
 
 
@@ -683,17 +683,17 @@ def test_dense_checks_the_input_size(key):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: nn.Dense(-1), "Dense: units is a whole number of 0 or more, but found -1"),
-        (lambda: nn.Dense(2.5), "Dense: units is .* found 2.5"),
-        (lambda: nn.Dense("relu"), "Dense: units is .* found 'relu'"),
-        (lambda: nn.Dense(True), "Dense: units is .* found True"),
-        (lambda: nn.Dense(3, in_units=-2), "Dense: in_units is .* found -2"),
-        (lambda: nn.Embedding(-1, 2), "Embedding: input_dim is .* found -1"),
-        (lambda: nn.Embedding(3, None), "Embedding: output_dim is .* found None"),
+        (lambda: nn.Dense(-1), "Dense: units must be a non-negative integer, but found -1"),
+        (lambda: nn.Dense(2.5), "Dense: units must be .* found 2.5"),
+        (lambda: nn.Dense("relu"), "Dense: units must be .* found 'relu'"),
+        (lambda: nn.Dense(True), "Dense: units must be .* found True"),
+        (lambda: nn.Dense(3, in_units=-2), "Dense: in_units must be .* found -2"),
+        (lambda: nn.Embedding(-1, 2), "Embedding: input_dim must be .* found -1"),
+        (lambda: nn.Embedding(3, None), "Embedding: output_dim must be .* found None"),
     ],
     ids=["negative", "float", "string", "bool", "in_units", "input_dim", "output_dim"],
 )
-def test_sizes_are_whole_numbers(make, text):
+def test_sizes_are_integers(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
@@ -924,7 +924,7 @@ def test_a_name_that_is_no_segment_is_refused_or_works(name, key):
 
 
 def test_names_never_clash_unnoticed():
-    # The alias of a class whose name ends in a digit runs into the counter of another alias.
+    # An alias that ends in a digit may collide with the counter of another alias.
     class Dense1(nn.Layer):
         def __call__(self, p, x):
             return p.param("weight", (2, 2), init.One()) @ x
@@ -935,9 +935,9 @@ def test_names_never_clash_unnoticed():
 
 
 def test_a_name_given_twice():
-    with pytest.raises(ValueError, match="two children called dense0: .* called dense0, relu0") as info:
+    with pytest.raises(ValueError, match="two children named dense0: .* named dense0, relu0") as info:
         nn.Sequential(nn.Dense(3), nn.Activation("relu"), dense0=nn.Dense(2))
-    assert "give the named ones other names" in str(info.value)
+    assert "Choose other names for the keyword arguments" in str(info.value)
     nn.Sequential(nn.Dense(3), nn.Activation("relu"), head=nn.Dense(2))
     nn.Sequential(nn.Dense(3), dense1=nn.Dense(2))
 
@@ -1102,13 +1102,13 @@ def test_repr_of_all_sorts():
 
 
 def dense(*names):
-    """Returns the ties of dense layers, each given as alias:source."""
+    """Returns the ties of dense layers written as alias:source."""
     pairs = (name.split(":") for name in names)
     return {f"{a}_{leaf}": f"{s}_{leaf}" for a, s in pairs for leaf in ("weight", "bias")}
 
 
 def shared_nets():
-    """Yields nets with the ties that their parameters are to have."""
+    """Yields nets with the expected ties of their parameters."""
     d, e = nn.Dense(5, "tanh"), nn.Dense(5, "tanh")
     inner = nn.Sequential(d, d)
     yield "flat", nn.Sequential(d, e, d), dense("dense2:dense0")
@@ -1184,7 +1184,7 @@ def test_what_layers_have_in_common_without_a_sequential_is_no_tie(key):
 
     @dataclasses.dataclass(frozen=True)
     class Residual(nn.Layer):
-        body: nn.Layer = default  # one instance for all, as it is a default
+        body: nn.Layer = default  # a default is the same instance for all
 
         def __call__(self, p, x):
             return x + self.body(p.body, x)
@@ -1204,7 +1204,7 @@ def test_nets_that_share_differently_are_different():
     partitions = [(d, d, d), (d, d, e), (d, e, d), (d, e, e), (d, e, f)]
     assert len({nn.Sequential(*layers) for layers in partitions}) == 5
     assert len({nn.Sequential(a, nn.Sequential(b, c)) for a, b, c in partitions}) == 5
-    # Looked at from outside, what the inner net shares counts as well.
+    # The outer net includes the ties of the inner net.
     assert nn.Sequential(nn.Sequential(d, d)) != nn.Sequential(nn.Sequential(d, e))
     assert nn.Sequential(d, d) == nn.Sequential(e, e)
     assert hash(nn.Sequential(d, d)) == hash(nn.Sequential(e, e))
@@ -1228,7 +1228,7 @@ def test_sharing_inside_a_model(key):
     assert pt.ties(params) == dense("body_sequential0_dense0:body_dense0")
 
 
-# What jax compiles
+# Compilation
 
 
 def test_equal_nets_share_compiled_code(key):
@@ -1239,7 +1239,7 @@ def test_equal_nets_share_compiled_code(key):
         return nn.Sequential(d, nn.Dropout(0.5), d, counting, nn.Sequential(nn.Dense(2, "relu")))
 
     x = ones(2, 5)
-    nets = [make() for _ in range(3)]  # jax forgets what it compiled with the function it was for
+    nets = [make() for _ in range(3)]  # jax drops compiled code together with its function
     params = nets[0].init(key, x)
     counting.calls = 0
     for net in nets:
@@ -1327,7 +1327,7 @@ def test_dropout_keeps_the_mean(rate, key):
     error = np.sqrt(rate * (1 - rate) / x.size)
     assert abs(kept.mean() - (1 - rate)) < 5 * error
     assert abs(y.mean() - 3) < 5 * 3 * error / (1 - rate)
-    # Neither rows nor columns share their fate.
+    # Neither rows nor columns share a mask.
     for axis in (0, 1):
         share = kept.mean(axis)
         assert np.abs(share - (1 - rate)).max() < 6 * np.sqrt(rate * (1 - rate) / 200)
@@ -1346,7 +1346,7 @@ def test_dropout_axes_share_their_fate(axes, key):
 
 def test_dropout_axes_that_the_input_does_not_have(key):
     for axis in (2, 5, -3):
-        with pytest.raises(ValueError, match=r"ax[ie]s"):
+        with pytest.raises(ValueError, match=r"axes are out of range for an input of shape \(3, 4\)"):
             dropped(nn.Dropout(0.5, axes=(axis,)), ones(3, 4), key)
 
 
@@ -1359,7 +1359,7 @@ def test_dropout_of_rate_0_needs_no_key(key):
 
 @pytest.mark.parametrize("rate", [1, 1.0, -0.1, 1.5, float("nan")])
 def test_dropout_rates(rate):
-    with pytest.raises(ValueError, match=r"Dropout: rate is a share in \[0, 1\), but found"):
+    with pytest.raises(ValueError, match=r"Dropout: rate must be in \[0, 1\), but found"):
         nn.Dropout(rate)
 
 
@@ -1490,10 +1490,10 @@ def test_embedding(shape, dtype, key):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
-def test_embedding_takes_whole_numbers(dtype, key):
+def test_embedding_takes_integers(dtype, key):
     layer = nn.Embedding(7, 4)
     ids = jnp.ones((2, 3), dtype)
-    with pytest.raises(TypeError, match=rf"Embedding\(7 -> 4, float32\) takes whole numbers.* {dtype}"):
+    with pytest.raises(TypeError, match=rf"Embedding\(7 -> 4, float32\) needs integers.* {dtype}"):
         layer.init(key, ids)
     params = layer.init(key, ids.astype("int32"))  # what the text says to do
     with pytest.raises(TypeError, match="cast the ids to int32"):

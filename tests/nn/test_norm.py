@@ -1,4 +1,4 @@
-"""Layers that normalise: PyTorch says what they compute; then running statistics under every transform."""
+"""Normalizing layers: compared with PyTorch, then running statistics under every transform."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ from paramtree import initializers as init
 from paramtree import nn
 from tests.helpers import quick_compilation, x64
 
-__all__ = ["quick_compilation"]  # a fixture is used by being here
+__all__ = ["quick_compilation"]  # an autouse fixture
 
 LAYERS = [nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm]
 layers = pytest.mark.parametrize("make", LAYERS)
@@ -28,7 +28,7 @@ def normal(*shape, seed=0):
 
 
 def filled(layer, x, seed=0):
-    """Returns parameters that are all different; statistics are positive."""
+    """Returns parameters with distinct values and positive statistics."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda s: jnp.asarray(rng.uniform(0.5, 1.5, s.shape), s.dtype), pt.abstract(layer, x)
@@ -36,7 +36,7 @@ def filled(layer, x, seed=0):
 
 
 def near(found, expected, tolerance=1e-5):
-    """Checks that arrays differ by 1e-5 of their scale at most."""
+    """Checks that arrays differ by at most 1e-5 of their scale."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max(initial=0) <= tolerance * max(
@@ -102,9 +102,9 @@ def test_values_and_gradients_are_those_of_pytorch(kind, data):
     sizes = data.draw(st.lists(st.integers(2, 3), min_size=rank, max_size=rank))
     shape = (data.draw(st.integers(2, 4)), channels, *sizes)
     axis = data.draw(st.sampled_from([1, -1]))
-    # Not tiny: where two values are all, they can be so close that float32 has too few digits.
+    # Not tiny: statistics of two values can be too small for float32.
     epsilon = data.draw(st.sampled_from([1e-3, 1e-1]))
-    last = kind in ("layer", "rms")  # PyTorch normalises the last axis, and ours any one
+    last = kind in ("layer", "rms")  # PyTorch normalizes over the last axis only
     x = 2 * normal(*shape) + 1
     torch_x = torch.tensor(np.moveaxis(x, 1, -1) if last else x, dtype=torch.float64)
     torch_x.requires_grad = True
@@ -131,7 +131,7 @@ def test_values_and_gradients_are_those_of_pytorch(kind, data):
     (_, (y, after)), (grads, slope) = run(params, x)
 
     def theirs(array):
-        """Returns an array of ours in PyTorch's layout."""
+        """Returns one of our arrays in PyTorch's layout."""
         array = np.asarray(array)
         if last:
             return array if axis == -1 else np.moveaxis(array, 1, -1)
@@ -147,7 +147,7 @@ def test_values_and_gradients_are_those_of_pytorch(kind, data):
     if kind == "batch" and training:
         count = x.size // channels
         near(after.running_mean, net.running_mean)
-        # PyTorch's running variance is of the unbiased ones.
+        # PyTorch's running variance is unbiased.
         unbiased = (net.running_var.numpy() - 0.7 * before["running_var"]) / 0.3
         near(after.running_var, 0.7 * before["running_var"] + 0.3 * unbiased * (count - 1) / count)
     elif kind == "batch":
@@ -279,7 +279,7 @@ def test_running_statistics_over_several_steps(momentum, key):
         variance = momentum * variance + (1 - momentum) * x.var((0, 2))
         near(params.running_mean, mean)
         near(params.running_var, variance)
-    # In inference they are what counts, and stay.
+    # Inference uses them and leaves them unchanged.
     x = normal(1, 2, 4, seed=9)
     expected = (x - mean[:, None]) / np.sqrt(variance[:, None] + 1e-5)
     near(layer(params, x), expected)
@@ -327,7 +327,7 @@ def test_a_sequential_trains_and_brings_its_statistics_back(key):
     for bn in (params.batchnorm0, params.batchnorm1):
         assert np.abs(bn.running_mean).max() > 0.1
         assert bn.running_var.dtype == jnp.float32
-    # After so many steps the running statistics are about the batch's.
+    # After many steps the running statistics are close to the batch's.
     y, _ = pt.training(net)(params, x)
     assert np.abs(np.asarray(net(params, x) - y)).max() < 0.3
     assert not np.array_equal(net(params, x), y)
@@ -362,7 +362,7 @@ def test_a_batch_of_one_has_no_variance_and_an_empty_one_no_statistics(key):
     near(after.running_var, 0.9 * params.running_var)
     assert layer(params, normal(0, 3)).shape == (0, 3)
     assert jax.tree.structure(pt.abstract(layer, normal(0, 3))) == jax.tree.structure(params)
-    with pytest.raises(ValueError, match=r"BatchNorm\(.*\) has no statistics of an empty batch"):
+    with pytest.raises(ValueError, match=r"BatchNorm\(.*\) cannot train on an empty batch"):
         pt.training(layer)(params, normal(0, 3))
 
 
@@ -383,7 +383,7 @@ def test_empty_inputs(make, shape):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_of_low_precision_are_computed_in_float32(make, dtype):
     layer = make()
-    # The squares do not fit float16, and bfloat16 has no digits left for the deviation of the mean.
+    # The squares overflow float16, and bfloat16 has too few digits for the deviations.
     x = jnp.asarray(600 + 10 * normal(8, 40, 3), dtype)
     params = filled(layer, x)
     run = pt.training(layer)
@@ -452,7 +452,7 @@ def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(key):
         for f in (split, of(plain))
     )
     all_near(found, expected)
-    # Without the name each part goes by its own statistics, and there is one tree for each.
+    # Without axis_name each slice uses its own statistics and returns its own tree.
     y, after = jax.vmap(pt.training(plain), (None, 0))(params, x.reshape(4, 3, 3, 2))
     assert np.abs(y.reshape(x.shape) - expected[0][1][0]).max() > 0.1
     assert after.running_mean.shape == (4, 3)
@@ -489,12 +489,12 @@ def test_only_training_needs_the_mapped_axis(key):
 
 
 def model(p, xs):
-    """Normalises each of a number of batches within a scan."""
+    """Normalizes several batches in a scan."""
     return jax.lax.scan(lambda carry, x: (carry, nn.BatchNorm()(p.bn, x)), 0, xs)[1]
 
 
 def by_hand(xs, params):
-    """Returns the outputs and the tree after each batch in turn."""
+    """Returns the outputs of all batches, and the tree after the last one."""
     ys = []
     for x in xs:
         y, params = pt.training(nn.BatchNorm())(params, x)
@@ -530,7 +530,7 @@ def test_a_write_within_a_part_of_a_model_under_checkpoint(key):
     def right(p, x):
         if not p.training:
             return jnp.tanh(layer(p.bn, x))
-        y, new = jax.checkpoint(pt.training(layer))(p.bn, x)  # the new tree comes out of it
+        y, new = jax.checkpoint(pt.training(layer))(p.bn, x)  # returns the new tree
         for name in ("running_mean", "running_var"):
             p.bn.update(name, new[name])
         return jnp.tanh(y)
@@ -596,16 +596,16 @@ def test_inference_writes_nothing_anywhere(key):
 
 
 @layers
-def test_inputs_that_are_none(make, key):
+def test_invalid_inputs(make, key):
     layer = make(axis=1, in_channels=3)
     x = normal(2, 3, 4)
     params = layer.init(key, x)
     name = make.__name__
-    with pytest.raises(TypeError, match=rf"{name}\(.* takes floating-point numbers, but found int32"):
+    with pytest.raises(TypeError, match=rf"{name}\(.* needs floating-point numbers, but found int32"):
         layer(params, x.astype("int32"))
     with pytest.raises(ValueError, match=rf"{name}\(.* expects 3 channels on axis 1, .* \(2, 4, 3\)"):
         layer(params, x.swapaxes(1, 2))
-    with pytest.raises(ValueError, match=rf"{name}\(.* no axis 5 in an input \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=rf"{name}\(.* finds no axis 5 in .* shape \(2, 3, 4\)"):
         make(axis=5)(params, x)
     with pytest.raises(pt.MismatchError, match=r"`gamma` has shape \(3,\), but the model needs \(4,\)"):
         make()(params, x)
@@ -615,11 +615,11 @@ def test_inputs_that_are_none(make, key):
 
 def test_inputs_without_the_axes_that_it_takes():
     for layer, shape, least in ((nn.InstanceNorm(), (2, 3), 3), (nn.GroupNorm(), (3,), 2)):
-        with pytest.raises(ValueError, match=f"needs an input of {least} dimensions or more") as info:
+        with pytest.raises(ValueError, match=f"needs at least {least} dimensions, but found") as info:
             layer.init(jax.random.key(0), normal(*shape))
         assert str(shape) in str(info.value)
     for layer in (nn.InstanceNorm(axis=0), nn.GroupNorm(axis=-3)):
-        with pytest.raises(ValueError, match="the first axis is the batch"):
+        with pytest.raises(ValueError, match="axis cannot be the first, which is the batch"):
             layer.init(jax.random.key(0), normal(2, 3, 4))
     with pytest.raises(ValueError, match=r"GroupNorm\(.*num_groups=3.*\) cannot divide 4 channels"):
         nn.GroupNorm(3).init(jax.random.key(0), normal(2, 4))
@@ -630,21 +630,21 @@ def test_inputs_without_the_axes_that_it_takes():
     [
         (
             lambda: nn.BatchNorm(momentum=1.5),
-            r"BatchNorm: momentum is a share in \[0, 1\], .* found 1.5",
+            r"BatchNorm: momentum must be in \[0, 1\], .* found 1.5",
         ),
-        (lambda: nn.BatchNorm(in_channels=-1), "BatchNorm: in_channels is .* found -1"),
-        (lambda: nn.LayerNorm(axis=(1, 2)), r"LayerNorm: axis is one axis, .* found \(1, 2\)"),
-        (lambda: nn.LayerNorm(axis=True), "LayerNorm: axis is one axis, .* found True"),
+        (lambda: nn.BatchNorm(in_channels=-1), "BatchNorm: in_channels must be .* found -1"),
+        (lambda: nn.LayerNorm(axis=(1, 2)), r"LayerNorm: axis must be a single .* found \(1, 2\)"),
+        (lambda: nn.LayerNorm(axis=True), "LayerNorm: axis must be a single integer, .* found True"),
         (
             lambda: nn.RMSNorm(epsilon=-1e-5),
-            "RMSNorm: epsilon is a number of 0 or more, .* found -1e-05",
+            "RMSNorm: epsilon must be non-negative, .* found -1e-05",
         ),
-        (lambda: nn.GroupNorm(0), "GroupNorm: num_groups is 1 or more, but found 0"),
-        (lambda: nn.GroupNorm(2.0), "GroupNorm: num_groups is .* found 2.0"),
-        (lambda: nn.InstanceNorm(gamma_initializer="one"), "an initializer's name is one of"),
+        (lambda: nn.GroupNorm(0), "GroupNorm: num_groups must be positive, but found 0"),
+        (lambda: nn.GroupNorm(2.0), "GroupNorm: num_groups must be .* found 2.0"),
+        (lambda: nn.InstanceNorm(gamma_initializer="one"), "no initializer 'one'. The names are"),
     ],
 )
-def test_settings_that_are_none(make, text):
+def test_invalid_settings(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 

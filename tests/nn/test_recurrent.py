@@ -1,4 +1,4 @@
-"""Recurrent layers: PyTorch and files of MXNet say what they compute; then padding, states, errors."""
+"""Recurrent layers: compared with PyTorch and MXNet files; then padding, states, errors."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ from paramtree import initializers as init
 from paramtree import nn
 from tests.helpers import quick_compilation
 
-__all__ = ["quick_compilation"]  # a fixture is used by being here
+__all__ = ["quick_compilation"]  # an autouse fixture
 
 GOLD = Path(__file__).parents[1] / "data" / "gluon" / "lstm"
 KINDS = {
@@ -41,14 +41,14 @@ def normal(*shape, seed=0, scale=1.0):
 
 
 def filled(layer, *inputs, seed=0):
-    """Returns parameters that make more of a difference than the usual initial ones."""
+    """Returns parameters with more effect on the output than initial ones."""
     rng = np.random.default_rng(seed)
     tree = pt.abstract(layer, *inputs)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 2, s.dtype), tree)
 
 
 def near(found, expected):
-    """Checks that arrays differ by 1e-5 of their scale at most."""
+    """Checks that arrays differ by at most 1e-5 of their scale."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     if expected.size:
@@ -61,7 +61,7 @@ def all_near(found, expected):
 
 
 def zeros(layer, batch, kind):
-    """Returns a state as ``layer(p, x, state)`` returns it: not a list but in an LSTM."""
+    """Returns a state in the form that ``layer(p, x, state)`` returns: a list for an LSTM only."""
     begin = layer.begin_state(batch)
     return begin if kind == "lstm" else begin[0]
 
@@ -83,7 +83,7 @@ def torch_layer(kind, size, params, **settings):
 
 
 def our_name(name):
-    """Returns our name of what PyTorch calls weight_ih_l0, or bias_hh_l1_reverse."""
+    """Returns our name for a PyTorch name such as weight_ih_l0 or bias_hh_l1_reverse."""
     what, which, level, *reverse = name.split("_")
     side = "r" if reverse else "l"
     return f"{side}{level[1:]}_{which[0]}2h_{what}"
@@ -124,14 +124,14 @@ def test_values_and_gradients_are_those_of_pytorch(kind, case):
     rows = layers * (1 + case["bidirectional"])
     state = [normal(rows, batch, hidden, seed=i + 1) for i in range(2 if kind == "lstm" else 1)]
     given_state = state if case["state"] else [np.zeros_like(part) for part in state]
-    # Each output has a weight of its own in what is differentiated.
+    # The loss gives each output a different weight.
     weights = [normal(*x.shape[:2], (1 + case["bidirectional"]) * hidden, seed=7)]
     weights += [normal(rows, batch, hidden, seed=8 + i) for i in range(len(state))]
 
     def objective(params, x, state):
         y, new = layer(params, x, state, lengths=lengths)
         if not case["state"]:
-            y = layer(params, x, lengths=lengths)  # begins with zeros by itself
+            y = layer(params, x, lengths=lengths)  # starts from zeros
         total = sum((w * v).sum() for w, v in zip(weights, (y, *new), strict=True))
         return total, (y, new)
 
@@ -338,7 +338,7 @@ def test_a_state_comes_back_in_the_form_that_it_was_given_in(kind, form):
     params = filled(layer, x)
     y, new = layer(params, x, state)
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    # In two parts it is the same sequence, also where the parts are steps of a scan.
+    # Two halves give the same outputs as the full sequence, also as steps of a scan.
     half, middle = layer(params, x[:2], state)
     rest, end = layer(params, x[2:], middle)
     near(np.concatenate([half, rest]), y)
@@ -376,7 +376,7 @@ def test_sequences_without_steps_and_batches_without_sequences(kind):
         for lengths in (None, jnp.zeros(shape[1], "int32")):
             y, new = jax.jit(layer)(params, x, state, lengths=lengths)
             assert y.shape == (*shape[:2], 6)
-            all_near(new, state)  # nothing has happened to it
+            all_near(new, state)  # unchanged
     grads = jax.grad(lambda p: layer(p, jnp.ones((0, 2, 5))).sum())(params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
     assert jax.tree.structure(pt.abstract(layer, jnp.ones((0, 2, 5)))) == jax.tree.structure(params)
@@ -389,7 +389,7 @@ def test_dropout_is_between_the_layers_in_training(key):
     layer = nn.RNN(40, 2, "identity", dropout=0.5)
     x = np.ones((4, 3, 2), "float32")
     params = layer.init(key, x, rules={".*_bias": init.Zero(), ".*h2h.*": init.Zero()})
-    # Without a recurrence, and with the identity behind, what is dropped is to be seen.
+    # Without recurrence and with an identity as the second layer, the output shows the mask.
     params = pt.replace(params, {"l1_i2h_weight": jnp.eye(40)})
     plain = np.asarray(nn.RNN(40, 2, "identity")(params, x))
     near(layer(params, x), plain)
@@ -398,12 +398,12 @@ def test_dropout_is_between_the_layers_in_training(key):
     shares = np.asarray(y) / plain
     assert set(np.unique(shares.round(3))) == {0, 2}
     assert 0.4 < (shares > 1).mean() < 0.6
-    assert len({one.tobytes() for one in shares}) == 4  # each step has a mask of its own
+    assert len({share.tobytes() for share in shares}) == 4  # each step has its own mask
     near(run(params, x, key=key)[0], y)
     assert not np.array_equal(run(params, x, key=jax.random.key(5))[0], y)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
-    # The last layer's output is whole.
+    # No dropout follows the last layer.
     with pytest.raises(pt.ScopeError, match="draws random numbers, but no key was given"):
         pt.training(layer)(params, x)
     single = nn.RNN(40, 1, "identity", dropout=0.5)
@@ -418,7 +418,7 @@ def test_every_gap_between_layers_has_a_mask_of_its_own(key):
     params = pt.replace(params, {f"l{i}_i2h_weight": jnp.eye(50) for i in (1, 2)})
     y, _ = pt.training(layer)(params, x, key=key)
     assert set(np.unique(y)) == {0, 4}
-    assert 0.05 < (np.asarray(y) > 0).mean() < 0.45  # a quarter, where half would be one mask
+    assert 0.05 < (np.asarray(y) > 0).mean() < 0.45  # a quarter; a shared mask would keep half
 
 
 def test_dropout_is_recomputed_under_checkpoint(key):
@@ -467,7 +467,7 @@ def test_a_layer_is_compiled_once(key):
     x = normal(4, 2, 3)
     net = nn.Sequential(nn.RNN(3, 3, activation), nn.RNN(3, 1, activation))
     params = net.init(key, x)
-    assert len(traces) == 1  # four layers of one kind and size are one function
+    assert len(traces) == 1  # four layers of the same type and size share one trace
     for _ in range(3):
         y = net(params, x)
     assert len(traces) == 1
@@ -510,16 +510,16 @@ def test_a_sequential_trains(key):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: nn.LSTM(-1), "LSTM: hidden_size is a whole number of 0 or more, but found -1"),
-        (lambda: nn.GRU(3, num_layers=1.5), "GRU: num_layers is .* but found 1.5"),
-        (lambda: nn.GRU(3, num_layers=0), "GRU: num_layers is 1 or more, but found 0"),
-        (lambda: nn.GRU(3, input_size=None), "GRU: input_size is .* but found None"),
-        (lambda: nn.RNN(3, layout="NCT"), "RNN: layout is 'TNC' or 'NTC', but found 'NCT'"),
-        (lambda: nn.RNN(3, dropout=1), r"RNN: dropout is a share in \[0, 1\), but found 1"),
+        (lambda: nn.LSTM(-1), "LSTM: hidden_size must be a non-negative integer, but found -1"),
+        (lambda: nn.GRU(3, num_layers=1.5), "GRU: num_layers must be .* but found 1.5"),
+        (lambda: nn.GRU(3, num_layers=0), "GRU: num_layers must be positive, but found 0"),
+        (lambda: nn.GRU(3, input_size=None), "GRU: input_size must be .* but found None"),
+        (lambda: nn.RNN(3, layout="NCT"), "RNN: layout must be 'TNC' or 'NTC', but found 'NCT'"),
+        (lambda: nn.RNN(3, dropout=1), r"RNN: dropout must be in \[0, 1\), but found 1"),
         (lambda: nn.RNN(3, activation="tahn"), "no activation 'tahn'. Did you mean `tanh`"),
     ],
 )
-def test_settings_that_are_none(make, text):
+def test_invalid_settings(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
@@ -527,12 +527,12 @@ def test_settings_that_are_none(make, text):
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        (jnp.ones((4, 5)), ValueError, r"GRU\(None -> 3, TNC\) takes an input \(time, batch, channels\), "
-         r"but found the shape \(4, 5\)"),
-        (jnp.ones((4, 2, 5), "int32"), TypeError, r"GRU.* takes floating-point numbers, but found int32"),
+        (jnp.ones((4, 5)), ValueError, r"GRU\(None -> 3, TNC\) needs an input \(time, batch, channels\), "
+         r"but found shape \(4, 5\)"),
+        (jnp.ones((4, 2, 5), "int32"), TypeError, r"GRU.* needs floating-point numbers, but found int32"),
     ],
 )  # fmt: skip
-def test_inputs_that_are_none(x, error, text, key):
+def test_invalid_inputs(x, error, text, key):
     with pytest.raises(error, match=text):
         nn.GRU(3).init(key, x)
 
@@ -543,7 +543,7 @@ def test_the_input_size_is_checked(key):
     params = nn.GRU(3).init(key, jnp.ones((4, 2, 5)))
     with pytest.raises(pt.MismatchError, match=r"`l0_i2h_weight` has shape \(9, 5\).* needs \(9, 4\)"):
         nn.GRU(3)(params, jnp.ones((4, 2, 4)))
-    with pytest.raises(ValueError, match=r"takes an input \(batch, time, channels\)"):
+    with pytest.raises(ValueError, match=r"needs an input \(batch, time, channels\)"):
         nn.GRU(3, layout="NTC")(params, jnp.ones(4))
     with pytest.raises(TypeError, match="its parameters first"):
         nn.GRU(3)(jnp.ones((4, 2, 5)), params)
@@ -552,11 +552,11 @@ def test_the_input_size_is_checked(key):
 @pytest.mark.parametrize(
     ("layer", "state", "text"),
     [
-        (nn.GRU(3), jnp.ones((1, 4, 3)), r"an array h, of shape \(1, 2, 3\) .* found one array \(1, 4, 3\)"),
-        (nn.GRU(3), [jnp.ones((1, 2, 3))] * 2, r"an array h, of .* but found 2: \[\(1, 2, 3\), \(1, 2, 3\)\]"),
-        (nn.LSTM(3), jnp.ones((1, 2, 3)), r"LSTM.* its state \[h, c\], of shape .* one array \(1, 2, 3\)"),
-        (nn.LSTM(3), [jnp.ones((1, 2, 3))], r"\[h, c\], of shape \(1, 2, 3\) .* but found 1: \[\(1, 2, 3\)\]"),
-        (nn.LSTM(3, 2), [jnp.ones((1, 2, 3))] * 2, r"of shape \(2, 2, 3\) \(layers times directions"),
+        (nn.GRU(3), jnp.ones((1, 4, 3)), r"an array h of shape \(1, 2, 3\) .* found one array \(1, 4, 3\)"),
+        (nn.GRU(3), [jnp.ones((1, 2, 3))] * 2, r"an array h of .* but found 2: \[\(1, 2, 3\), \(1, 2, 3\)\]"),
+        (nn.LSTM(3), jnp.ones((1, 2, 3)), r"LSTM.* a state \[h, c\] of shape .* one array \(1, 2, 3\)"),
+        (nn.LSTM(3), [jnp.ones((1, 2, 3))], r"\[h, c\] of shape \(1, 2, 3\) .* but found 1: \[\(1, 2, 3\)\]"),
+        (nn.LSTM(3, 2), [jnp.ones((1, 2, 3))] * 2, r"of shape \(2, 2, 3\) \(layers \* directions"),
     ],
 )  # fmt: skip
 def test_states_of_another_form(layer, state, text):
@@ -564,7 +564,7 @@ def test_states_of_another_form(layer, state, text):
     params = filled(layer, x)
     with pytest.raises(ValueError, match=text) as info:
         layer(params, x, state)
-    assert "begin_state(2) makes one of zeros" in str(info.value)
+    assert "begin_state(2) returns zeros" in str(info.value)
     layer(params, x, layer.begin_state(2))  # what the text says to do
 
 
@@ -582,10 +582,10 @@ def test_a_state_of_another_dtype():
 
 
 @pytest.mark.parametrize("lengths", [3, [1, 2, 3], [1.0, 2.0], [[1, 2]]], ids=str)
-def test_lengths_that_are_none(lengths):
+def test_invalid_lengths(lengths):
     layer = nn.GRU(3)
     x = normal(4, 2, 5)
     with pytest.raises(
-        ValueError, match="takes as lengths one whole number for each of the 2 sequences"
+        ValueError, match="needs integer lengths, one for each of the 2 sequences, but found"
     ):
         layer(filled(layer, x), x, lengths=jnp.asarray(lengths))

@@ -62,7 +62,7 @@ def test_output_and_gradient_are_those_of_the_unrolled_layers(params, remat):
     stacked = functools.partial(net, remat=remat)
     loose = pt.unstack(params, "blocks")
     close(stacked(params, X), unrolled(loose, X))
-    close(stacked(loose, X), unrolled(loose, X))  # a tree that is not stacked will do
+    close(stacked(loose, X), unrolled(loose, X))  # an unstacked tree works too
     grads = jax.grad(lambda p: (stacked(p, X) ** 2).sum())(params)
     close(pt.unstack(grads, "blocks"), jax.grad(lambda p: (unrolled(p, X) ** 2).sum())(loose))
 
@@ -80,7 +80,7 @@ def test_state_is_kept_for_each_copy(params, wrap):
     assert list(pt.collect(params, kind="state")) == [
         "blocks_batchnorm0_running_mean", "blocks_batchnorm0_running_var"
     ]  # fmt: skip
-    y, after = pt.training(net)(pt.unstack(params, "blocks"), X)  # and not stacked
+    y, after = pt.training(net)(pt.unstack(params, "blocks"), X)  # unstacked
     close(pt.stack(after, "blocks"), pt.training(net)(params, X)[1])
 
 
@@ -106,7 +106,7 @@ def test_each_copy_draws_its_own_numbers(key):
     layer = nn.Repeat(lambda p, x: x + block(p, jnp.ones_like(x)), 6)
     params = pt.init(layer, key, jnp.zeros(40))
     y, _ = pt.training(layer)(params, jnp.zeros(40), key=key)
-    assert len(set(np.asarray(y).tolist())) > 3  # one mask for all would give 0 and 12 alone
+    assert len(set(np.asarray(y).tolist())) > 3  # a shared mask would give only 0 and 12
     again, _ = jax.jit(pt.training(layer))(params, jnp.zeros(40), key=key)
     np.testing.assert_array_equal(y, again)
     assert not np.array_equal(y, pt.training(layer)(params, jnp.zeros(40), key=jax.random.key(7))[0])
@@ -123,7 +123,7 @@ def test_a_repeat_in_a_repeat(key):
     assert list(loose) == ["0", "1", "2"]
     one = pt.unstack(loose, "1/repeat0")
     assert one["1/repeat0/0/weight"].shape == (3, 3)
-    # the very values of the layers one by one
+    # the same values as separate layers
     alone = pt.init(lambda p, x: nn.Dense(3, "tanh")(p["1"]["repeat0"]["0"], x), key, X)
     np.testing.assert_array_equal(one["1/repeat0/0/weight"], alone["1/repeat0/0/weight"])
     directly = nn.Repeat(inner, 3)
@@ -173,7 +173,7 @@ def test_a_hundred_copies_take_no_longer_to_trace(key):
         jaxpr = jax.make_jaxpr(jax.grad(lambda p, layer=layer: layer(p, X).sum()))(params)
         sizes.append((len(counts), len(str(jaxpr.jaxpr.eqns)) // 100))
     assert sizes[0][0] == sizes[1][0] == 1
-    assert abs(sizes[0][1] - sizes[1][1]) <= 3  # the texts differ by digits alone
+    assert abs(sizes[0][1] - sizes[1][1]) <= 3  # the texts differ only in digits
 
 
 def test_it_runs_under_vmap_jit_checkpoint_and_scan(params):
@@ -185,14 +185,14 @@ def test_it_runs_under_vmap_jit_checkpoint_and_scan(params):
 
 
 def test_mistakes_are_named(params, key):
-    with pytest.raises(ValueError, match="Repeat: n is a whole number of 1 or more, but found 0"):
+    with pytest.raises(ValueError, match="Repeat: n must be a positive integer, but found 0"):
         nn.Repeat(BLOCK, 0)
-    with pytest.raises(TypeError, match="a list of layers|expected a layer"):
+    with pytest.raises(TypeError, match="the block of a Repeat is 3; expected a layer"):
         nn.Repeat(3, 2)
-    with pytest.raises(pt.MismatchError, match="the block gives .* for an input of .*must be alike"):
+    with pytest.raises(pt.MismatchError, match="the block returns .* for an input of .*dtypes equal"):
         pt.init(nn.Repeat(nn.Dense(7), 2), key, X)
     with pytest.raises(
-        pt.MismatchError, match=r"`blocks_dense0_weight` has shape \(4, 5, 3\).*first axis of 3"
+        pt.MismatchError, match=r"`blocks_dense0_weight` has shape \(4, 5, 3\).*leading axis of size 3"
     ):
         nn.Repeat(BLOCK, 3)(params.blocks, X)
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_residual_and_parallel(key):
     layer = nn.Residual(nn.Dense(4, "relu"), nn.Dense(3))
     params = pt.init(layer, key, X)
     close(layer(params, X), X + layer[1](params[1], layer[0](params[0], X)))
-    with pytest.raises(ValueError, match=r"Residual adds .*found \(2, 4\) and \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"Residual adds .*found shapes \(2, 4\) and \(2, 3\)"):
         nn.Residual(nn.Dense(4)).init(key, X)
     both = nn.Parallel(nn.Dense(4), lambda x: 2 * x)
     params = pt.init(both, key, X)

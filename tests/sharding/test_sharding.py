@@ -430,7 +430,7 @@ def test_shardings_of_another_tree_are_refused() -> None:
     nowhere = pt.shardings(pt.abstract(NET, X), AbstractMesh((4,), ("model",)), RULES)
     with pytest.raises(pt.MismatchError, match="are of an AbstractMesh, which has no devices"):
         pt.init(NET, jax.random.key(0), X, shardings=nowhere)
-    with pytest.raises(pt.MismatchError, match="takes a tree of arrays or shapes, and found one of sh"):
+    with pytest.raises(pt.MismatchError, match="takes a tree of arrays or shapes, but found one of sh"):
         pt.show_sharding(nowhere)
     with pytest.raises(pt.MismatchError, match=r"have a \w+, \w+\(\), where a jax.sharding.Sharding"):
         pt.init(NET, jax.random.key(0), X, shardings=rules)
@@ -528,7 +528,7 @@ def test_any_part_of_any_array_can_be_read(tmp_path_factory: pytest.TempPathFact
             opened_short.write_bytes(b"head")
             with (
                 opened_short.open("rb") as short,
-                pytest.raises(pt.LoadError, match="has become shorter"),
+                pytest.raises(pt.LoadError, match="the file was truncated"),
             ):
                 read_part("part.bin", short, 4, dtype, shape, index)
 
@@ -577,7 +577,7 @@ def test_large_leaves_that_are_whole_everywhere_are_marked(capsys: pytest.Captur
     assert text.rstrip("\n") == str(found)
     assert re.search(r"dense0_weight +\(8, 24\) +float32 +P\('model',?\) +192 B", text)
     assert re.search(r"dense1_bias +\(16,\) +float32 +P\(\) +64 B +replicated", text)
-    assert "Whole on every device, and above 60 B: dense1_bias." in text
+    assert "Replicated on every device, and above 60 B: dense1_bias." in text
     total = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
     assert found.total == total and re.search(rf"total per device +{total} B", text)
     assert repr(found) == f"<4 leaves, {total} B per device>"

@@ -533,7 +533,7 @@ def test_of_shapes_only_the_structure_is_compared() -> None:
     found = pt.diff(params, pt.abstract(net, x))
     assert not found and found.compared == 0 and found.shapes_only == 2
     assert repr(found) == (
-        "No difference in 2 leaves\nNo values were compared of 2 leaves with only a shape."
+        "No difference in 2 leaves\nValues were not compared for 2 leaves with only a shape."
     )
     assert pt.diff(params, pt.abstract(pt.nn.Dense(3), x)).differences
 
@@ -548,9 +548,9 @@ def test_what_has_no_values_to_compare_is_refused() -> None:
     with pytest.raises(pt.ParamTreeError, match=r"diff: the values of `<b>\\x1b`, `a` are gone"):
         pt.diff(params, gone)
     for rtol in (-1, float("nan"), "1", None):
-        with pytest.raises(ValueError, match="^rtol is a number of 0 or more, but found"):
+        with pytest.raises(ValueError, match="^rtol must be a non-negative number, but found"):
             pt.diff(params, params, rtol=rtol)
-    with pytest.raises(ValueError, match="^atol is a number of 0 or more, but found -1"):
+    with pytest.raises(ValueError, match="^atol must be a non-negative number, but found -1"):
         pt.diff(params, params, atol=-1)
 
 

@@ -1,4 +1,4 @@
-"""A train step before it first runs: tracing it, lowering it, and compiling it."""
+"""Tracing, lowering and compiling a train step."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from benchmarks.suite.case import Absent, Bound, Case
 RATE = 1e-3
 HAND = "by hand"
 REPEAT = "paramtree Repeat"
-NOISE = "XLA gets the same program; the rounds show how far two processes differ"
+NOISE = "XLA gets the same program; the rounds show the noise between two processes"
 HOWS = ("paramtree", REPEAT, HAND)
 
 
 def net_of(blocks: int, how: str) -> tuple[Callable[[Any, Any], Any], Any]:
-    """Returns a model, as a function of parameters and inputs, and its parameters as shapes."""
+    """Returns a model, as a function of parameters and inputs, and its parameter shapes."""
     import jax
 
     import paramtree as pt
@@ -43,7 +43,7 @@ def net_of(blocks: int, how: str) -> tuple[Callable[[Any, Any], Any], Any]:
 
 
 def step_of(model: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Returns a step of SGD, a function that jax has not seen."""
+    """Returns an SGD step as a new function, so that nothing is cached for it."""
     import jax
     import jax.numpy as jnp
 
@@ -55,21 +55,21 @@ def step_of(model: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def contender_of(how: str) -> Callable[[int], dict[str, float]]:
-    """Returns the contender that traces, lowers and compiles once; of the peers, that traces."""
+    """Returns a contender that traces, lowers and compiles once; peers only trace."""
 
     def contender(blocks: int) -> dict[str, float]:
         import jax
 
         if how not in HOWS and blocks > 24:
-            raise Absent("not beyond 24 blocks, for time")
+            raise Absent("more than 24 blocks take too long")
         x = transformers.inputs()
         model, params = net_of(1, how)
-        one = jax.jit(step_of(model)).trace(params, x)
+        small = jax.jit(step_of(model)).trace(params, x)
         if how in HOWS:
-            one.lower().compile()  # loads what is loaded once
+            small.lower().compile()  # warms up lazy imports and caches
         model, params = net_of(blocks, how)
         taken = []
-        for _ in range(3 if how == REPEAT else 1):  # it takes a hundredth of the others' time
+        for _ in range(3 if how == REPEAT else 1):  # a hundred times faster than the others
             start = time.perf_counter()
             traced = jax.jit(step_of(model)).trace(params, x)
             taken.append(time.perf_counter() - start)
@@ -81,22 +81,22 @@ def contender_of(how: str) -> Callable[[int], dict[str, float]]:
         lowered.compile()
         end = time.perf_counter()
         if how == HAND and blocks <= 24:
-            check(model)  # not before, as it compiles too
+            check(model)  # last, because it compiles too
         return {"trace": min(taken), "lower": middle - start, "compile": end - middle}
 
     return contender
 
 
 def check(hand: Callable[[Any, Any], Any]) -> None:
-    """Raises if the program by hand does not compute what that of this library does."""
+    """Raises if the program by hand and this library's differ in their output."""
     import jax
     import numpy as np
 
     x = transformers.inputs()
     net = transformers.ours(1)
     params = net.init(jax.random.key(0), x)
-    one = transformers.by_hand(1)(params.to_dict(), x)
-    np.testing.assert_allclose(one, net(params, x), rtol=1e-5, atol=1e-6)
+    y = transformers.by_hand(1)(params.to_dict(), x)
+    np.testing.assert_allclose(y, net(params, x), rtol=1e-5, atol=1e-6)
 
 
 CASES = [
@@ -121,7 +121,8 @@ CASES = [
         packages=("equinox", "flax"),
         note=(
             "The loss, its gradient and SGD, over blocks of 64 units, each once in a new process, "
-            "after a net of one block. XLA gets the same program of paramtree and by hand."
+            "after a warm-up with one block. paramtree and the program by hand give XLA the same "
+            "program."
         ),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Saving and loading 400 MB, in a few arrays and in many: the time, and the most memory."""
+"""Saving and loading 400 MB, in few or many arrays: time and peak memory."""
 
 import atexit
 import os
@@ -19,9 +19,9 @@ _SWEEP = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignor
 
 
 def folder() -> Path:
-    """Returns a temporary folder that is deleted when this process ends, also if it is killed."""
+    """Returns a temporary folder that is deleted when this process ends, even if it is killed."""
     path = tempfile.mkdtemp()
-    # Ends when its standard input does, which is when this process has ended.
+    # Its standard input closes when this process ends.
     sweep = subprocess.Popen(
         [sys.executable, "-c", _SWEEP, path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -30,19 +30,18 @@ def folder() -> Path:
 
 
 def arrays(count: int) -> dict[str, Any]:
-    """Returns so many arrays, which together have 400 MB."""
+    """Returns ``count`` arrays, 400 MB in total."""
     import jax
     import numpy as np
 
     rng = np.random.default_rng(0)
     size = (BYTES if count > 1 else SMALL) // 4 // count
-    made = {f"layer{i}.weight": jax.device_put(rng.random(size, np.float32)) for i in range(count)}
-    jax.block_until_ready(made)
-    return made
+    leaves = {f"layer{i}.weight": jax.device_put(rng.random(size, np.float32)) for i in range(count)}
+    return jax.block_until_ready(leaves)
 
 
 def measured(call: Callable[[], Any], before: Callable[[], Any] = os.sync) -> Measured:
-    """Returns what waits for the disk, and then times a call."""
+    """Returns a measurement that waits for the disk and then times a call."""
 
     def once() -> float:
         import jax
@@ -120,7 +119,7 @@ safetensors.numpy.save_file(made, path)
 
 
 def memory_to_load(load: Callable[[], Callable[[Path], Any]]) -> Callable[[int], dict[str, float]]:
-    """Returns the contender that loads once, a file that another process has written."""
+    """Returns a contender that loads once, from a file written by another process."""
 
     def contender(count: int) -> dict[str, float]:
         import jax
@@ -134,10 +133,10 @@ def memory_to_load(load: Callable[[], Callable[[Path], Any]]) -> Callable[[int],
             )
         call = load()
         jax.block_until_ready((call(small), jnp.zeros(3)))
-        with peak() as found:
-            made = jax.block_until_ready(call(path))
-        del made
-        return {"peak": found[0] / size}
+        with peak() as growth:
+            leaves = jax.block_until_ready(call(path))
+        del leaves
+        return {"peak": growth[0] / size}
 
     return contender
 
@@ -166,7 +165,7 @@ CASES = [
             "Orbax": orbax,
         },
         bounds=(
-            Bound("save", "safetensors", 1.1, why=f"{FSYNC} is the floor of a save that lasts"),
+            Bound("save", "safetensors", 1.1, why=f"{FSYNC} is the floor of a durable save"),
             Bound("load", "safetensors", 1.1),
             Bound("load, like", "safetensors", 1.1),
         ),
@@ -177,11 +176,11 @@ CASES = [
         smoke=(1,),
         packages=("safetensors", "orbax-checkpoint"),
         note=(
-            "The disk is waited for before each call (`os.sync`), so that none writes what another "
-            "left. The bare package (`safetensors.numpy` saves, `safetensors.flax` loads) writes over "
-            "the old file and does not wait for the disk, so a crash may leave half a file. paramtree "
-            "writes beside it, waits (`fsync`) and renames, which sets the memory of the old file "
-            "free as writing over it does. Orbax renames too."
+            "Each call starts after `os.sync`, so that it does not pay for another's writes. The bare "
+            "package (`safetensors.numpy` saves, `safetensors.flax` loads) overwrites the old file and "
+            "does not wait for the disk, so a crash may leave half a file. paramtree writes a new "
+            "file, waits (`fsync`) and renames it, which frees the old file's memory as overwriting "
+            "does. Orbax renames too."
         ),
     ),
     Case(
@@ -198,8 +197,8 @@ CASES = [
         packages=("safetensors",),
         turns=1,
         note=(
-            "How much the resident memory of a new process grew at most while it loaded, after it had "
-            "loaded a small file; parts of a file that are mapped count."
+            "The peak growth of a new process's resident memory during the load, after it has loaded a "
+            "small file; mapped pages of the file count."
         ),
     ),
 ]

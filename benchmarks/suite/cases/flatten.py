@@ -1,4 +1,4 @@
-"""Taking trees apart and putting them together: what every call of jax does with them."""
+"""Flattening and unflattening trees, as every call of jax does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,14 @@ from benchmarks.suite.case import Bound, Case
 
 
 def arrays(leaves: int) -> dict[str, Any]:
-    """Returns a nested dict of small arrays, two a layer."""
+    """Returns a nested dict of small arrays, two per layer."""
     import jax.numpy as jnp
 
     return {f"layer{i}": {"weight": jnp.zeros(2), "bias": jnp.zeros(2)} for i in range(leaves // 2)}
 
 
 def metrics(tree: Any) -> dict[str, Callable[[], Any]]:
-    """Returns what is timed for a tree of any type."""
+    """Returns the calls to time for a tree of any type."""
     import jax
 
     leaves, treedef = jax.tree.flatten(tree)
@@ -36,7 +36,7 @@ def least(size: int) -> dict[str, Any]:
     import jax
 
     class Node:
-        """The least that can be a node of its own: it hands out a tuple, and keeps one."""
+        """A minimal custom node: it returns its tuple, and stores one."""
 
         __slots__ = ("leaves",)
 
@@ -110,9 +110,9 @@ CASES = [
         turns=9,
         seconds=50,
         note=(
-            "The floor is `least node`: a class registered with jax that only hands its tuple out and "
-            "takes one. jax calls Python once to flatten such a class and once to unflatten it, "
-            "some tenths of a microsecond, and walks what it gets as any iterable, where it indexes a "
+            "The floor is `least node`: a class registered with jax that only returns its tuple and "
+            "stores one. jax calls Python once to flatten such a class and once to unflatten it, which "
+            "takes a few tenths of a microsecond, and iterates over the children, where it indexes a "
             "bare tuple."
         ),
     )

@@ -9,7 +9,7 @@ from benchmarks.suite.case import Bound, Case
 
 
 def importing(*modules: str) -> Callable[[Any], dict[str, float]]:
-    """Returns what imports some modules, in a process that has done nothing else."""
+    """Returns a contender that imports some modules in a fresh process."""
 
     def contender(size: Any) -> dict[str, float]:
         import jax
@@ -45,6 +45,6 @@ CASES = [
         smoke=("import",),
         packages=("equinox", "flax", "dm-haiku", "penzai"),
         alone=True,
-        note="Public names are loaded when first used; `paramtree.api` is all of them at once.",
+        note="Public names load on first use; `paramtree.api` loads all of them.",
     )
 ]

@@ -1,4 +1,4 @@
-"""Initialisation in a new process: how long until all parameters are there, and the most memory."""
+"""Initialization in a new process: time until all parameters are ready, and peak memory."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.suite import transformers
 from benchmarks.suite.case import Absent, Bound, Case
 
-Init = tuple[Callable[..., Any], tuple[Any, ...]]  # a function, and what it takes after a key
+Init = tuple[Callable[..., Any], tuple[Any, ...]]  # a function, and its arguments after the key
 Make = Callable[[int, int], Init]
 
 
@@ -47,11 +47,11 @@ PEERS: dict[str, Make] = {"Linen": linen, "NNX": nnx, "Equinox": equinox, "Haiku
 
 
 def timed(make: Make, jitted: bool = False, most: int | None = None) -> Callable[[int], Any]:
-    """Returns the contender that initialises once, in a process that has done nothing else."""
+    """Returns a contender that initializes once in a fresh process."""
 
     def contender(blocks: int) -> dict[str, float]:
         if most is not None and blocks > most:
-            raise Absent(f"not beyond {most} blocks, for time")
+            raise Absent(f"more than {most} blocks take too long")
         import jax
 
         init, args = make(blocks, transformers.WIDTH)
@@ -66,30 +66,30 @@ def timed(make: Make, jitted: bool = False, most: int | None = None) -> Callable
 
 @contextmanager
 def peak() -> Iterator[list[int]]:
-    """Gives a list, to which it adds by how much the memory grew at most; Linux can tell."""
+    """Yields a list, and appends the peak growth of resident memory to it; needs Linux."""
     if not Path("/proc/self/clear_refs").exists():
-        raise Absent("only Linux tells the peak of a process from some moment on")
+        raise Absent("only Linux can reset the peak memory of a process")
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-    found: list[int] = []
+    growth: list[int] = []
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what is needed
+        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would hide growth
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    yield found
-    found.append(status("VmHWM") - before)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    yield growth
+    growth.append(status("VmHWM") - before)
 
 
 def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
-    """Returns the contender that tells how many times the parameters' bytes were needed."""
+    """Returns a contender that measures peak memory as a multiple of the parameters' bytes."""
 
     def contender(blocks: int) -> dict[str, float]:
         if how == "sharded":
-            if "jax" in sys.modules:  # as in a smoke run, in which contenders share a process
-                raise Absent("the number of devices can only be set before jax is loaded")
+            if "jax" in sys.modules:  # in a smoke run, contenders share a process
+                raise Absent("the number of devices must be set before jax is loaded")
             os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
         import jax
         import numpy as np
@@ -102,24 +102,24 @@ def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
         if how == "sharded":
             mesh = Mesh(np.array(jax.devices()), ("devices",))
             options = {"shardings": NamedSharding(mesh, PartitionSpec("devices"))}
-        # What is loaded and compiled once is no matter: a net of one block has the same leaves.
-        first, small = make(1, width)
-        jax.block_until_ready(first(key, *small, **options))
+        # Warm up: a net of one block compiles the same leaves.
+        small_init, small_args = make(1, width)
+        jax.block_until_ready(small_init(key, *small_args, **options))
         if how == "jitted":
             init = jax.jit(init).lower(key, *args).compile()
-        with peak() as found:
+        with peak() as growth:
             params = init(key, *args, **options)
             jax.block_until_ready(params)
-        return {"peak": found[0] / sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
+        return {"peak": growth[0] / sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
 
     return contender
 
 
 WIDE = 512
-TOLD = "half of it is tracing the model for its shapes, which NNX and Equinox are told"
-KEPT = "some 35 MB of it is what malloc keeps of temporaries, whatever the size of the model"
+TOLD = "half of it is tracing the model for its shapes, which NNX and Equinox get as arguments"
+KEPT = "about 35 MB of it are temporaries that malloc keeps, whatever the size of the model"
 EAGER = tuple(PEERS)
-MOST = {"Linen": 24, "Haiku": 24}  # blocks; they take longer than the others
+MOST = {"Linen": 24, "Haiku": 24}  # blocks; these two are slower
 JITTED = ("Linen jitted", "Equinox jitted")
 CASES = [
     Case(
@@ -145,11 +145,11 @@ CASES = [
         alone=True,
         limit=600,
         note=(
-            "Pre-norm blocks of 64 units with four heads. Each in a new process, once, from after the "
-            "imports until all parameters are there: what it takes to trace, compile and compute. "
-            "Here paramtree's weights are truncated normals, as those of Linen, NNX and Haiku are; "
-            "Equinox has uniform ones. Jitted, XLA compiles every leaf of the others' by itself: 24 "
-            "blocks take 20 to 45 seconds here, so they are asked for 4 only."
+            "Pre-norm blocks of 64 units with four heads. Each runs once in a new process, timed from "
+            "after the imports until all parameters are ready: tracing, compilation and computation. "
+            "paramtree's weights are truncated normals here, like those of Linen, NNX and Haiku; "
+            "Equinox's are uniform. Under `jit`, XLA compiles each of the peers' leaves separately: 24 "
+            "blocks take 20 to 45 seconds, so they run with 4 only."
         ),
     ),
     Case(
@@ -175,11 +175,11 @@ CASES = [
         turns=1,
         limit=600,
         note=(
-            f"{WIDE} units, {576:,} MiB of parameters, their largest leaf 4 MiB. How much the resident "
-            "memory of the process grew at most, from after everything is compiled. Sharded: the first "
-            "axis of all leaves over eight devices that XLA makes of the processor. Jitted, alike "
-            "leaves are made in one loop, so that compiling takes a tenth of the time; XLA keeps "
-            "what the loop has made until it has copied all of it out, which is twice the memory."
+            f"{WIDE} units, {576:,} MiB of parameters, the largest leaf 4 MiB. The peak growth of the "
+            "process's resident memory after everything is compiled. Sharded: the first axis of all "
+            "leaves over eight CPU devices. Jitted: similar leaves are made in one loop, so that "
+            "compilation takes a tenth of the time; XLA keeps the loop's output until all of it has "
+            "been copied out, which doubles the memory."
         ),
     ),
 ]

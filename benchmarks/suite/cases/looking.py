@@ -1,4 +1,4 @@
-"""Looking at a tree: its page in a notebook, and the statistics of its values."""
+"""Inspecting a tree: its page in a notebook, and the statistics of its values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ SUM = "a sum"
 
 
 def wide_tree(leaves: int) -> Any:
-    """Returns a tree of small arrays, of layers of ten."""
+    """Returns a tree of small arrays, ten per block."""
     import numpy as np
 
     import paramtree as pt
@@ -36,13 +36,13 @@ def treescope_page(leaves: int) -> dict[str, Callable[[], Any]]:
     import treescope
 
     if leaves > 1000:
-        raise Absent("not beyond 1,000 leaves, for time")
+        raise Absent("more than 1,000 leaves take too long")
     nested = jax.device_put(wide_tree(leaves)).to_dict()
     return {"HTML": lambda: treescope.render_to_html(nested, roundtrip_mode=False)}
 
 
 def values(size: str) -> list[Any]:
-    """Returns 400 MB of arrays, as many as a transformer has, of few shapes."""
+    """Returns 400 MB of arrays with the shapes of a transformer's."""
     import jax
     import numpy as np
 
@@ -50,12 +50,12 @@ def values(size: str) -> list[Any]:
     blocks = 1 if size == "tiny" else 8
     rng = np.random.default_rng(0)
     shapes = [(4 * width, width), (width, 4 * width), *[(width, width)] * 4, *[(width,)] * 9]
-    made = [
+    leaves = [
         jax.device_put(rng.standard_normal(shape, np.float32))
         for _ in range(blocks)
         for shape in shapes
     ]
-    return jax.block_until_ready(made)
+    return jax.block_until_ready(leaves)
 
 
 def our_stats(size: str) -> dict[str, Callable[[], Any]]:
@@ -113,12 +113,12 @@ CASES = [
         seconds=30,
         smoke=("tiny",),
         note=(
-            "Mean, deviation, extremes, norm, zeros, NaN and infinities of each of 120 leaves, beside "
+            "Mean, deviation, extremes, norm, zeros, NaN and infinities of each of 120 leaves, against "
             "`jax.jit(jax.numpy.sum)` of each, and the same numbers by numpy. The floor: XLA runs such "
-            "a loop on one thread and reads memory anew for each reduction that it does not fuse. So "
-            "all measures are taken in one loop over chunks that stay in the cache, and several leaves "
-            "at a time. A leaf of 17 MB takes one core 2.5 ms, a dozen instructions for every eight "
-            "values; both cores add it up in 0.8 ms."
+            "a loop on one thread and rereads memory for each reduction that it does not fuse. "
+            "paramtree takes all measures in one loop over chunks that fit in the cache, several "
+            "leaves at a time. A leaf of 17 MB takes one core 2.5 ms, a dozen instructions for every "
+            "eight values; both cores sum it in 0.8 ms."
         ),
     ),
 ]

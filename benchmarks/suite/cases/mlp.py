@@ -1,4 +1,4 @@
-"""What a jitted call costs: deep nets of tiny layers, where arithmetic is next to nothing."""
+"""The overhead of a jitted call, in deep nets of tiny layers with little arithmetic."""
 
 import statistics
 import time
@@ -43,7 +43,7 @@ def squared(y: Any, target: Any) -> Any:
 
 
 def calls(model: Callable[[Any, Any], Any], params: Any, width: int, batch: int) -> Metrics:
-    """Returns the calls for everything that is a pytree and a pure function of it."""
+    """Returns the calls for any model that is a pure function of a pytree."""
     import jax
     import optax
 
@@ -85,7 +85,7 @@ def calls(model: Callable[[Any, Any], Any], params: Any, width: int, batch: int)
 
 
 def tree_of(size: int, width: int) -> tuple[Any, Any]:
-    """Returns the net of this library, and its parameters with the values of all."""
+    """Returns the net of this library and its parameters, with the values of ``layers``."""
     import paramtree as pt
 
     net = pt.nn.Sequential(*[pt.nn.Dense(width, activation="relu") for _ in range(size)])
@@ -134,7 +134,7 @@ def by_tuple(size: int, width: int = 8, batch: int = 1) -> Metrics:
 
 
 def linen_net(size: int, width: int = 8) -> tuple[Any, Any]:
-    """Returns the net of Linen, and its parameters."""
+    """Returns a Linen net and its parameters."""
     import jax
     from flax import linen
 
@@ -152,7 +152,7 @@ def linen(size: int) -> Metrics:
 
 
 def haiku_net(size: int, width: int = 8) -> tuple[Any, Any]:
-    """Returns the net of Haiku, and its parameters."""
+    """Returns a Haiku net and its parameters."""
     import haiku as hk
     import jax
 
@@ -174,7 +174,7 @@ def haiku(size: int) -> Metrics:
 
 
 def equinox_net(size: int, width: int = 8) -> tuple[Any, Any]:
-    """Returns what calls a net of Equinox, and the net."""
+    """Returns a function that calls an Equinox net, and the net."""
     import equinox as eqx
     import jax
 
@@ -274,59 +274,59 @@ def nnx(size: int) -> Metrics:
 
 
 def spared(contender: Callable[..., Metrics]) -> Callable[[int], Metrics]:
-    """Returns a contender that does not do all of it with many layers: compiling takes minutes."""
+    """Returns a contender that skips what would compile for minutes with many layers."""
 
     def call(size: int) -> Metrics:
         if size > (100 if contender is nnx else 10) and contender is not equinox:
-            raise Absent("not with more layers: XLA would compile for minutes")
-        found = contender(size)
-        return {metric: found[metric] for metric in found if size <= 100 or metric != "Adam step"}
+            raise Absent("XLA would compile for minutes with more layers")
+        metrics = contender(size)
+        return {metric: metrics[metric] for metric in metrics if size <= 100 or metric != "Adam step"}
 
     return call
 
 
 def wide(contender: Callable[..., Metrics]) -> Callable[[int], Metrics]:
-    """Returns a contender with layers of 512, which is to take Adam steps only."""
+    """Returns a contender with layers of 512 that only takes Adam steps."""
     return lambda size: {"Adam step": contender(size, 512, 32)["Adam step"]}
 
 
-def over(made: Metrics, references: dict[str, Metrics]) -> dict[str, Measured]:
-    """Returns what the calls take over those of some references, in turns of one process."""
+def over(calls: Metrics, references: dict[str, Metrics]) -> dict[str, Measured]:
+    """Returns the ratios of the calls' times to those of the references, in turns in one process."""
 
-    def ratio(call: Callable[[], Any], other: Callable[[], Any]) -> float:
-        def several(one: Callable[[], Any], count: int) -> float:
+    def ratio(call: Callable[[], Any], reference: Callable[[], Any]) -> float:
+        def repeat(function: Callable[[], Any], count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                one()
+                function()
             return time.perf_counter() - start
 
-        several(call, 5)
-        count = max(1, int(SPAN / several(other, 5) * 5))
-        found = []
-        for i in range(PAIRS):  # now one is first, now the other
-            order = (call, other) if i % 2 else (other, call)
-            taken = {one: several(one, count) for one in order}
-            found.append(taken[call] / taken[other])
-        return statistics.median(found)
+        repeat(call, 5)
+        count = max(1, int(SPAN / repeat(reference, 5) * 5))
+        ratios = []
+        for i in range(PAIRS):  # alternates which goes first
+            order = (call, reference) if i % 2 else (reference, call)
+            taken = {function: repeat(function, count) for function in order}
+            ratios.append(taken[call] / taken[reference])
+        return statistics.median(ratios)
 
     return {
-        f"{metric}, of {name}": Measured(lambda a=made[metric], b=reference[metric]: ratio(a, b))
+        f"{metric}, of {name}": Measured(lambda a=calls[metric], b=reference[metric]: ratio(a, b))
         for name, reference in references.items()
-        for metric in made
+        for metric in calls
     }
 
 
 def together(size: int) -> dict[str, Measured]:
-    """Returns what the calls of this library, and of a tuple, take over those of the others."""
-    made, by_name, bare = ours(size), by_dict(size), by_tuple(size)
-    floor = over(bare, {"dict": by_name})
-    found = over(made, {"dict": by_name, "tuple": bare})
-    return {**found, **{f"the tuple's {metric}": call for metric, call in floor.items()}}
+    """Returns the ratios of this library to a dict and a tuple, and of the tuple to the dict."""
+    tree, nested, bare = ours(size), by_dict(size), by_tuple(size)
+    floor = over(bare, {"dict": nested})
+    ratios = over(tree, {"dict": nested, "tuple": bare})
+    return {**ratios, **{f"the tuple's {metric}": call for metric, call in floor.items()}}
 
 
-SPAN, PAIRS = 0.001, 101  # seconds; so many spans of each
-FLOOR = "the floor is the tuple's, by the same measure"
-NODE = "jax calls Python once for a class of ours, see `least node` in the case of flatten"
+SPAN, PAIRS = 0.001, 101  # seconds per span, spans of each call
+FLOOR = "the floor is the tuple, measured the same way"
+NODE = "jax calls Python once for a custom class, see `least node` in the flatten case"
 NOISE = "two processes of one program differ by as much"
 When = Callable[[int], bool]
 FEW: When = lambda size: size < 100  # noqa: E731
@@ -367,15 +367,14 @@ CASES = [
         packages=("equinox", "flax", "dm-haiku", "optax"),
         cached=True,
         note=(
-            "Layers of 8 units with a bias and a relu, a batch of one. The call is jitted and waited "
-            "for: `jax.jit` for trees, dicts and tuples (Linen's and Haiku's parameters are dicts), "
-            "`filter_jit` for Equinox, `nnx.jit` and `nnx.Optimizer` for NNX. SGD is written by hand, "
-            "Adam is optax's. Linen and Haiku keep their weights transposed. Linen and Haiku "
-            "take part with 10 layers only, as their calls are those of a dict, and with 400 layers "
-            "Equinox alone, without an Adam step: XLA would compile for minutes. "
-            "Two processes of one and the same program differ by up to a tenth here, so what is asked "
-            "of the ratios up to 100 layers is asked in the next case; with 400, where tracing takes "
-            "most of a minute, here."
+            "Layers of 8 units with a bias and a relu, a batch of one. Each call is jitted and blocks "
+            "until ready: `jax.jit` for trees, dicts and tuples (Linen's and Haiku's parameters are "
+            "dicts), `filter_jit` for Equinox, `nnx.jit` and `nnx.Optimizer` for NNX. SGD is written "
+            "by hand, Adam is optax's. Linen and Haiku store transposed weights, and run with 10 "
+            "layers only, because their calls are those of a dict. With 400 layers Equinox is the only "
+            "peer, without an Adam step: XLA would compile for minutes. Two processes of the same "
+            "program differ by up to a tenth here, so the bounds up to 100 layers are in the next "
+            "case; those with 400, where tracing takes most of a minute, are here."
         ),
     ),
     Case(
@@ -406,8 +405,8 @@ CASES = [
         packages=("optax",),
         cached=True,
         note=(
-            "Both are called in turns of a millisecond in one process, in three processes. The "
-            "floor is the tuple: jax has nothing to do for its leaves but to pass them on."
+            "Both are called in turns of a millisecond in one process, in three processes. The floor "
+            "is the tuple: jax only passes its leaves on."
         ),
     ),
     Case(
@@ -427,6 +426,6 @@ CASES = [
         smoke=(2,),
         packages=("optax",),
         cached=True,
-        note="Arithmetic is all; here one vector of all parameters costs more than it saves.",
+        note="Arithmetic dominates; one vector of all parameters costs more than it saves here.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Finding leaves by name: the first time, which resolves the pattern, and again, which looks it up."""
+"""Finding leaves by name: the first call resolves the pattern, later calls look it up."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ PATTERN = ".*weight"
 
 
 def nested(leaves: int) -> dict[str, Any]:
-    """Returns a nested dict of numpy scalars, two a layer: their making should not take long."""
+    """Returns a nested dict of numpy scalars, two per layer, which are quick to make."""
     import numpy as np
 
     leaf = np.float32(0)
@@ -26,7 +26,7 @@ def ours(size: int) -> dict[str, Any]:
     tree = pt.from_tree(base)
 
     def fresh() -> Any:
-        # Of a structure that was never seen, else what it resolved before is still known.
+        # A new structure, since resolved patterns are cached per structure.
         return pt.from_tree({**base, f"extra{next(numbers)}": base["layer0"]["bias"]})
 
     return {
@@ -56,9 +56,9 @@ def by_hand(size: int) -> dict[str, Any]:
             {path: re.fullmatch(PATTERN, "_".join(path)) is not None for path in flat}
         )
 
-    # It knows nothing the second time that it did not know the first time.
-    return {metric: found for verb, call in (("collect", collect), ("mask", mask))
-            for metric, found in ((f"{verb}, first", Timed(lambda _, call=call: call(), before=int)),
+    # Nothing is cached, so the first and later calls are the same.
+    return {metric: work for verb, call in (("collect", collect), ("mask", mask))
+            for metric, work in ((f"{verb}, first", Timed(lambda _, call=call: call(), before=int)),
                                   (f"{verb}, again", call))}  # fmt: skip
 
 
@@ -81,9 +81,9 @@ CASES = [
         smoke=(400,),
         packages=("flax",),
         note=(
-            "The first call on a structure resolves the pattern against every name; any later one, on "
-            "any tree of that structure, looks the answer up. By hand it is `flatten_dict` of Flax and "
-            "`re.fullmatch`, and for the mask `unflatten_dict`."
+            "The first call on a structure matches the pattern against every name; later calls, on any "
+            "tree with that structure, look up the result. By hand: Flax's `flatten_dict` and "
+            "`re.fullmatch`, plus `unflatten_dict` for the mask."
         ),
     )
 ]

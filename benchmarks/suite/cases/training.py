@@ -1,6 +1,6 @@
-"""Training steps, beside the same programs by hand on dicts: a tied MLP, a CNN, a small GPT, an LSTM.
+"""Training steps against the same programs by hand on dicts: a tied MLP, a CNN, a small GPT, an LSTM.
 
-Each program by hand is first checked to have the loss and the gradients of ours.
+Each program by hand is first checked to have the same loss and gradients as ours.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ HAND = "by hand"
 
 
 class Program(NamedTuple):
-    """A network of this library and the same by hand: each a function of parameters and inputs."""
+    """A network of this library and the same by hand, both functions of parameters and inputs."""
 
     net: Any
     hand: Callable[[Any, Any], Any]
@@ -24,7 +24,7 @@ class Program(NamedTuple):
 
 
 def data(kind: str, *shape: int, classes: int = 10) -> tuple[Any, Any]:
-    """Returns inputs and the classes that they are said to be of, one each, or one each character."""
+    """Returns inputs and labels, one label per example or, for tokens, per character."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -59,7 +59,7 @@ def tied_mlp(tiny: bool) -> Program:
 
 
 def cnn(tiny: bool) -> Program:
-    """Two convolutions, each with a pool, and two dense layers."""
+    """Two convolutions with pooling, and two dense layers."""
     import jax
     from jax import lax
 
@@ -86,7 +86,7 @@ def cnn(tiny: bool) -> Program:
 
 
 def gpt(tiny: bool) -> Program:
-    """The network of ``examples/char_lm.py``: blocks as a scan, and the decoder is the embedding."""
+    """The network of ``examples/char_lm.py``: blocks as a scan, and a tied decoder."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -117,12 +117,12 @@ def gpt(tiny: bool) -> Program:
         query, key, value = (
             (x @ p[name]["weight"].T).reshape(size) for name in ("query", "key", "value")
         )
-        places = jnp.arange(x.shape[1])
-        query, key = rotate(query, places), rotate(key, places)
+        positions = jnp.arange(x.shape[1])
+        query, key = rotate(query, positions), rotate(key, positions)
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return y.reshape(x.shape) @ p["out"]["weight"].T
 
-    def one(x: Any, p: Any) -> Any:
+    def block_by_hand(x: Any, p: Any) -> Any:
         first, second = p["attention"], p["mlp"]
         x = x + attention(first["attend"], norm(first["norm"], x))
         y = jax.nn.gelu(dense(second["widen"], norm(second["norm"], x)), approximate=False)
@@ -130,7 +130,7 @@ def gpt(tiny: bool) -> Program:
 
     def hand(p: Any, x: Any) -> Any:
         x = jnp.take(p["embed"]["weight"], x, axis=0)
-        x, _ = lax.scan(one, x, p["blocks"])
+        x, _ = lax.scan(block_by_hand, x, p["blocks"])
         return norm(p["norm"], x) @ p["embed"]["weight"].T
 
     x, y = data("tokens", 1 if tiny else 4, 4 if tiny else 64, classes=96)
@@ -149,19 +149,19 @@ def lstm(tiny: bool) -> Program:
     net = nn.Sequential(nn.LSTM(units, layout="NTC"), lambda x: x[:, -1], nn.Dense(10))
 
     def hand(p: Any, x: Any) -> Any:
-        own = p["lstm0"]
-        inputs = x.swapaxes(0, 1) @ own["l0_i2h_weight"].T + own["l0_i2h_bias"][None, None]
+        lstm = p["lstm0"]
+        inputs = x.swapaxes(0, 1) @ lstm["l0_i2h_weight"].T + lstm["l0_i2h_bias"][None, None]
 
-        def one(state: Any, now: Any) -> Any:
+        def cell(state: Any, projected: Any) -> Any:
             h, c = state
-            gates = now + (h @ own["l0_h2h_weight"].T + own["l0_h2h_bias"][None])
+            gates = projected + (h @ lstm["l0_h2h_weight"].T + lstm["l0_h2h_bias"][None])
             i, f, g, o = jnp.split(gates, 4, -1)
             c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
             return (h, c), h
 
         zeros = jnp.zeros((x.shape[0], units))
-        (h, _), _ = lax.scan(one, (zeros, zeros), inputs)
+        (h, _), _ = lax.scan(cell, (zeros, zeros), inputs)
         return dense(p["dense0"], h)
 
     return Program(net, hand, *data("floats", 2 if tiny else 32, 4 if tiny else 32, 64))
@@ -171,7 +171,7 @@ PROGRAMS = {"tied MLP": tied_mlp, "CNN": cnn, "GPT": gpt, "LSTM": lstm}
 
 
 def prepared(size: str) -> tuple[Program, Any]:
-    """Returns a program and its parameters; the smoke run's is tiny."""
+    """Returns a program and its parameters; the smoke run uses tiny ones."""
     import jax
 
     import paramtree as pt
@@ -189,7 +189,7 @@ def loss_of(model: Callable[[Any, Any], Any], params: Any, x: Any, y: Any) -> An
 
 
 def steps(model: Callable[[Any, Any], Any], params: Any, x: Any, y: Any) -> dict[str, Any]:
-    """Returns what takes one step of SGD after another, each in the memory of the one before."""
+    """Returns a call that takes an SGD step and donates the previous parameters."""
     import jax
 
     def step(params: Any, x: Any, y: Any) -> Any:
@@ -198,12 +198,12 @@ def steps(model: Callable[[Any, Any], Any], params: Any, x: Any, y: Any) -> dict
 
     jitted = jax.jit(step, donate_argnums=0)
 
-    def one() -> None:
+    def take_step() -> None:
         nonlocal params
         params, loss = jitted(params, x, y)
         loss.block_until_ready()
 
-    return {"step": one}
+    return {"step": take_step}
 
 
 def ours(size: str) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def over_hand(size: str) -> dict[str, Any]:
 
 
 def written(size: str) -> tuple[Program, Any]:
-    """Returns a program and its parameters as a dict, with which it computes what ours does."""
+    """Returns a program and its parameters as a dict, after checking it against ours."""
     import jax
     import numpy as np
 
@@ -230,7 +230,7 @@ def written(size: str) -> tuple[Program, Any]:
     program, params = prepared(size)
     x, y = program.x, program.y
     values = params.to_dict()
-    # A tied leaf is in a dict once, where it is first.
+    # The dict has a tied leaf once, under its canonical name.
     for alias in pt.ties(params, sep="/"):
         level, name = values, alias.split("/")
         for part in name[:-1]:
@@ -264,12 +264,12 @@ CASES = [
         packages=("optax",),
         cached=True,
         note=(
-            "Cross-entropy, its gradient and SGD, in the buffers of the step before. MLP: 784, three "
-            "of 256, the last two of which are one, 10; a batch of 256. CNN: 16 and 32 channels on 28 "
-            "x 28, a batch of 64. GPT: two blocks of 64 units, 4 x 64 characters, a tied decoder. "
-            "LSTM: 128 units over 32 steps, a batch of 32. By hand: functions of nested dicts, which "
-            "are first checked to have the same loss and gradients. Two processes of one program "
-            "differ by some hundredths, so the next case has them in one."
+            "Cross-entropy, its gradient and SGD, with donated buffers. MLP: 784, three of 256, the "
+            "last two tied, 10; a batch of 256. CNN: 16 and 32 channels on 28 x 28, a batch of 64. "
+            "GPT: two blocks of 64 units, 4 x 64 characters, a tied decoder. LSTM: 128 units over 32 "
+            "steps, a batch of 32. By hand: functions of nested dicts, first checked to have the same "
+            "loss and gradients. Two processes of the same program differ by a few percent, so the "
+            "next case runs both in one."
         ),
     ),
     Case(
@@ -286,6 +286,6 @@ CASES = [
         smoke=tuple(f"{name}, tiny" for name in PROGRAMS),
         packages=("optax",),
         cached=True,
-        note="Both take steps by turns in one process.",
+        note="Both take turns in one process.",
     ),
 ]

@@ -1,7 +1,7 @@
 """MXNet's ``.params``: a list of arrays and a list of their names, little-endian.
 
-The layout is that of ``NDArray::Save`` and ``NDArray::Load``. Dense arrays are written as MXNet
-writes them, byte for byte; all four versions are read, dense and sparse.
+The layout follows ``NDArray::Save`` and ``NDArray::Load``. Dense arrays are written byte for byte as
+MXNet does; all four versions can be read, dense and sparse.
 """
 
 import os
@@ -22,33 +22,20 @@ __all__ = ["MAGIC", "NATIVE", "read", "write"]
 
 MAGIC = struct.pack("<Q", 0x112)
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
-# By number. fmt: off
-_DTYPES = [
-    "float32",
-    "float64",
-    "float16",
-    "uint8",
-    "int32",
-    "int8",
-    "int64",
-    "bool",
-    "int16",
-    "uint16",
-    "uint32",
-    "uint64",
-    "bfloat16",
-]
-# fmt: on
+_DTYPES = [  # indexed by MXNet's type code
+    "float32", "float64", "float16", "uint8", "int32", "int8", "int64", "bool", "int16", "uint16",
+    "uint32", "uint64", "bfloat16",
+]  # fmt: skip
 NATIVE = frozenset(_DTYPES)
-_DENSE, _ROWS, _CSR = 0, 1, 2  # storage types, which are also how many index arrays there are
+_DENSE, _ROWS, _CSR = 0, 1, 2  # storage types; also the number of index arrays
 _CPU = (1, 0)  # device type and number
 
 
 def write(path: str, arrays: Mapping[str, Any]) -> None:
     """Writes arrays of native dtypes.
 
-    Version 2, which every MXNet reads, has no arrays without axes or elements; where there are such,
-    all arrays are of version 3, as MXNet itself writes them in its numpy mode.
+    Uses version 2, which every MXNet reads. It cannot hold scalars or empty arrays; if there are any,
+    all arrays are written in version 3, as by MXNet in its numpy mode.
     """
     host = {name: to_host(array) for name, array in arrays.items()}
     magic = _V2 if all(array.size and array.ndim for array in host.values()) else _V3
@@ -65,18 +52,18 @@ def write(path: str, arrays: Mapping[str, Any]) -> None:
 
 
 def read(path: str, file: BufferedReader) -> Source:
-    """Returns what a file holds.
+    """Opens a ``.params`` file.
 
-    ``arg:`` and ``aux:`` before a name, as in an exported model, are taken off, and ``aux:`` makes it
-    state. Arrays without names are called by their numbers.
+    The prefixes ``arg:`` and ``aux:`` of an exported model are removed; ``aux:`` marks state. Arrays
+    without names are named by their index.
 
     Raises:
       LoadError: the file is damaged.
     """
     reader = _Reader(path, file)
-    reader.take(16, "the beginning")
-    # The least that an array takes: version, kind of storage, and that it has no axes.
-    found = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 12))]
+    reader.take(16, "the header")
+    # An array takes at least 12 bytes: its version, storage type and number of axes.
+    stored = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 12))]
     names = []
     for i in range(reader.count("the names", 8)):
         where = f"name {i}"
@@ -85,25 +72,25 @@ def read(path: str, file: BufferedReader) -> Source:
         except UnicodeDecodeError:
             fail(path, where, "is not utf-8.")
     if reader.left:
-        fail(path, f"at byte {file.tell()}", f"{reader.left} bytes come after the end.")
-    if names and len(names) != len(found):
-        fail(path, "the names", f"are {len(names)}, of {len(found)} arrays.")
+        fail(path, f"at byte {file.tell()}", f"{reader.left} bytes follow the end.")
+    if names and len(names) != len(stored):
+        fail(path, "the names", f"there are {len(names)} for {len(stored)} arrays.")
     arrays: dict[str, Stored] = {}
     kinds = {}
-    for i, stored in enumerate(found):
+    for i, array in enumerate(stored):
         full = names[i] if names else str(i)
         name = full.removeprefix("arg:").removeprefix("aux:")
         check_name(path, name)
         if name in arrays:
-            fail(path, repr(full), "is there twice.")
-        arrays[name] = stored
+            fail(path, repr(full), "appears twice.")
+        arrays[name] = array
         if full.startswith("aux:"):
             kinds[name] = STATE
     return Source(path, "params", arrays, kinds=kinds, nameless=not names, ordered=True)
 
 
 class _Reader:
-    """A file that is read from front to back, never further than it goes."""
+    """Reads a file sequentially and checks every size against the bytes left."""
 
     def __init__(self, path: str, file: BufferedReader) -> None:
         self.path = path
@@ -113,34 +100,32 @@ class _Reader:
     def take(self, size: int, where: str) -> bytes:
         """Returns the next bytes."""
         if size > self.left:
-            fail(
-                self.path, where, f"needs {size} bytes, and {self.left} are left: the file is cut off."
-            )
+            fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
         self.left -= size
         return self.file.read(size)
 
     def skip(self, size: int, where: str) -> int:
-        """Passes over some bytes, and returns where they begin."""
+        """Skips some bytes, and returns their offset."""
         begin = self.file.tell()
         if size > self.left:
-            fail(self.path, where, f"has {size} bytes, and {self.left} are left: the file is cut off.")
+            fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
         self.left -= size
         self.file.seek(size, os.SEEK_CUR)
         return begin
 
     def numbers(self, code: str, where: str) -> tuple[int, ...]:
-        """Returns some numbers, of a format of ``struct``."""
+        """Returns numbers in a format of ``struct``."""
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), where))
 
     def count(self, where: str, least: int) -> int:
-        """Returns a number of things that take at least some bytes each."""
+        """Returns the number of entries that follow, of at least ``least`` bytes each."""
         (count,) = self.numbers("Q", where)
         if count * least > self.left:
-            fail(self.path, where, f"{count} are announced, and {self.left} bytes are left.")
+            fail(self.path, where, f"the file claims {count}, but only {self.left} bytes are left.")
         return count
 
     def shape(self, where: str, code: str = "q", ndim: int | None = None) -> tuple[int, ...] | None:
-        """Returns a shape; None if it is unknown, which is how an array says that it is none."""
+        """Returns a shape; None if it is unknown, which marks an array without a value."""
         if ndim is None:
             (ndim,) = self.numbers("i", where)
         if ndim == -1:
@@ -150,16 +135,16 @@ class _Reader:
         return self.numbers(f"{ndim}{code}", where)
 
     def dtype(self, where: str) -> np.dtype[Any]:
-        """Returns a dtype."""
+        """Returns a dtype, from its type code."""
         (number,) = self.numbers("i", where)
         if not 0 <= number < len(_DTYPES):
             fail(self.path, where, f"has an unknown dtype, number {number}.")
         return to_dtype(_DTYPES[number])
 
 
-# An array that was never given a value.
+# An array that never got a value.
 _NONE = Stored((0,), np.dtype(np.float32), partial(np.zeros, 0, np.float32))
-_Part = tuple[int, np.dtype[Any], tuple[int, ...]]  # where the data begin, their dtype and shape
+_Part = tuple[int, np.dtype[Any], tuple[int, ...]]  # offset, dtype and shape
 
 
 def _array(reader: _Reader, where: str) -> Stored:
@@ -173,25 +158,24 @@ def _array(reader: _Reader, where: str) -> Stored:
     if magic in (_V1, _V2, _V3):
         shape = reader.shape(where)
     else:
-        # All zeros would be an array without axes, which no version but the third has.
+        # Version 0 starts with the number of axes. A 0 would be a scalar, which only version 3 has.
         shape = reader.shape(where, "I", magic if 0 < magic < 2**31 else -2)
     if shape is None or (not shape and magic != _V3):
         return _NONE
-    reader.numbers("ii", where)  # the device that it was on
+    reader.numbers("ii", where)  # device type and number
     dtype = reader.dtype(where)
     size = check_shape(reader.path, where, shape, dtype)
     if not stype:
         begin = reader.skip(size, where)
-        return Stored(
-            shape, dtype, partial(read_span, reader.path, reader.file, begin, size, dtype, shape)
-        )
+        read = partial(read_span, reader.path, reader.file, begin, size, dtype, shape)
+        return Stored(shape, dtype, read)
     index = [(reader.dtype(where), reader.shape(where)) for _ in range(stype)]
     parts: list[_Part] = []
-    for kind, dims in [(dtype, storage), *index]:
+    for part_dtype, dims in [(dtype, storage), *index]:
         if dims is None:
-            fail(reader.path, where, "is sparse, and a part of it has no shape.")
-        begin = reader.skip(check_shape(reader.path, where, dims, kind), where)
-        parts.append((begin, kind, dims))
+            fail(reader.path, where, "is sparse, but one of its arrays has no shape.")
+        begin = reader.skip(check_shape(reader.path, where, dims, part_dtype), where)
+        parts.append((begin, part_dtype, dims))
     dense = _dense_rows if stype == _ROWS else _dense_csr
     return Stored(shape, dtype, partial(_dense, reader, where, shape, parts, dense), expands=True)
 
@@ -202,14 +186,14 @@ def _dense(
     """Returns a sparse array as a dense one."""
     path, file = reader.path, reader.file
     data, *index = (
-        read_span(path, file, begin, check_shape(path, where, dims, kind), kind, dims)
-        for begin, kind, dims in parts
+        read_span(path, file, begin, check_shape(path, where, dims, dtype), dtype, dims)
+        for begin, dtype, dims in parts
     )
     if any(i.ndim != 1 or i.dtype.kind not in "iu" for i in index):
-        fail(path, where, "is sparse, and its indices are not lists of whole numbers.")
+        fail(path, where, "is sparse, but its indices are not lists of integers.")
     dense = np.zeros(shape, data.dtype)
     if not fill(dense, data, *index):
-        fail(path, where, f"is sparse, and its indices do not fit its shape {shape}.")
+        fail(path, where, f"is sparse, but its indices do not fit its shape {shape}.")
     return dense
 
 

@@ -1,7 +1,7 @@
-"""Orbax, for trees that are sharded over devices and processes, or too large for one of them.
+"""Orbax checkpoints, for trees that are sharded over devices and processes.
 
-A ``.orbax`` path is a folder with a numbered checkpoint in it. A save writes the next number and
-then deletes the one before, so that there is always a whole one.
+A ``.orbax`` path is a folder with one numbered checkpoint. Saving writes the next number and then
+deletes the previous one, so the folder always has a complete checkpoint.
 """
 
 import json
@@ -22,23 +22,19 @@ from paramtree.io.wire import NUMBERS, to_dtype
 __all__ = ["NATIVE", "as_state", "orbax", "read", "write"]
 
 NATIVE = NUMBERS | {
-    "bfloat16",
-    "float8_e4m3b11fnuz",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
+    "bfloat16", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
     "float8_e5m2fnuz",
-}
+}  # fmt: skip
 _LAYOUT, _EMPTY = "paramtree", "paramtree_empty"
 _MARK = "_CHECKPOINT_METADATA"
-_ITEM = "default"  # the folder of the arrays in a step that Orbax's manager wrote
+_ITEM = "default"  # the folder of the arrays in a step of Orbax's CheckpointManager
 
 
 def orbax() -> Any:
-    """Returns Orbax.
+    """Imports Orbax.
 
     Raises:
-      ParamTreeError: it is not installed.
+      ParamTreeError: Orbax is not installed.
     """
     try:
         import orbax.checkpoint  # type: ignore[import-untyped]
@@ -50,7 +46,7 @@ def orbax() -> Any:
 
 
 def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
-    """Writes arrays, each process its own part, and the layout as metadata."""
+    """Writes arrays, each process its own shards, and the layout as metadata."""
     ocp = orbax()
     os.makedirs(path, exist_ok=True)
     numbers = _numbers(path)
@@ -66,15 +62,15 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
         sync(path)
         for number in numbers:
             shutil.rmtree(os.path.join(path, str(number)), ignore_errors=True)
-    if jax.process_count() > 1:  # nobody may read, or look for the next number, before it is there
+    if jax.process_count() > 1:  # the other processes must not read or save before it is renamed
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(new)
 
 
 def as_state(arrays: Mapping[str, Any], layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what Orbax is to write: arrays, and what it keeps beside them."""
-    # Orbax has no way to write an array without elements, nor a tree without arrays.
+    """Returns the arrays and the metadata for Orbax to write."""
+    # Orbax cannot write empty arrays, nor a tree without arrays.
     full = {name: array for name, array in arrays.items() if np.size(array)} or {"": np.zeros(1)}
     empty = {
         name: [np.dtype(array.dtype).name, list(array.shape)]
@@ -86,7 +82,7 @@ def as_state(arrays: Mapping[str, Any], layout: str) -> tuple[dict[str, Any], di
 
 
 def _sync(folder: str) -> None:
-    """Waits until everything in a folder is on the disk."""
+    """Flushes everything in a folder to disk."""
     for root, _, files in os.walk(folder):
         for file in files:
             sync(os.path.join(root, file))
@@ -103,7 +99,7 @@ def _numbers(path: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Checkpoint(Source):
-    """A checkpoint, whose arrays are read all in one go, each straight onto its devices."""
+    """An Orbax checkpoint. All arrays are read in one call, each directly onto its devices."""
 
     at: str = ""
     tree: Any = None
@@ -130,20 +126,20 @@ class _Checkpoint(Source):
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 args = ocp.checkpoint_utils.construct_restore_args(targets)
-                found = checkpointer.restore(
+                restored = checkpointer.restore(
                     self.at, args=ocp.args.PyTreeRestore(item=targets, restore_args=args)
                 )
-        except Exception as error:  # of tensorstore, protobuf, json or Orbax itself
+        except Exception as error:  # from tensorstore, protobuf, json or Orbax itself
             fail(self.path, "", f"cannot be read: {_first_line(error)}.")
-        flat, _ = jax.tree_util.tree_flatten_with_path(found)
+        flat, _ = jax.tree_util.tree_flatten_with_path(restored)
         self.values.update((_name(k), value) for k, value in flat if _name(k) in wanted)
 
 
 def read(path: str) -> Source:
-    """Returns what a checkpoint holds; one that Orbax's own checkpointers wrote will do as well.
+    """Opens a checkpoint that ``pt.save``, ``pt.Checkpoints`` or Orbax itself wrote.
 
     Raises:
-      LoadError: the folder holds no checkpoint, or a damaged one.
+      LoadError: the folder has no checkpoint, or a damaged one.
     """
     ocp = orbax()
     from etils import epath  # type: ignore[import-untyped]  # Orbax's own
@@ -151,20 +147,20 @@ def read(path: str) -> Source:
     numbers = _numbers(path)
     at = os.path.abspath(os.path.join(path, str(max(numbers)))) if numbers else os.path.abspath(path)
     if not os.path.exists(os.path.join(at, _MARK)):
-        fail(path, "", "is a folder without a finished Orbax checkpoint in it.")
+        fail(path, "", "is a folder without a finished Orbax checkpoint.")
     arrays: dict[str, Stored] = {}
     try:
-        own: dict[str, Any] = {}
+        custom: dict[str, Any] = {}
         tree: Any = None
-        if os.path.isdir(os.path.join(at, _ITEM)):  # its manager keeps the arrays one level below
+        if os.path.isdir(os.path.join(at, _ITEM)):  # CheckpointManager uses a subfolder
             with open(os.path.join(at, _MARK), encoding="utf-8") as file:
-                own = json.load(file).get("custom_metadata") or {}
+                custom = json.load(file).get("custom_metadata") or {}
             at = os.path.join(at, _ITEM)
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
         else:
             with ocp.StandardCheckpointer() as checkpointer:
                 metadata = checkpointer.metadata(at)
-            own, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
+            custom, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
         for key_path, meta in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]:
             name = _name(key_path)
             if name == "":
@@ -173,23 +169,23 @@ def read(path: str) -> Source:
             dtype = np.dtype(meta.dtype)
             check_shape(path, repr(name), tuple(meta.shape), dtype)
             arrays[name] = _stored(meta.shape, dtype)
-        for name, (code, shape) in own.get(_EMPTY, {}).items():
+        for name, (code, shape) in custom.get(_EMPTY, {}).items():
             check_name(path, name)
             dtype = to_dtype(code)
             if check_shape(path, repr(name), tuple(shape), dtype):
-                fail(path, repr(name), "is said to be empty, and is not.")
+                fail(path, repr(name), "is listed as empty, but its shape is not.")
             arrays[name] = _stored(shape, dtype)
-        text = own.get(_LAYOUT)
+        text = custom.get(_LAYOUT)
     except LoadError:
         raise
-    except Exception as error:  # of tensorstore, protobuf, json or Orbax itself
-        fail(path, "", f"is no Orbax checkpoint, or a damaged one: {_first_line(error)}.")
+    except Exception as error:  # from tensorstore, protobuf, json or Orbax itself
+        fail(path, "", f"is not an Orbax checkpoint, or is damaged: {_first_line(error)}.")
     layout = read_layout(path, f"the metadata {_LAYOUT!r}", text, arrays)
     return _Checkpoint(path, "orbax", arrays, layout, at=at, tree=tree)
 
 
 def _stored(shape: Any, dtype: Any) -> Stored:
-    # Only what is empty is read like this, the rest through the checkpoint.
+    # Only empty arrays are read like this; the checkpoint reads all others.
     return Stored(tuple(shape), dtype, lambda: np.zeros(shape, dtype))
 
 

@@ -1,7 +1,7 @@
-"""The safetensors format, read and written by its own package.
+"""The safetensors format, read and written with its own package.
 
-The package checks the header; the bytes are then read straight into memory that jax can take over,
-where the package's own reader would map the file and copy from there.
+The package checks the header. The arrays are then read directly into memory that jax can take over;
+the package's own reader would map the file and copy from there.
 """
 
 import json
@@ -30,30 +30,17 @@ from paramtree.io.wire import to_dtype, to_host
 __all__ = ["INDEX", "NATIVE", "read", "read_index", "write"]
 
 _CODES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
+    "BOOL": "bool", "C64": "complex64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
 NATIVE = frozenset(_CODES.values())
-INDEX = ".index.json"  # how the list of the parts of a large model ends
+INDEX = ".index.json"  # the suffix of an index of several files
 _RESERVED = "__metadata__"
-_KEY = "paramtree"  # of the layout in the metadata
+_KEY = "paramtree"  # the metadata key of the layout
 
 
 def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
@@ -62,15 +49,12 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
 
     if _RESERVED in arrays:
         raise ParamTreeError(
-            f"`{_RESERVED}` cannot be a name in safetensors: save as .npz, or under another name."
+            f"`{_RESERVED}` is reserved in safetensors: save as .npz, or rename the leaf."
         )
     host = {name: to_host(array) for name, array in arrays.items()}
     specs = {
         name: TensorSpec(
-            dtype=array.dtype.name,
-            shape=array.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
+            dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
         )
         for name, array in host.items()
     }
@@ -82,27 +66,26 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
 
 
 def read(path: str, file: BufferedReader) -> Source:
-    """Returns what a file holds.
+    """Opens a safetensors file.
 
     Raises:
-      LoadError: the file is damaged, or uses a dtype that jax does not have.
+      LoadError: the file is damaged, or has a dtype that jax lacks.
     """
     from safetensors import SafetensorError, safe_open
 
     arrays: dict[str, Stored] = {}
     offset = 8 + int.from_bytes(file.read(8), "little")
-    # The very file that is open, also if another one has its name by now.
-    itself = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
+    # Reopen by descriptor: the path may be another file by now.
+    same_file = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
     try:
-        with safe_open(itself, framework="numpy") as opened:
+        with safe_open(same_file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            # The package has checked that the arrays follow each other without a gap or an overlap,
-            # so their sizes tell where they are.
+            # The package has checked that there are no gaps or overlaps: sizes determine the offsets.
             for name in opened.offset_keys():
-                found = opened.get_slice(name)
-                shape, code = tuple(found.get_shape()), found.get_dtype()
+                info = opened.get_slice(name)
+                shape, code = tuple(info.get_shape()), info.get_dtype()
                 if code not in _CODES:
-                    fail(path, repr(name), f"has dtype {code}, which cannot be read: convert it first.")
+                    fail(path, repr(name), f"has dtype {code}, which jax lacks: convert it first.")
                 check_name(path, name)
                 dtype = to_dtype(_CODES[code])
                 size = check_shape(path, repr(name), shape, dtype)
@@ -110,38 +93,38 @@ def read(path: str, file: BufferedReader) -> Source:
                     shape,
                     dtype,
                     partial(read_span, path, file, offset, size, dtype, shape),
-                    part=partial(read_part, path, file, offset, dtype, shape),
+                    read_slice=partial(read_part, path, file, offset, dtype, shape),
                 )
                 offset += size
     except SafetensorError as error:
-        fail(path, "", f"is no safetensors file, or a damaged one: {error}.")
+        fail(path, "", f"is not a safetensors file, or is damaged: {error}.")
     layout = read_layout(path, f"the metadata {_KEY!r}", metadata.get(_KEY), arrays)
     return Source(path, "safetensors", arrays, layout)
 
 
 def read_index(path: str, files: ExitStack) -> Source:
-    """Returns what the files hold that an index lists, as Hugging Face splits large models.
+    """Opens the files that an index lists, as Hugging Face splits large models.
 
     Raises:
-      LoadError: the index is damaged, names a file elsewhere, or does not agree with a file.
+      LoadError: the index is damaged, lists a file in another folder, or disagrees with a file.
     """
     try:
         with open(path, encoding="utf-8") as file:
             listed = json.load(file)["weight_map"]
         parts = sorted(set(listed.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fail(path, "", f"is no index of safetensors files: {error!r}.")
+        fail(path, "", f"is not an index of safetensors files: {error!r}.")
     arrays: dict[str, Stored] = {}
     opened = []
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
-            fail(path, repr(part), "is not the name of a file beside the index.")
+            fail(path, repr(part), "is not the name of a file next to the index.")
         where = os.path.join(os.path.dirname(path), part)
         if not os.path.isfile(where):
-            fail(path, repr(part), "is in the index, and not beside it.")
+            fail(path, repr(part), "is in the index, but not next to it.")
         opened.append(where)
-        found = read(where, files.enter_context(open(where, "rb"))).arrays  # noqa: SIM115
-        arrays |= {name: stored for name, stored in found.items() if listed.get(name) == part}
+        contents = read(where, files.enter_context(open(where, "rb"))).arrays  # noqa: SIM115
+        arrays |= {name: stored for name, stored in contents.items() if listed.get(name) == part}
     if lost := sorted(set(listed) - set(arrays)):
-        fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, and not in the files.")
+        fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, but not in the files.")
     return Source(path, "safetensors", arrays, parts=opened)

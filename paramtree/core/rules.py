@@ -1,0 +1,304 @@
+"""The selection: which leaves a name, a pattern or a rule table means, and every message about it.
+
+A pattern is a regular expression that must match a whole name, as ``"dense0_.*"``; one that contains
+"/" must match a whole path, as ``"encoder/.*"``, which does not select ``encoder_head``; or it is a
+predicate ``fn(name, leaf) -> bool``. In a rule table the first pattern that matches a leaf gives its
+value. The structure remembers what a regular expression matches.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from paramtree.core.arrays import join
+from paramtree.core.errors import NameCollisionError, RuleError, close_names, suggest
+from paramtree.core.pytrees import Opened
+from paramtree.core.structure import PARAM, STATE, Path, Structure, picker
+
+__all__ = [
+    "UNSET", "Assigned", "Pattern", "Patterns", "Rules", "Slots", "assign", "check_kind", "check_values",
+    "compiled", "find", "hits", "no_match", "resolve", "select_slots", "slots_of",
+]  # fmt: skip
+
+Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
+Patterns = Pattern | Sequence[Pattern] | None
+Rules = Mapping[Any, Any]  # patterns to values; the key type of a Mapping is invariant
+UNSET: Any = object()  # an argument that was not given, where None could be
+
+
+class Slots:
+    """Some slots of a structure, with what takes their leaves; made once for a structure."""
+
+    def __init__(self, structure: Structure, slots: Iterable[int]) -> None:
+        self.slots = tuple(slots)
+        self.structure, self.take = structure.keep(self.slots), picker(self.slots)
+
+
+def compiled(pattern: Any) -> re.Pattern[str]:
+    """Returns a compiled regular expression, in which "." matches newlines too.
+
+    Raises:
+      RuleError: it is not a string, or not a regular expression.
+    """
+    if not isinstance(pattern, str | re.Pattern):
+        raise RuleError(
+            f"a pattern is a regular expression in a string, as in '.*weight', or a function of name and "
+            f"leaf, but found {pattern!r} of type {type(pattern).__name__}."
+        )
+    try:
+        if isinstance(pattern, str):
+            return re.compile(pattern, re.DOTALL)
+        return re.compile(pattern.pattern, pattern.flags | re.DOTALL)
+    except re.error as error:
+        raise RuleError(
+            f"the pattern {pattern!r} is not a regular expression: {error}. To match a name that has "
+            "special characters, pass it through re.escape."
+        ) from None
+
+
+def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]:
+    """Returns for every entry whether a pattern matches it.
+
+    With ``nested``, a name in a parameter tree in a container may also start at that tree.
+
+    Raises:
+      RuleError: the pattern is not one.
+    """
+    structure = source.structure
+    if pattern is None:
+        return (True,) * len(structure.names())
+    if callable(pattern):
+        entries = zip(structure.names(), structure.entries(), strict=True)
+        return tuple(bool(pattern(name, source.leaves[slot])) for name, (_, slot) in entries)
+    depths = source.depths if nested else {}
+
+    def match() -> tuple[bool, ...]:
+        test, sep = compiled(pattern).fullmatch, _sep(pattern)
+        matched = [test(name) is not None for name in structure.names(sep)]
+        if depths:
+            for i, (path, _) in enumerate(structure.entries()):
+                matched[i] = matched[i] or test(join(path[depths.get(path, 0) :], sep)) is not None
+        return tuple(matched)
+
+    if not isinstance(pattern, Hashable):
+        return match()  # which says that it is not a pattern
+    matches: tuple[bool, ...] = structure.cached(("hits", pattern, tuple(depths.items())), match)
+    return matches
+
+
+def select_slots(
+    source: Opened, patterns: Patterns, kind: str | None, verb: str
+) -> tuple[Slots, Slots]:
+    """Returns the slots of a kind with a name that one of the patterns matches, and all others.
+
+    Raises:
+      RuleError: a pattern is not one, or matches nothing; all of these are listed.
+      ValueError: a kind other than "param", "state" and None.
+    """
+    check_kind(kind)
+    structure = source.structure
+    listed = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
+
+    def choose() -> tuple[Slots, Slots]:
+        chosen: set[int] = set()
+        problems = []
+        for pattern in listed:
+            entries = zip(structure.entries(), hits(source, pattern), strict=True)
+            matched = {slot for (_, slot), hit in entries if hit}
+            of_kind = {slot for slot in matched if kind in (None, structure.kinds[slot])}
+            if pattern is not None and not of_kind:
+                problem = f"{_text(pattern)} matches no name of kind {kind}"
+                problems.append(problem if matched else no_match(pattern, structure))
+            chosen |= of_kind
+        if problems:
+            raise RuleError(f"{verb}: {'; '.join(problems)}.")
+        return slots_of(structure, chosen)
+
+    if all(isinstance(pattern, str | re.Pattern | None) for pattern in listed):
+        pair: tuple[Slots, Slots] = structure.cached(("slots", listed, kind), choose)
+        return pair
+    return choose()
+
+
+def slots_of(structure: Structure, chosen: set[int]) -> tuple[Slots, Slots]:
+    """Returns some slots, and all others."""
+    slots = range(len(structure.kinds))
+    rest = Slots(structure, (slot for slot in slots if slot not in chosen))
+    return Slots(structure, (slot for slot in slots if slot in chosen)), rest
+
+
+class Assigned(NamedTuple):
+    """For each slot the number of its rule, -1 for none, and the name that the rule matched."""
+
+    rules: tuple[int, ...]
+    names: tuple[str, ...]
+    disputed: list[list[tuple[int, str]]]  # rules and names of tied leaves with several rules
+    unused: list[int]
+
+
+def assign(source: Opened, patterns: tuple[Any, ...], nested: bool = False) -> Assigned:
+    """Returns which of some patterns each stored leaf has: the first that matches one of its names."""
+    structure = source.structure
+
+    def make() -> Assigned:
+        rule = [-1] * len(structure.names())
+        unused = []
+        for i, pattern in enumerate(patterns):
+            # A pattern is tried on all names, also those that an earlier one took: one that is merely
+            # shadowed is not a typo.
+            matches = hits(source, pattern, nested)
+            for k, hit in enumerate(matches):
+                if hit and rule[k] < 0:
+                    rule[k] = i
+            if True not in matches:
+                unused.append(i)
+        if len(rule) == len(structure.kinds):  # nothing is tied: entries are slots
+            return Assigned(tuple(rule), structure.names(), [], unused)
+        by_slot: list[list[tuple[int, str]]] = [[] for _ in structure.kinds]
+        for (_, slot), name, i in zip(structure.entries(), structure.names(), rule, strict=True):
+            if i >= 0:
+                by_slot[slot].append((i, name))
+        first = tuple(named[0][0] if named else -1 for named in by_slot)
+        names = tuple(named[0][1] if named else "" for named in by_slot)
+        disputed = [named for named in by_slot if len({i for i, _ in named}) > 1]
+        return Assigned(first, names, disputed, unused)
+
+    if any(not isinstance(pattern, str | re.Pattern) for pattern in patterns):
+        return make()
+    depths = tuple(source.depths.items()) if nested else ()
+    assigned: Assigned = structure.cached(("assigned", patterns, depths), make)
+    return assigned
+
+
+def resolve(
+    source: Opened, rules: Any, table: str, *, default: Any = UNSET, nested: bool = False,
+    free: Iterable[int] = (), problems: Iterable[str] = (), advice: str = "",
+) -> Assigned:  # fmt: skip
+    """Returns which rule of a table each stored leaf has.
+
+    Args:
+      source: the tree.
+      rules: patterns to values.
+      table: what a message calls the table.
+      default: the value of a leaf without a rule, if it may have none.
+      nested: whether names may start at a parameter tree in the container, and holes have names too.
+      free: slots that need no rule.
+      problems: what else is wrong with the table, for the same message.
+      advice: what ends the message.
+
+    Raises:
+      RuleError: it is not a table, a pattern is not one or matches nothing, a leaf has no rule and there
+        is no default, or the names of a tied leaf have different values. One error lists all of these.
+    """
+    check_table(rules, table)
+    structure, patterns, values = source.structure, tuple(rules), tuple(rules.values())
+    assigned = assign(source, patterns, nested)
+    unused = set(assigned.unused)
+    if nested and unused and structure.full is not structure:
+        unused &= set(assign(source._replace(structure=structure.full), patterns, nested).unused)
+    wrong = [no_match(patterns[i], structure.full if nested else structure) for i in sorted(unused)]
+    for named in assigned.disputed:
+        if any(not _same(values[i], values[named[0][0]]) for i, _ in named):
+            shown = ", ".join(f"{name} by {_text(patterns[i])}" for i, name in named)
+            wrong.append(f"one tied leaf gets different values: {shown}; give both names one rule")
+    wrong += problems
+    if default is UNSET and -1 in assigned.rules:
+        exempt = set(free)
+        bare = [slot for slot, i in enumerate(assigned.rules) if i < 0 and slot not in exempt]
+        if bare:
+            names = ", ".join(join(structure.canonical[slot]) for slot in bare)
+            wrong.append(f"no pattern matches {names}; add a last rule '.*'")
+    if wrong:
+        raise RuleError(f"{table} do not fit the tree: {'; '.join(wrong)}.{advice}")
+    return assigned
+
+
+def find(structure: Structure, wanted: Iterable[str], verb: str) -> dict[str, int]:
+    """Returns the slot of each of some exact names; a path such as "a/b" will do as well.
+
+    Raises:
+      RuleError: some are not names of the tree; it lists them all with the closest ones.
+      NameCollisionError: a name is that of two paths with different leaves.
+    """
+
+    def index() -> dict[str, dict[int, Path]]:
+        made: dict[str, dict[int, Path]] = {}
+        for path, slot in structure.entries():
+            for name in (join(path), join(path, "/")):
+                made.setdefault(name, {})[slot] = path
+        return made
+
+    by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
+    wanted = list(wanted)
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        known = structure.names()
+        lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
+        raise RuleError(f"{verb}: {' '.join(lines)}")
+    for name in wanted:
+        if len(by_name[name]) > 1:
+            paths = " and ".join("/".join(path) for path in by_name[name].values())
+            raise NameCollisionError(f"{verb}: `{name}` is the name of both {paths}; give the path.")
+    return {name: next(iter(by_name[name])) for name in wanted}
+
+
+def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
+    """Returns what to say of a pattern that matches none of the names."""
+    if callable(pattern):
+        return f"{_text(pattern)} is true for no leaf"
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    names = known.names(_sep(pattern)) if isinstance(known, Structure) else known
+    inside = [name for name in names if re.search(pattern, name)][:3]
+    if inside:
+        return (
+            f"{text!r} matches no whole name, only a part of {', '.join(inside)}: '.*{text}.*' would "
+            "match these"
+        )
+    plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
+    # "embd.*" means "embed_weight", and ".*weigth" does too: beginnings and ends are compared as well.
+    size = len(plain)
+    ends = {part: name for name in reversed(names) for part in (name[-size:], name[:size])}
+    close = close_names(plain, names) or [ends[part] for part in close_names(plain, list(ends))]
+    hint = f"; the closest are {', '.join(close)}" if close else ""
+    return f"{text!r} matches no name{hint}"
+
+
+def check_kind(kind: str | None) -> None:
+    """Raises ValueError if it is neither a kind nor None."""
+    if kind not in (None, PARAM, STATE):
+        raise ValueError(f"kind is 'param', 'state' or None for both, not {kind!r}.")
+
+
+def check_table(rules: Any, table: str) -> None:
+    """Raises RuleError if it is not a rule table."""
+    if not isinstance(rules, Mapping):
+        raise RuleError(
+            f"{table} are a mapping of patterns to values, as in {{'.*weight': value}}, but found "
+            f"{rules!r} of type {type(rules).__name__}."
+        )
+
+
+def check_values(
+    verb: str, rules: Any, default: Any, good: Callable[[Any], bool], expected: str
+) -> None:
+    """Raises RuleError for the values of a table that a verb does not take; it lists all."""
+    check_table(rules, f"the rules of {verb}")
+    wrong = [f"{_text(pattern)} gives {value!r}" for pattern, value in rules.items() if not good(value)]
+    if default is not UNSET and not good(default):
+        wrong.append(f"the default is {default!r}")
+    if wrong:
+        raise RuleError(f"{verb}: {'; '.join(wrong)}. Expected {expected}.")
+
+
+def _sep(pattern: str | re.Pattern[str]) -> str:
+    return "/" if "/" in (pattern if isinstance(pattern, str) else pattern.pattern) else "_"
+
+
+def _text(pattern: Any) -> str:
+    return (
+        f"the predicate {getattr(pattern, '__name__', pattern)}" if callable(pattern) else repr(pattern)
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, Hashable) and bool(a == b))

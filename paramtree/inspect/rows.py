@@ -1,0 +1,216 @@
+"""The rows of a summary: which calls they stand for, what they count, and their text."""
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramtree.core.arrays import dtype_of, join, shape_of
+from paramtree.core.structure import PARAM, Path
+from paramtree.core.tree import ParamTree, flatten, place_of
+from paramtree.model.observe import Call
+from paramtree.model.training import TrainingModel
+from paramtree.nn import Activation, Lambda, Repeat
+
+__all__ = ["Row", "arrays_text", "count_leaves", "flops_text", "rows_of", "title", "unwrapped"]
+
+
+@dataclass
+class Row:
+    """One call of a layer.
+
+    Attributes:
+      name: the layer's name in the tree; empty for the model itself.
+      label: the name relative to the enclosing row.
+      layer: the type of the layer, as text.
+      depth: the number of enclosing rows.
+      inputs: the shapes of the arguments that are arrays.
+      outputs: the shapes of the results that are arrays.
+      params: the number of scalars in its own parameters.
+      trained: the number of these that are trained.
+      state: the number of scalars in its own state.
+      bytes: the bytes of both.
+      flops: its own floating-point operations; None if unknown.
+      tied: its aliases, each with the name under which the leaf is counted.
+      shared: whether an earlier row has counted some of its leaves under the same names.
+    """
+
+    name: str
+    label: str
+    layer: str
+    depth: int
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    params: int = 0
+    trained: int = 0
+    state: int = 0
+    bytes: int = 0
+    flops: int | None = None
+    tied: dict[str, str] = field(default_factory=dict)
+    shared: bool = False
+
+
+def unwrapped(f: Any) -> Any:
+    """Returns the model inside a jitted, partial or otherwise wrapped function."""
+    f = inspect.unwrap(f)
+    return unwrapped(f.func) if isinstance(f, functools.partial) else f
+
+
+def _kept(calls: Sequence[Call], traced: set[int]) -> list[int]:
+    """Returns the calls that are part of the program, given those with equations in its jaxpr.
+
+    jax traces some functions more than once, such as the body of a scan whose carry changes its type,
+    and keeps the last trace. So a call without equations is dropped if an equal call has some,
+    and a call that raised is dropped too, in case the model caught the exception.
+    """
+    for number in range(len(calls) - 1, 0, -1):  # children come after their parents
+        parent = calls[number].parent
+        if number in traced and parent is not None:
+            traced.add(parent)
+
+    def form(call: Call) -> Any:
+        return type(call.layer), call.place, call.inputs, call.outputs
+
+    alive = {form(calls[number]) for number in traced}
+    kept: dict[int, None] = {}
+    for number, call in enumerate(calls):
+        live = number in traced or form(call) not in alive
+        if live and call.outputs is not None and (call.parent is None or call.parent in kept):
+            kept[number] = None
+    return list(kept)
+
+
+def rows_of(calls: Sequence[Call], traced: set[int], base: Path) -> dict[int, Row]:
+    """Returns a row for each call in the program, by its number; the counts are still zero."""
+    rows: dict[int, Row] = {}
+    for number in _kept(calls, traced):
+        call = calls[number]
+        above = base if call.parent is None else calls[call.parent].place
+        label = call.place[len(above) :] if call.place[: len(above)] == above else call.place
+        rows[number] = Row(
+            name=join(call.place[len(base) :]),
+            label=join(label),
+            layer=_layer_text(call.layer),
+            depth=0 if call.parent is None else rows[call.parent].depth + 1,
+            inputs=call.inputs,
+            outputs=call.outputs or (),
+        )
+    return rows
+
+
+def count_leaves(
+    tree: ParamTree, calls: Sequence[Call], rows: dict[int, Row], trained: set[int]
+) -> dict[str, dict[str, int | None]]:
+    """Counts each stored leaf on the first row that reads it, and returns the totals."""
+    (structure, leaves), base = flatten(tree), len(place_of(tree))
+    slots = dict(structure.entries())
+    reads = [(number, path[base:]) for number in rows for path in calls[number].reads]
+    innermost: dict[Path, int] = {}
+    for number in rows:
+        place = calls[number].place[base:]
+        if place not in innermost or calls[number].parent == innermost[place]:
+            innermost[place] = number
+    # Leaves read as attributes, or not at all, belong to the innermost layer at their place.
+    declared = {path for _, path in reads}
+    for path in slots:
+        if path not in declared:
+            levels = (path[:i] for i in range(len(path) - 1, -1, -1))
+            reads.append((next(innermost[level] for level in levels if level in innermost), path))
+    totals = {
+        "trained": {"params": 0, "trained": 0, "bytes": 0},
+        "frozen": {"params": 0, "bytes": 0},
+        "state": {"state": 0, "bytes": 0},
+    }
+    first: dict[int, Path] = {}
+    for number, path in reads:
+        row, slot = rows[number], slots[path]
+        if slot in first:
+            if first[slot] == path:
+                row.shared = True
+            else:
+                row.tied[join(path)] = join(first[slot])
+            continue
+        first[slot] = path
+        leaf = leaves[slot]
+        dtype = dtype_of(leaf)
+        if dtype is None:
+            continue
+        size = math.prod(shape_of(leaf) or ())
+        kind = structure.kinds[slot]
+        total = totals["state" if kind != PARAM else "trained" if slot in trained else "frozen"]
+        own = {"params" if kind == PARAM else "state": size, "bytes": size * dtype.itemsize}
+        if slot in trained:
+            own["trained"] = size
+        for name, value in own.items():
+            total[name] += value
+            setattr(row, name, getattr(row, name) + value)
+    names = ("params", "trained", "state", "bytes")
+    sums = {name: sum(getattr(row, name) for row in rows.values()) for name in names}
+    known = [row.flops for row in rows.values() if row.flops is not None]
+    flops = sum(known) if len(known) == len(rows) else None
+    return {**totals, "total": {**sums, "flops": flops}}
+
+
+def title(row: Row) -> str:
+    """Returns the label of a row, indented by its depth, with its ties."""
+    text = "  " * row.depth + (f"{row.label}: {row.layer}" if row.label else row.layer)
+    if row.tied:
+        text += f" (tied to {_first_text(row)})"
+    return f"{text} (shared)" if row.shared else text
+
+
+def _first_text(row: Row) -> str:
+    """Returns the name of the leaf that a row is tied to, or of the layer if all its leaves are."""
+    start = len(row.name) + 1 if row.name else 0
+    stems = {first.removesuffix(name[start:]) for name, first in row.tied.items()}
+    first, *more = row.tied.values()
+    if more and len(stems) == 1 and (stem := stems.pop()).endswith("_"):
+        return stem[:-1]
+    return f"{first} +{len(more)}" if more else first
+
+
+def _layer_text(layer: Any) -> str:
+    if isinstance(layer, TrainingModel):  # calls inside it are not observed
+        return f"training({_layer_text(unwrapped(layer.f))})"
+    name: str = getattr(layer, "__name__", type(layer).__name__)
+    if isinstance(layer, Activation | Lambda):  # their arguments say what they do
+        text = repr(layer)
+        return text if len(text) <= 30 else name
+    return f"{name}({layer.n} x)" if isinstance(layer, Repeat) else name
+
+
+def arrays_text(arrays: Sequence[Any]) -> str:
+    """Returns the type of the first array, as in jaxprs, and the number of further arrays."""
+    if not arrays:
+        return ""
+    sizes = ",".join(map(str, arrays[0].shape))
+    more = f" +{len(arrays) - 1}" if len(arrays) > 1 else ""
+    return f"{_dtype_text(str(arrays[0].dtype))}[{sizes}]{more}"
+
+
+def _dtype_text(name: str) -> str:
+    """Returns a dtype as jaxprs print it.
+
+    Example:
+      >>> _dtype_text("bfloat16"), _dtype_text("uint8"), _dtype_text("bool")
+      ('bf16', 'u8', 'bool')
+    """
+    for long, brief in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
+        name = name.replace(long, brief)
+    return name
+
+
+def flops_text(count: float) -> str:
+    """Returns a number of operations with a unit of thousands, millions, ...
+
+    Example:
+      >>> flops_text(320), flops_text(8192), flops_text(1.7e9)
+      ('320', '8.2 k', '1.7 G')
+    """
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000 or unit == "P":
+            break
+        count /= 1000
+    return f"{count:.0f}" if not unit else f"{count:,.1f} {unit}"

@@ -1,0 +1,235 @@
+"""What a model reads its parameters from: one level of a tree, and the run that is reading it.
+
+A ``ParamTree`` given to a model is the scope of a plain run for inference. Every other run has a
+``Scope``: it reads like the tree, and asks its run what a read, a write or a draw means.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from paramtree.core.pytrees import Opened
+from paramtree.core.structure import STATE, Path, Structure
+from paramtree.core.tree import ParamTree, flatten, place_of, read, unflatten
+
+__all__ = ["Run", "Scope", "check_scope", "child", "level_of", "path_of", "run_of"]
+
+
+class Run(Protocol):
+    """Why a model is called, and what its scope does about it."""
+
+    training: bool
+    leaves: Sequence[Any] | None  # the current values by slot, where they may change; else None
+
+    def on_read(self, path: Path) -> None:
+        """Notes that the model asks for a leaf."""
+
+    def update(self, path: Path, value: Any) -> None:
+        """Writes state."""
+
+    def key(self, path: Path) -> jax.Array:
+        """Draws a PRNG key for a layer."""
+
+    def flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """Returns the arrays of the run, and what else a scope takes through a transform."""
+
+
+class Scope:
+    """One level of a tree, and the run that is reading it."""
+
+    __slots__ = ("__weakref__", "_live", "_run", "_tree")
+
+    _tree: ParamTree  # of values, or of slots of the run's leaves
+    _run: Any
+    _live: bool  # whether the tree holds slots
+
+    def __init__(self, tree: ParamTree, run: Any, live: bool = False) -> None:
+        for name, value in (("_tree", tree), ("_run", run), ("_live", live)):
+            object.__setattr__(self, name, value)
+
+    def _value(self, child: Any) -> Any:
+        """Returns what a child of the tree is to the model."""
+        if type(child) is ParamTree:
+            return Scope(child, self._run, self._live)
+        return self._run.leaves[child] if self._live else child
+
+    # Reading
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in Scope.__slots__:  # Python probes for protocols
+            raise AttributeError(name)
+        return self._value(getattr(self._tree, name))
+
+    def __getitem__(self, key: str | int) -> Any:
+        return self._value(self._tree[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tree
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def keys(self) -> Any:
+        """Returns the names of the children, in order of declaration."""
+        return self._tree.keys()
+
+    def values(self) -> list[Any]:
+        """Returns the children, in order of declaration."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Returns the names and the children, in order of declaration."""
+        return [(name, self[name]) for name in self]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the level as nested dicts."""
+        return level_of(self).to_dict()
+
+    def __repr__(self) -> str:
+        return repr(level_of(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._tree, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._tree, name)
+
+    # What a model asks for
+
+    @property
+    def training(self) -> bool:
+        """Whether the model runs under ``pt.training``."""
+        training: bool = self._run.training
+        return training
+
+    def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
+        """Returns the parameter ``name``, checked against the shape that the layer computes."""
+        leaf = read(self._tree, name, shape, self._value)
+        self._run.on_read((*place_of(self._tree), name))
+        return leaf
+
+    def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
+        """Returns the state ``name``, checked as ``param`` does."""
+        return self.param(name, shape, initializer, dtype)
+
+    def update(self, name: str, value: Any) -> None:
+        """Writes new state of the same shape and dtype, which the call returns in its tree.
+
+        Raises:
+          MissingError: the state was not declared.
+          MismatchError: the value has another shape or dtype.
+          ScopeError: the model is not in training, or the write is inside a jax transform in the model.
+        """
+        self._tree[name]  # raises if there is none
+        self._run.update((*place_of(self._tree), name), value)
+
+    def key(self) -> jax.Array:
+        """Draws a PRNG key, a new one each time, from the call's key and the layer's path.
+
+        Raises:
+          ScopeError: the call was given no key.
+        """
+        key: jax.Array = self._run.key(place_of(self._tree))
+        return key
+
+    # Verbs and transforms give a scope of the same run
+
+    def __open__(self) -> Opened:
+        structure, leaves = flatten(level_of(self))
+        place, run = place_of(self._tree), self._run
+
+        def rebuild(part: Structure, leaves: Sequence[Any], unnamed: Any) -> Scope:
+            return Scope(unflatten(part, leaves, place), run)
+
+        return Opened(structure, leaves, rebuild, structure.kinds, place)
+
+
+def run_of(scope: Any) -> Any:
+    """Returns the run of a scope; None for a tree, which is the scope of a plain run for inference."""
+    return scope._run if type(scope) is Scope else None
+
+
+def level_of(scope: Any) -> ParamTree:
+    """Returns the level that a scope reads, with its current values, as a tree."""
+    if type(scope) is not Scope:
+        tree: ParamTree = scope
+        return tree
+    if not scope._live:
+        return scope._tree
+    structure, slots = flatten(scope._tree)
+    return unflatten(structure, tuple(scope._run.leaves[slot] for slot in slots), place_of(scope._tree))
+
+
+def path_of(scope: Any) -> Path:
+    """Returns where a scope is in the tree that the model was called with."""
+    return place_of(scope._tree if type(scope) is Scope else scope)
+
+
+def check_scope(scope: Any) -> None:
+    """Raises TypeError if what a layer was called with first is not a scope."""
+    if not isinstance(scope, ParamTree | Scope) and not hasattr(scope, "param"):
+        raise TypeError(
+            f"a model is called with its parameters first, model(params, x), but found "
+            f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "
+            "pt.from_tree(mapping) turns a nested mapping into a tree."
+        )
+
+
+_NOTHING = Structure.intern((), (), ())
+
+
+def child(scope: Any, name: str) -> Any:
+    """Returns the child of a scope, or an empty one where the tree has no place of that name.
+
+    A layer without parameters has a place in the tree that ``pt.init`` makes, but not in one that was
+    built from the names in a file. It runs all the same; a layer that needs a parameter says which.
+
+    Raises:
+      TypeError: the scope is not one.
+    """
+    check_scope(scope)
+    if type(scope) is Scope:
+        return Scope(child(scope._tree, name), scope._run, scope._live)
+    if not isinstance(scope, ParamTree) or type(flatten(scope)[0].children().get(name)) in (
+        slice,
+        tuple,
+    ):
+        return scope[name]
+    return unflatten(_NOTHING, (), (*place_of(scope), name))
+
+
+def write(scope: Scope, tree: ParamTree) -> None:
+    """Writes all state at and below the level of a scope, from a tree of the same form."""
+    structure, leaves = flatten(tree)
+    for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
+        if structure.kinds[slot] == STATE:
+            scope._run.update((*place_of(scope._tree), *path), leaves[slot])
+
+
+def _flatten(scope: Scope) -> tuple[tuple[Any, ...], Any]:
+    # What goes through a transform as an argument keeps its run, so that a layer under jax.checkpoint
+    # still drops out, and its place, so that it still draws from its own key.
+    structure, leaves = flatten(level_of(scope))
+    more, run = scope._run.flatten()
+    return (*leaves, *more), (structure, place_of(scope._tree), run)
+
+
+def _flatten_with_keys(scope: Scope) -> tuple[Any, Any]:
+    leaves, static = _flatten(scope)
+    return [(jax.tree_util.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], static
+
+
+def _unflatten(static: Any, leaves: Any) -> Any:
+    structure, place, run = static
+    count = len(structure.kinds)
+    tree = unflatten(structure, tuple(leaves[:count]), place)
+    again = run(*leaves[count:])
+    return tree if again is None else Scope(tree, again)
+
+
+jax.tree_util.register_pytree_with_keys(Scope, _flatten_with_keys, _unflatten, _flatten)

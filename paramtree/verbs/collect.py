@@ -1,0 +1,120 @@
+"""A flat view of a tree by full names."""
+
+import re
+from collections.abc import Iterable
+from itertools import compress
+from typing import Any
+
+from paramtree.core.errors import NameCollisionError
+from paramtree.core.pytrees import Opened, open_tree
+from paramtree.core.rules import Pattern, Patterns, check_kind, hits, select_slots
+from paramtree.core.structure import Path, Picker, Structure, picker
+from paramtree.core.tree import ParamTree, unflatten
+
+__all__ = ["check_unique", "collect", "collect_matching", "flat_tree"]
+
+
+def collect(
+    tree: Any,
+    pattern: Pattern | None = None,
+    *,
+    sep: str = "_",
+    kind: str | None = None,
+    aliases: bool = False,
+) -> ParamTree:
+    """Returns a flat tree of the leaves whose names match, in order, under their full names.
+
+    Each stored leaf appears once, under the first of its names that matches; ``aliases=True`` lists all
+    names, tied in the result too.
+
+    Args:
+      tree: a parameter tree, or any other pytree, whose arrays are named by their key paths.
+      pattern: a regular expression for whole names or, with a "/" in it, for whole paths; or a predicate
+        ``fn(name, leaf)``. None takes all.
+      sep: joins the names in the result.
+      kind: "param" or "state" to take only these.
+      aliases: whether to list every name of a tied leaf.
+
+    Returns:
+      A flat ``ParamTree``, empty if nothing matches. Names start at ``tree``, also where it is a
+      sub-tree; only printing shows its place as well.
+
+    Raises:
+      NameCollisionError: two of the paths have one name.
+      RuleError: the pattern is not a regular expression.
+
+    Example:
+      >>> import numpy as np, paramtree as pt
+      >>> params = pt.from_tree({"dense0": {"weight": np.ones((2, 3)), "bias": np.zeros(2)}})
+      >>> pt.collect(params, ".*weight")
+      Parameter dense0_weight (shape=(2, 3), dtype=float64)
+      >>> list(pt.collect(params, sep="."))
+      ['dense0.weight', 'dense0.bias']
+    """
+    check_kind(kind)
+    source = open_tree(tree)
+    if isinstance(pattern, str | re.Pattern | None):
+        flat, take = source.structure.cached(
+            ("collect", pattern, sep, kind, aliases),
+            lambda: _flat(source, pattern, sep, kind, aliases),
+        )
+    else:
+        flat, take = _flat(source, pattern, sep, kind, aliases)
+    return unflatten(flat, take(source.leaves), source.place)
+
+
+def _flat(
+    source: Opened, pattern: Any, sep: str, kind: str | None, aliases: bool
+) -> tuple[Structure, Picker]:
+    """Returns the structure of the names that match, and what takes their leaves."""
+    structure = source.structure
+    stacks = structure.stacks or ((),) * len(structure.paths)
+    present = [stack for stack, slot in zip(stacks, structure.slots, strict=True) if slot >= 0]
+    rows = zip(structure.entries(), structure.names(sep), present, strict=True)
+    chosen: dict[Any, tuple[str, Path, int, Any]] = {}
+    for (path, slot), name, stack in compress(rows, hits(source, pattern)):
+        if kind in (None, structure.kinds[slot]):
+            chosen.setdefault(path if aliases else slot, (name, path, slot, stack))
+    check_unique((name, path) for name, path, _, _ in chosen.values())
+    slots: dict[int, int] = {}
+    flat = Structure.intern(
+        tuple((name,) for name, _, _, _ in chosen.values()),
+        tuple(slots.setdefault(slot, len(slots)) for _, _, slot, _ in chosen.values()),
+        tuple(structure.kinds[slot] for slot in slots),
+        # A flat name has no place for the number of a copy, so it would stand before the name.
+        tuple(tuple((0, size) for _, size in stack) for _, _, _, stack in chosen.values())
+        if any(stack for _, _, _, stack in chosen.values())
+        else (),
+    )
+    return flat, picker([*slots])
+
+
+def collect_matching(
+    verb: str, tree: Any, pattern: Patterns, *, sep: str = "_", kind: str | None = None
+) -> ParamTree:
+    """Returns what ``collect`` does, for verbs in which a pattern that matches nothing is an error."""
+    select_slots(open_tree(tree), pattern, kind, verb)
+    return collect(tree, pattern, sep=sep, kind=kind)  # type: ignore[arg-type]
+
+
+def flat_tree(values: dict[str, Any]) -> ParamTree:
+    """Returns a tree of one level; unlike ``from_tree`` it takes names with "/" as they stand."""
+    structure = Structure.intern(
+        tuple((name,) for name in values), tuple(range(len(values))), ("param",) * len(values)
+    )
+    return unflatten(structure, tuple(values.values()))
+
+
+def check_unique(named: Iterable[tuple[str, Path]]) -> None:
+    """Raises NameCollisionError if two different paths have one name; it lists all of them."""
+    first: dict[str, Path] = {}
+    clashes = [
+        f"`{name}` is the name of both {'/'.join(first[name])} and {'/'.join(path)}"
+        for name, path in named
+        if first.setdefault(name, path) != path
+    ]
+    if clashes:
+        raise NameCollisionError(
+            f'{"; ".join(clashes)}. Join the paths with another separator, as in sep="/", or rename '
+            "one of them."
+        )

@@ -1,0 +1,69 @@
+"""Any pytree as a parameter tree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import Rules, check_values, resolve
+from paramtree.core.structure import PARAM, STATE
+from paramtree.core.tree import ParamTree, unflatten
+from paramtree.verbs.assemble import take_apart
+from paramtree.verbs.tie import tie
+
+__all__ = ["from_tree"]
+
+
+def from_tree(
+    tree: Any, *, kinds: Rules | None = None, ties: Mapping[str, str] | None = None
+) -> ParamTree:
+    """Returns any pytree as a parameter tree: mappings in their own order, "/" in a key as a level.
+
+    Parameter trees in it keep their order, ties, kinds, stacks and holes. Other containers have no kinds
+    and ties: their leaves are parameters, one for each path, unless ``kinds`` and ``ties`` say more. Every
+    leaf is kept, of whatever type.
+
+    Args:
+      tree: nested mappings, or any pytree: Flax, Haiku or Equinox parameters, lists, dataclasses.
+      kinds: patterns to "param" or "state"; the leaves that no pattern matches keep their kind.
+      ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
+
+    Raises:
+      NameCollisionError: two leaves have one path.
+      RuleError: a key is empty or has an empty part, or the kinds or ties do not fit.
+      TypeError: it is a single leaf, which has no name.
+
+    Example:
+      >>> from_tree({"mlp/~/linear_0": {"w": 1.5, "b": 2.5}, "heads": [3, 4]})
+      Parameter mlp_~_linear_0_w (1.5)
+      Parameter mlp_~_linear_0_b (2.5)
+      Parameter heads_0 (3)
+      Parameter heads_1 (4)
+      >>> from_tree({"gamma": 1.0, "running_mean": 0.0}, kinds={"running_.*": "state"})
+      Parameter gamma (1.0)
+      State running_mean (0.0)
+    """
+    if isinstance(tree, ParamTree):
+        made = tree
+    else:
+        source = open_tree(tree, counts=None, declared=True)
+        if not source.containers:
+            raise TypeError(
+                f"a tree is made from a container of leaves, and found a single "
+                f"{type(tree).__name__}: give it a name, as in pt.from_tree({{'name': value}})."
+            )
+        made = unflatten(source.structure, source.leaves)
+    if kinds is not None:
+        made = _with_kinds(made, kinds)
+    return made if ties is None else tie(made, ties)
+
+
+def _with_kinds(tree: ParamTree, kinds: Rules) -> ParamTree:
+    check_values(
+        "from_tree", kinds, None, lambda kind: kind in (PARAM, STATE, None), "'param' or 'state'"
+    )
+    source, parts = open_tree(tree), take_apart(tree)
+    assigned = resolve(source, kinds, "the kinds of from_tree", default=None)
+    values = (*kinds.values(), None)
+    for slot, rule in zip(source.structure.kept, assigned.rules, strict=True):
+        parts.kinds[slot] = values[rule] or parts.kinds[slot]
+    return parts.assembled(parts.entries)

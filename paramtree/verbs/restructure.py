@@ -1,0 +1,209 @@
+"""Trees with other paths: renamed, without some, with more."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from paramtree.core.arrays import join
+from paramtree.core.errors import NameCollisionError, RuleError
+from paramtree.core.pytrees import KEEP, open_tree
+from paramtree.core.rules import Patterns, compiled, hits, no_match, select_slots
+from paramtree.core.structure import PARAM, Path, moved
+from paramtree.core.tree import ParamTree, flatten, unflatten
+from paramtree.verbs.assemble import Entry, take_apart
+from paramtree.verbs.from_tree import from_tree
+
+__all__ = ["drop", "insert", "rename", "rewriter"]
+
+T = TypeVar("T")
+
+
+def rename(tree: T, pairs: Sequence[tuple[Any, str]]) -> T:
+    r"""Returns the tree with its paths rewritten, as ``re.sub`` rewrites text; all else stays.
+
+    Args:
+      tree: a parameter tree, or nested dicts.
+      pairs: regular expressions and what replaces them, each searched for in every path, such as
+        "encoder/layer0/weight", in what the ones before it made of the path. In a replacement ``\1``
+        is the first group, and "/" starts a level.
+
+    Raises:
+      NameCollisionError: two paths become one.
+      RuleError: a pattern is in no path, or a path would have an empty part.
+      TypeError: the tree is another container, whose keys cannot be renamed.
+
+    Example:
+      >>> import paramtree as pt
+      >>> params = pt.from_tree({"layers_0": {"w": 1}, "layers_1": {"w": 2}})
+      >>> pt.rename(params, [(r"layers_(\d+)", r"blocks/\1"), ("w$", "weight")])
+      Parameter blocks_0_weight (1)
+      Parameter blocks_1_weight (2)
+    """
+    source, back = _editable(tree, "rename")
+    parts = take_apart(source)
+    rewrite = rewriter(pairs, ["/".join(entry.path) for entry in parts.entries], "rename")
+    entries = []
+    for entry in parts.entries:
+        path = _path(rewrite("/".join(entry.path)), entry.path)
+        stack = []
+        for position, size in entry.stack:
+            above = tuple(rewrite("/".join(entry.path[:position])).split("/")) if position else ()
+            fits = path[: len(above)] == above
+            stack.append((len(above) if fits else min(position, len(path) - 1), size))
+        entries.append(Entry(path, entry.label, tuple(stack)))
+    return back(parts.assembled(entries))
+
+
+def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
+    """Returns the tree without the names that match, and without the levels that this empties.
+
+    Of a tied leaf only the names that match go; the leaf stays under the others.
+
+    Args:
+      tree: a parameter tree; in any other pytree None takes the place of a leaf.
+      pattern: a pattern or several.
+      kind: "param" or "state" to drop only these.
+
+    Raises:
+      RuleError: a pattern matches nothing.
+
+    Example:
+      >>> import paramtree as pt
+      >>> pt.drop(pt.from_tree({"body": {"w": 1}, "head": {"w": 2}}), "head/.*")
+      Parameter body_w (1)
+    """
+    source = open_tree(tree)
+    chosen, rest = select_slots(source, pattern, kind, "drop")
+    if not isinstance(tree, ParamTree) and not hasattr(type(tree), "__open__"):
+        return source.part(rest.structure, rest.take)
+    plain = unflatten(source.structure, source.leaves, source.place)
+    slots, structure = set(chosen.slots), source.structure
+    listed = pattern if isinstance(pattern, list | tuple) else (pattern,)
+    matched = [any(each) for each in zip(*(hits(source, one) for one in listed), strict=True)]
+    entries = zip(structure.entries(), matched, strict=True)
+    gone = {path for (path, slot), hit in entries if hit and slot in slots}
+    parts = take_apart(plain)
+    made = parts.assembled(entry for entry in parts.entries if entry.path not in gone)
+    result: T = source.rebuild(*flatten(made), KEEP)
+    return result
+
+
+def insert(tree: T, values: Mapping[str, Any]) -> T:
+    """Returns the tree with more leaves or levels, each at the end of its level.
+
+    Args:
+      tree: a parameter tree, or nested dicts.
+      values: new paths to arrays, parameter trees, which keep their kinds and ties, or mappings. Levels
+        on the way are made.
+
+    Raises:
+      NameCollisionError: there is already something at a path, or a leaf on the way to it.
+      RuleError: a path is empty or has an empty part.
+
+    Example:
+      >>> import paramtree as pt
+      >>> pt.insert(pt.from_tree({"body": {"w": 1}}), {"body/b": 2, "head": {"w": 3}})
+      Parameter body_w (1)
+      Parameter body_b (2)
+      Parameter head_w (3)
+    """
+    source, back = _editable(tree, "insert")
+    parts = take_apart(source)
+    if not isinstance(values, Mapping):
+        raise RuleError(f"insert takes a mapping of paths to arrays or trees, but found {values!r}.")
+    known = {path[:i] for path, _, _ in parts.entries for i in range(1, len(path) + 1)}
+    entries = list(parts.entries)
+    for text, value in values.items():
+        path = _path(text, ())
+        if path in known:
+            raise NameCollisionError(
+                f"insert: `{join(path)}` is already in the tree. pt.replace gives it another value, and "
+                "pt.drop takes it out."
+            )
+        if isinstance(value, Mapping | ParamTree):
+            below = take_apart(from_tree(value))
+            entries.append(Entry(path, None))
+            for entry in below.entries:
+                label = None if entry.label is None else (text, entry.label)
+                entries.append(Entry(path + entry.path, label, moved(entry.stack, len(path))))
+            parts.kinds.update({(text, label): kind for label, kind in below.kinds.items()})
+            parts.leaves.update({(text, label): leaf for label, leaf in below.leaves.items()})
+        else:
+            entries.append(Entry(path, (text,)))
+            parts.kinds[text,], parts.leaves[text,] = PARAM, value
+    return back(parts.assembled(entries))
+
+
+def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any]:
+    """Returns a function that rewrites text by pairs of a pattern and its replacement.
+
+    A replacement of None gives None.
+
+    Raises:
+      RuleError: a pattern is not one, or is found in none of the texts; or a replacement does not fit.
+      TypeError: they are not pairs.
+    """
+    try:
+        table = [(compiled(pattern), to) for pattern, to in pairs]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, RuleError):
+            raise
+        raise TypeError(
+            f"{verb} takes a list of pairs (pattern, replacement), as in [('gamma', 'weight')], not "
+            f"{pairs!r}."
+        ) from None
+    unused = dict(enumerate(pattern for pattern, _ in table))
+
+    def rewrite(text: str) -> str | None:
+        for i, (pattern, to) in enumerate(table):
+            if pattern.search(text):
+                unused.pop(i, None)
+                if to is None:
+                    return None
+                try:
+                    text = pattern.sub(to, text)
+                except (re.error, IndexError) as error:
+                    raise RuleError(
+                        f"{verb}: {to!r} cannot replace {pattern.pattern!r}: {error}."
+                    ) from None
+        return text
+
+    for text in texts:
+        rewrite(text)
+    if unused:
+        problems = "; ".join(no_match(f".*({pattern.pattern}).*", texts) for pattern in unused.values())
+        raise RuleError(
+            f"{verb}: {problems}. Each pattern is searched for in what the ones before it made of a name."
+        )
+    return rewrite
+
+
+def _path(text: Any, old: Path) -> Path:
+    path = tuple(text.split("/")) if isinstance(text, str) else ("",)
+    if not all(path):
+        what = f"`{'/'.join(old)}` becomes {text!r}, which" if old else f"{text!r}"
+        raise RuleError(f"{what} is not a path: names joined with '/', none of them empty.")
+    return path
+
+
+def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], Any]]:
+    """Returns the tree to edit, and what makes the container of the result.
+
+    Raises:
+      TypeError: the tree is neither a parameter tree nor nested dicts.
+    """
+    if isinstance(tree, ParamTree):
+        return tree, lambda made: made
+    source = open_tree(tree, counts=None)
+    if hasattr(type(tree), "__open__"):
+        plain = unflatten(source.structure, source.leaves, source.place)
+        return plain, lambda made: source.rebuild(*flatten(made), KEEP)
+    if (
+        any(container.type is not dict for container in source.containers.values())
+        or not source.containers
+    ):
+        raise TypeError(
+            f"{verb} takes a parameter tree or nested dicts, as the names in other containers are fixed, "
+            f"but found {type(tree).__name__}: {verb} pt.from_tree(tree)."
+        )
+    return from_tree(tree), ParamTree.to_dict
