@@ -173,7 +173,7 @@ class Packed:
         return dir(self._tree())
 
     def __repr__(self) -> str:
-        return f"{self._tree()!r}\n(packed into {len(self._arrays)} arrays)"
+        return repr(self._tree())
 
     def _repr_html_(self) -> str:
         return self._tree()._repr_html_()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import paramtree as pt
 from paramtree.core.structure import build
-from paramtree.core.tree import _rebuild
+from paramtree.core.tree import flatten, unflatten
 
 
 def leaf(i: int, shape: tuple[int, ...] = (2,)) -> Any:
@@ -25,14 +25,14 @@ def deep(depth: int) -> dict[str, Any]:
 
 
 def with_holes(tree: pt.ParamTree, kept: list[int]) -> pt.ParamTree:
-    structure = tree._structure.keep(kept)
-    return _rebuild(structure, tuple(tree._leaves[i] for i in kept))
+    structure = flatten(tree)[0].keep(kept)
+    return unflatten(structure, tuple(flatten(tree)[1][i] for i in kept))
 
 
 def with_kinds(kinds: dict[str, str]) -> pt.ParamTree:
     items = [(tuple(path.split("/")), path) for path in kinds]
     structure, order = build(items, kinds)
-    return _rebuild(structure, tuple(leaf(i) for i, _ in enumerate(order)))
+    return unflatten(structure, tuple(leaf(i) for i, _ in enumerate(order)))
 
 
 def siblings() -> pt.ParamTree:
@@ -96,21 +96,21 @@ def trees(draw: st.DrawFn, holes: bool = True) -> pt.ParamTree:
         return {name: fill(value) for name, value in below.items()}
 
     tree = pt.from_tree(fill(draw(st.dictionaries(NAMES, nested, max_size=5))))
-    paths = ["/".join(path) for path in tree._structure.canonical]
+    paths = ["/".join(path) for path in flatten(tree)[0].canonical]
     if len(paths) > 1 and draw(st.booleans()):
         for _ in range(draw(st.integers(1, 3))):
             alias, source = draw(st.permutations(paths).map(lambda order: order[:2]))
             tree = pt.tie(tree, {alias: source})
     if holes and draw(st.booleans()):
-        slots = range(len(tree._structure.kinds))
+        slots = range(len(flatten(tree)[0].kinds))
         tree = with_holes(tree, sorted(draw(st.sets(st.sampled_from(slots)))) if slots else [])
     return tree
 
 
 def same(a: pt.ParamTree, b: pt.ParamTree) -> bool:
     """Whether two trees have one structure and equal leaves."""
-    a, b = (pt.tree.whole(tree) for tree in (a, b))
-    return a._structure is b._structure and all(
+    a, b = ((tree) for tree in (a, b))
+    return flatten(a)[0] is flatten(b)[0] and all(
         np.array_equal(x, y) and np.asarray(x).dtype == np.asarray(y).dtype
-        for x, y in zip(a._leaves, b._leaves, strict=True)
+        for x, y in zip(flatten(a)[1], flatten(b)[1], strict=True)
     )

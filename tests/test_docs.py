@@ -1,9 +1,11 @@
 """What the documents say runs, and what is public is documented."""
 
+import ast
 import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,11 @@ def test_any_room_can_be_imported_first() -> None:
     ]
     code = """if True:
         import importlib, sys
+        registering = ["paramtree.core.tree", "paramtree.core.errors", "paramtree.core.arrays",
+                       "paramtree.core.structure", "paramtree.model.scope", "paramtree.model.record"]
         for room in sys.argv[1:]:
             for name in [name for name in sys.modules if name.startswith("paramtree")]:
-                if name != "paramtree.core.tree":  # it registers its classes, which jax allows but once
+                if name not in registering:  # jax allows a class to be registered but once
                     del sys.modules[name]
             importlib.import_module(room)
     """
@@ -97,18 +101,50 @@ def test_any_room_can_be_imported_first() -> None:
     subprocess.run(args, check=True, capture_output=True)
 
 
+ROOMS = [
+    {"core"}, {"verbs"}, {"initializers", "sharding"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
+    {"packed", "testing", "command"}, {"api", "__main__", "__init__"},
+]  # fmt: skip
+FILES = sorted((ROOT / "paramtree").rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The modules of paramtree that a file imports, also in functions, with the names it takes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "paramtree":
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
 def test_imports_go_one_way() -> None:
-    order = ["errors", "leaf", "structure", "tree", "names", "contents", "compare", "initializers", "selection", "parts", "sharding", "gradients", "tying", "record", "draw", "model", "stacking",
-             "observe", "train", "packing", "nn", "io", "inspect", "testing", "command", "__main__"]  # fmt: skip
-    for path in (ROOT / "paramtree").rglob("*.py"):
+    level = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
+    for path in FILES:
         room = path.relative_to(ROOT / "paramtree").parts[0].removesuffix(".py")
-        if room in ("__init__", "api"):
+        for module, name in imports(path):
+            used = module.split(".")[1] if "." in module else name
+            if used in level and room not in ("api", "__init__"):
+                same = used == room
+                assert same or level[used] < level[room], f"{path} imports {used}, which is below it"
+
+
+def test_private_names_stay_in_their_module() -> None:
+    fields = {"_leaves", "_structure", "_place", "_flat"}
+    for path in FILES:
+        for module, name in imports(path):
+            assert not name.startswith("_"), f"{path} imports {name} of {module}"
+        if path.parts[-2:] == ("core", "tree.py"):
             continue
-        for target in re.findall(
-            r"^\s*from paramtree\.?(\w*)[\w.]* import (\w+)", path.read_text(), re.MULTILINE
-        ):
-            used = target[0] or target[1]
-            assert order.index(used) <= order.index(room), f"{path} imports {used}, which is above it"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in fields:
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert own, f"{path}:{node.lineno} reads {node.attr} of another object"
+
+
+def test_files_are_small() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert {path.name: count for path, count in lines.items() if count > 400} == {}
+    core = {path.name: count for path, count in lines.items() if path.parent.name == "core"}
+    assert sum(core.values()) <= 1200, core
+    assert len(list((ROOT / "paramtree").glob("*.py"))) <= 8
 
 
 def test_no_public_name_is_also_a_module() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import paramtree as pt
-from paramtree.core.tree import whole
+from paramtree.core.tree import flatten
 from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
 
@@ -41,7 +41,7 @@ def test_packing_and_unpacking_gives_the_tree_back(name: str, most: int) -> None
     back = pt.unpack(packed)
     assert type(back) is pt.ParamTree
     same(back, tree)
-    assert repr(packed) == repr(back) == repr(whole(tree))
+    assert repr(packed) == repr(back) == repr(tree)
     small = {
         (leaf.dtype, kind) for leaf, kind in zip(*whole_leaves(tree), strict=True) if leaf.nbytes < most
     }
@@ -51,7 +51,7 @@ def test_packing_and_unpacking_gives_the_tree_back(name: str, most: int) -> None
 
 def whole_leaves(tree: pt.ParamTree) -> tuple[list[Any], Any]:
     leaves, structure = jax.tree.flatten(tree)
-    return leaves, jax.tree.unflatten(structure, leaves)._structure.kinds
+    return leaves, flatten(jax.tree.unflatten(structure, leaves))[0].kinds
 
 
 @given(st.integers(0, 200))

@@ -43,7 +43,7 @@ How to add a case
   A contender is a function of a size that sets up and returns ``{metric: work}``, where ``work`` is
 
   * a function, called repeatedly and timed; it must block until its result is ready;
-  * ``Timed(call, before=...)``: ``call(before())``, of which only ``call`` is timed;
+  * ``Timed(call, before=...)``: ``call(before())``, where only ``call`` is timed;
   * ``Measured(call)``: ``call()`` returns the value at each turn;
   * a number that the set-up measured (a cold start, a memory peak). A case with only such metrics
     should set ``alone=True``: its processes run one after the other, one turn each.

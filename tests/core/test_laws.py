@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from paramtree.core.tree import whole
+from paramtree.core.tree import flatten
 from tests.catalogue import CATALOGUE, WITHOUT_HOLES, same, siblings, tied, trees
 
 every_tree = pytest.mark.parametrize("name", CATALOGUE)
@@ -34,7 +34,7 @@ def test_flatten_and_unflatten_are_inverse(tree: pt.ParamTree) -> None:
 
 @given(trees())
 def test_mapping_the_identity_gives_the_same_structure_object(tree: pt.ParamTree) -> None:
-    assert jax.tree.map(lambda x: x, tree)._structure is whole(tree)._structure
+    assert flatten(jax.tree.map(lambda x: x, tree))[0] is flatten(tree)[0]
 
 
 @given(trees())
@@ -48,12 +48,12 @@ def test_pickle_copy_and_deepcopy(tree: pt.ParamTree) -> None:
 @given(trees(holes=False))
 def test_to_dict_and_from_tree_round_trip(tree: pt.ParamTree) -> None:
     again = pt.from_tree(tree.to_dict())
-    ties = whole(tree)._structure.entries()
-    assert list(again._structure.entries()) == [(path, i) for i, (path, _) in enumerate(ties)]
+    ties = flatten(tree)[0].entries()
+    assert list(flatten(again)[0].entries()) == [(path, i) for i, (path, _) in enumerate(ties)]
     assert again.to_dict().keys() == tree.to_dict().keys()
     assert same(pt.from_tree(again.to_dict()), again)
-    for path, slot in whole(tree)._structure.entries():
-        assert again["/".join(path)] is whole(tree)._leaves[slot]
+    for path, slot in flatten(tree)[0].entries():
+        assert again["/".join(path)] is flatten(tree)[1][slot]
 
 
 @given(trees())
@@ -63,11 +63,11 @@ def test_reading_is_consistent(tree: pt.ParamTree) -> None:
         assert name in tree
         child = tree[name]
         assert child is value or same(child, value)
-    for path, slot in whole(tree)._structure.entries():
+    for path, slot in flatten(tree)[0].entries():
         value: Any = tree
         for segment in path:
             value = value[segment]
-        assert value is tree["/".join(path)] is whole(tree)._leaves[slot]
+        assert value is tree["/".join(path)] is flatten(tree)[1][slot]
 
 
 @given(trees())
@@ -81,8 +81,8 @@ def test_key_paths_read_the_leaves_they_name(tree: pt.ParamTree) -> None:
 def test_printing_gives_one_line_a_name(tree: pt.ParamTree) -> None:
     lines = repr(tree).splitlines()
     named = [line for line in lines if line.startswith(("Parameter ", "State "))]
-    assert len(named) == len(list(whole(tree)._structure.entries()))
-    whole_lines = repr(whole(tree)).splitlines()
+    assert len(named) == len(list(flatten(tree)[0].entries()))
+    whole_lines = repr(tree).splitlines()
     assert sum("tied to" in line for line in whole_lines) == len(pt.ties(tree))
 
 
@@ -91,7 +91,7 @@ def test_collect_finds_each_stored_leaf_once_and_every_name_with_aliases(tree: p
     flat = pt.collect(tree, sep="/")
     assert [id(leaf) for leaf in flat.values()] == [id(leaf) for leaf in jax.tree.leaves(tree)]
     names = pt.collect(tree, sep="/", aliases=True)
-    assert list(names) == ["/".join(path) for path, _ in whole(tree)._structure.entries()]
+    assert list(names) == ["/".join(path) for path, _ in flatten(tree)[0].entries()]
     assert len(pt.ties(names)) == len(pt.ties(tree))
 
 
@@ -106,7 +106,7 @@ def test_collect_agrees_with_a_naive_version(tree: pt.ParamTree, pattern: str) -
             pt.collect(tree, pattern)
         return
     expected, seen, clash = [], set(), False
-    for path, slot in whole(tree)._structure.entries():
+    for path, slot in flatten(tree)[0].entries():
         name = "_".join(path)
         if re.fullmatch(pattern, name) and slot not in seen:
             seen.add(slot)
@@ -121,14 +121,14 @@ def test_collect_agrees_with_a_naive_version(tree: pt.ParamTree, pattern: str) -
 
 @given(trees(holes=False))
 def test_untie_then_tie_restores_the_structure(tree: pt.ParamTree) -> None:
-    tree = whole(tree)
+    tree = tree
     loose = pt.untie(tree)
     assert pt.ties(loose) == {}
     assert loose.to_dict().keys() == tree.to_dict().keys()
-    first = tree._structure.canonical
+    first = flatten(tree)[0].canonical
     pairs = {
         "/".join(path): "/".join(first[slot])
-        for path, slot in tree._structure.entries()
+        for path, slot in flatten(tree)[0].entries()
         if path != first[slot]
     }
     assert same(pt.tie(loose, pairs), tree)
@@ -147,7 +147,7 @@ def test_map_named_tells_every_stored_leaf_its_name(tree: pt.ParamTree) -> None:
     seen = []
     again = pt.map_named(lambda name, leaf: seen.append(name) or leaf, tree)
     assert same(tree, again)
-    assert seen == ["_".join(path) for path in whole(tree)._structure.canonical]
+    assert seen == ["_".join(path) for path in flatten(tree)[0].canonical]
 
 
 @given(trees())
@@ -160,7 +160,7 @@ def test_any_object_can_be_a_leaf(tree: pt.ParamTree) -> None:
         lambda leaf: [3],
     ):
         mapped = jax.tree.map(make, tree)
-        assert mapped._structure is whole(tree)._structure
+        assert flatten(mapped)[0] is flatten(tree)[0]
         assert len(repr(mapped).splitlines()) == len(repr(tree).splitlines())
 
 
@@ -170,7 +170,7 @@ def test_any_object_can_be_a_leaf(tree: pt.ParamTree) -> None:
 def loss(tree: pt.ParamTree) -> jax.Array:
     """A sum over all names, each with a different weight."""
     total = jnp.float32(0)
-    for i, (path, _) in enumerate(whole(tree)._structure.entries()):
+    for i, (path, _) in enumerate(flatten(tree)[0].entries()):
         total += (i + 1) * jnp.sum(tree["/".join(path)] ** 2)
     return total
 
@@ -183,7 +183,7 @@ def floating(tree: pt.ParamTree) -> pt.ParamTree:
 def adam(tree: pt.ParamTree) -> pt.ParamTree:
     tx = optax.adam(0.1)
     state = tx.init(tree)
-    assert state[0].mu._structure is whole(tree)._structure
+    assert flatten(state[0].mu)[0] is flatten(tree)[0]
     updates, _ = tx.update(jax.grad(loss)(tree), state, tree)
     return optax.apply_updates(tree, updates)
 
@@ -219,7 +219,7 @@ SURVIVES = {
 def test_structure_survives(name: str, how: str) -> None:
     tree = floating(CATALOGUE[name]())
     result = SURVIVES[how](tree)
-    assert result._structure is whole(tree)._structure
+    assert flatten(result)[0] is flatten(tree)[0]
     for alias, source in pt.ties(tree).items():
         assert pt.ties(result)[alias] == source
 
@@ -227,13 +227,13 @@ def test_structure_survives(name: str, how: str) -> None:
 @given(trees(holes=False))
 @settings(max_examples=25)
 def test_a_tied_gradient_is_the_sum_of_the_untied_ones(tree: pt.ParamTree) -> None:
-    tree = floating(whole(tree))
+    tree = floating(tree)
     one, many = jax.grad(loss)(tree), jax.grad(loss)(pt.untie(tree))
     totals: dict[int, Any] = {}
-    for path, slot in tree._structure.entries():
+    for path, slot in flatten(tree)[0].entries():
         totals[slot] = totals.get(slot, 0) + many["/".join(path)]
     for slot, total in totals.items():
-        np.testing.assert_allclose(one._leaves[slot], total, rtol=1e-6)
+        np.testing.assert_allclose(flatten(one)[1][slot], total, rtol=1e-6)
 
 
 def test_donation_takes_a_tied_buffer_once() -> None:
@@ -256,7 +256,7 @@ def test_untied_leaves_can_be_donated() -> None:
 def test_export_serialises_the_structure(tree: pt.ParamTree) -> None:
     from paramtree.core.tree import _from_bytes, _to_bytes
 
-    structure = whole(tree)._structure
+    structure = flatten(tree)[0]
     assert _from_bytes(_to_bytes(structure)) is structure
 
 
@@ -265,7 +265,7 @@ def test_jax_export_round_trip() -> None:
     exported = jax.export.export(jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t)))(tree)
     again = jax.export.deserialize(exported.serialize())
     result = again.call(tree)
-    assert result._structure is tree._structure
+    assert flatten(result)[0] is flatten(tree)[0]
     np.testing.assert_array_equal(result.embed.weight, 2 * tree.embed.weight)
 
 

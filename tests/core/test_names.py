@@ -9,8 +9,17 @@ import optax
 import pytest
 
 import paramtree as pt
-from paramtree.core.names import resolve
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import UNSET, assign
+from paramtree.core.rules import resolve as resolve_rules
 from tests.catalogue import CATALOGUE, leaf, same, siblings, tied, with_kinds
+
+
+def resolve(tree: Any, rules: Any, default: Any = UNSET) -> tuple[Any, ...]:
+    """The value of each slot."""
+    assigned = resolve_rules(open_tree(tree), rules, "the rules", default=default)
+    values = (*rules.values(), default)
+    return tuple(values[i] for i in assigned.rules)
 
 
 def test_patterns_match_the_whole_name() -> None:
@@ -79,7 +88,7 @@ def test_collect_names_flax_haiku_and_equinox_parameters() -> None:
 
 
 def test_the_first_rule_that_matches_counts() -> None:
-    structure = siblings()._structure
+    structure = siblings()
     values = resolve(structure, {"dense0_.*": "a", ".*weight": "b", ".*": "c"})
     assert values[:4] == ("a", "a", "b", "c")
     assert resolve(structure, {"dense0_.*": "a"}, default=None)[:3] == ("a", "a", None)
@@ -88,7 +97,7 @@ def test_the_first_rule_that_matches_counts() -> None:
 
 def test_everything_that_is_wrong_with_rules_is_in_one_error() -> None:
     with pytest.raises(pt.RuleError) as raised:
-        resolve(tied()._structure, {"embed.*": 1, "decodr.*": 2, "decoder.*": 3, "weight": 4})
+        resolve(tied(), {"embed.*": 1, "decodr.*": 2, "decoder.*": 3, "weight": 4})
     text = str(raised.value)
     for part in (
         "'decodr.*' matches no name; the closest are decoder_",
@@ -98,24 +107,21 @@ def test_everything_that_is_wrong_with_rules_is_in_one_error() -> None:
     ):
         assert part in text
     with pytest.raises(pt.RuleError, match=r"the pattern '\[' is not a regular expression.*re.escape"):
-        resolve(tied()._structure, {"[": 1})
+        resolve(tied(), {"[": 1})
     with pytest.raises(pt.RuleError, match="in a string, as in '.\\*weight', but found 3 of type int"):
-        resolve(tied()._structure, {3: 1})  # type: ignore[dict-item]  # the tested mistake
+        resolve(tied(), {3: 1})  # type: ignore[dict-item]  # the tested mistake
     with pytest.raises(pt.RuleError, match="the rules are a mapping of patterns"):
-        resolve(tied()._structure, ["a"])  # type: ignore[arg-type]  # the tested mistake
+        resolve(tied(), ["a"])  # type: ignore[arg-type]  # the tested mistake
 
 
 def test_a_tied_leaf_may_be_matched_by_one_of_its_names() -> None:
-    assert resolve(tied()._structure, {"decoder_weight": 1}, default=0)[0] == 1
-    assert resolve(tied()._structure, {"embed.*": 1, "decoder.*": 1}, default=0)[0] == 1
+    assert resolve(tied(), {"decoder_weight": 1}, default=0)[0] == 1
+    assert resolve(tied(), {"embed.*": 1, "decoder.*": 1}, default=0)[0] == 1
 
 
 def test_resolving_again_is_a_look_up() -> None:
-    structure = siblings()._structure
-    resolve(structure, {".*weight": 1}, default=0)
-    cached = [v for k, v in structure.cache.items() if k[0] == "rules"]
-    resolve(siblings()._structure, {".*weight": 2}, default=0)
-    assert [v for k, v in structure.cache.items() if k[0] == "rules"] == cached
+    first = assign(open_tree(siblings()), (".*weight",))
+    assert assign(open_tree(siblings()), (".*weight",)) is first
 
 
 def test_replace_fits_values_to_the_leaf() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import paramtree as pt
 from paramtree.core.structure import picker
+from paramtree.core.tree import flatten
 from tests.catalogue import CATALOGUE, leaf, siblings, tied, with_holes, with_kinds
 
 
@@ -154,9 +155,9 @@ def test_structures_print_in_jax_messages() -> None:
     with pytest.raises(ValueError, match="dense0/weight"):
         jax.tree.map(lambda a, b: a, siblings(), tied())
     holed = with_holes(tied(), [0])
-    assert repr(holed._structure).startswith("(embed/weight, block/a/w=hole, ")
-    assert "decoder/weight=embed/weight" in repr(holed._structure)
-    assert repr(with_kinds({"m": "state"})._structure) == "(m:state)"
+    assert repr(flatten(holed)[0]).startswith("(embed/weight, block/a/w=hole, ")
+    assert "decoder/weight=embed/weight" in repr(flatten(holed)[0])
+    assert repr(flatten(with_kinds({"m": "state"}))[0]) == "(m:state)"
 
 
 def test_structures_die_with_their_trees() -> None:
@@ -168,7 +169,7 @@ def test_structures_die_with_their_trees() -> None:
     pt.merge(*pt.partition(tree, ".*this.*"))
     pt.mask(tree, ".*this.*")
     pt.labels(tree, {".*": "a"})
-    found = weakref.ref(tree._structure)
+    found = weakref.ref(flatten(tree)[0])
     del tree
     gc.collect()
     assert found() is None
@@ -239,7 +240,7 @@ def test_a_tree_a_thousand_levels_deep() -> None:
     for _ in range(3000):
         nested = {"a": nested}
     tree = pt.from_tree(nested)
-    assert jax.tree.map(lambda x: x, tree)._structure is tree._structure
+    assert flatten(jax.tree.map(lambda x: x, tree))[0] is flatten(tree)[0]
     assert len(repr(tree)) > 3000
 
 
@@ -258,7 +259,7 @@ def test_reading_in_threads_gives_one_structure() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: pt.from_tree({f"t{i}": leaf(i) for i in range(50)}), range(32)))
-    assert len({id(tree._structure) for tree in made}) == 1
+    assert len({id(flatten(tree)[0]) for tree in made}) == 1
 
 
 def test_truth_and_identity() -> None:

@@ -240,7 +240,7 @@ def test_options_that_cannot_be(
     fails(capsys, ["--compare", "--resume", str(saved)], "--compare trains two networks, and takes n")
     fails(capsys, ["--checkpoint", str(tmp_path / "no" / "run.npz")], "there is no folder .*no")
     fails(capsys, ["--resume", str(tmp_path / "none.npz")], r"No such file .*none\.npz")
-    fails(capsys, ["--width", "10", "--heads", "4"], "10 units do not make 4 heads")
+    fails(capsys, ["--width", "10", "--heads", "4"], "cannot divide 10 units into 4 heads")
     pt.save(tmp_path / "other.safetensors", run.params)
     fails(capsys, ["--resume", str(tmp_path / "other.safetensors")], r"`settings_width` is missing")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import export
 
 import paramtree as pt
-from paramtree.core.tree import whole
+from paramtree.core.tree import flatten
 from tests.catalogue import CATALOGUE, tied, with_holes, with_kinds
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
@@ -72,7 +72,7 @@ def checked(text: str) -> Page:
 def test_every_tree_of_the_catalogue_shows_all_its_names(name: str) -> None:
     tree = CATALOGUE[name]()
     page = checked(tree._repr_html_())
-    structure = whole(tree)._structure
+    structure = flatten(tree)[0]
     text = repr(pt.show(tree))
     for path in structure.paths[:50]:
         assert path[-1][:40] in page.text

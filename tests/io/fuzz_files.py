@@ -40,7 +40,7 @@ import numpy as np
 
 import paramtree as pt
 from paramtree.core.structure import build
-from paramtree.core.tree import _rebuild
+from paramtree.core.tree import flatten, unflatten
 
 FORMATS = ("safetensors", "params", "npz")
 SLOW, TOO_SLOW = 5.0, 20.0  # seconds, long enough for a busy machine: only a hang fails
@@ -115,12 +115,12 @@ def varied(native: bool = False) -> pt.ParamTree:
     items.append((("decoder", "weight"), "embed/weight"))
     kinds = {path: "state" if path in ("norm/mean", "step") else "param" for path in leaves}
     structure, order = build(items, kinds)
-    return _rebuild(structure, tuple(leaves[label] for label in order))
+    return unflatten(structure, tuple(leaves[label] for label in order))
 
 
 def with_holes(tree: pt.ParamTree) -> pt.ParamTree:
-    kept = range(1, len(tree._leaves), 2)
-    return _rebuild(tree._structure.keep(kept), tuple(tree._leaves[i] for i in kept))
+    kept = range(1, len(flatten(tree)[1]), 2)
+    return unflatten(flatten(tree)[0].keep(kept), tuple(flatten(tree)[1][i] for i in kept))
 
 
 def small() -> pt.ParamTree:
@@ -882,17 +882,17 @@ def _use(tree: Any, path: str) -> None:
     if not path:
         return
     repr(tree)
-    assert len(list(tree._structure.entries())) == len(pt.collect(tree, sep="\0", aliases=True))
-    for where, slot in tree._structure.entries():
-        assert tree["/".join(where)] is tree._leaves[slot], "a leaf is not found under its path"
+    assert len(list(flatten(tree)[0].entries())) == len(pt.collect(tree, sep="\0", aliases=True))
+    for where, slot in flatten(tree)[0].entries():
+        assert tree["/".join(where)] is flatten(tree)[1][slot], "a leaf is not found under its path"
     again = path + ".again"
     try:
         pt.save(again, tree, sep="/")
     except pt.ParamTreeError:  # such as a name with too many segments for this separator
         return
     loaded = pt.load(again)
-    assert loaded._structure is tree._structure
-    for a, b in zip(loaded._leaves, tree._leaves, strict=True):
+    assert flatten(loaded)[0] is flatten(tree)[0]
+    for a, b in zip(flatten(loaded)[1], flatten(tree)[1], strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import paramtree as pt
+from paramtree.core.tree import flatten
 from paramtree.io.wire import is_key
 from tests.catalogue import CATALOGUE, leaf, same, siblings, tied, trees
 from tests.helpers import x64
@@ -35,13 +36,13 @@ def saved(path: Path, tree: Any) -> Path:
 def check(path: Path) -> None:
     """Checks that peek agrees with load, and that loading into the peeked tree gives the same."""
     tree, whole = pt.peek(path), pt.load(path)
-    assert tree._structure is whole._structure
-    for found, expected in zip(tree._leaves, whole._leaves, strict=True):
+    assert flatten(tree)[0] is flatten(whole)[0]
+    for found, expected in zip(flatten(tree)[1], flatten(whole)[1], strict=True):
         assert isinstance(found, jax.ShapeDtypeStruct)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     again = pt.load(path, like=tree)
-    assert [type(a) for a in again._leaves] == [type(a) for a in whole._leaves]
-    if not any(map(is_key, whole._leaves)):
+    assert [type(a) for a in flatten(again)[1]] == [type(a) for a in flatten(whole)[1]]
+    if not any(map(is_key, flatten(whole)[1])):
         assert same(again, whole)
 
 
@@ -76,7 +77,7 @@ def test_dtypes_are_those_of_the_leaves(tmp_path: Path, ending: str) -> None:
     path = saved(tmp_path / f"a.{ending}", tree)
     check(path)
     found = pt.peek(path)
-    assert [a.dtype for a in found._leaves] == [a.dtype for a in tree._leaves]
+    assert [a.dtype for a in flatten(found)[1]] == [a.dtype for a in flatten(tree)[1]]
     with x64():
         check(path)
         assert found.f.dtype == pt.peek(path).f.dtype == np.float64

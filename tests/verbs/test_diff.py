@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import paramtree as pt
-from paramtree.core.tree import _rebuild, whole
+from paramtree.core.tree import flatten, unflatten
 from paramtree.inspect import distance as distance_module
 from paramtree.inspect.distance import LARGE, Distance, distances
 from paramtree.verbs import compare as compare_module
@@ -56,7 +56,7 @@ CHANGES = {
     "nothing": lambda tree: tree,
     "values": lambda tree: jax.tree.map(lambda x: x + x, tree),
     "shapes only": lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
-    "pickled": lambda tree: _rebuild(whole(tree)._structure, whole(tree)._leaves, ("elsewhere",)),
+    "pickled": lambda tree: unflatten(flatten(tree)[0], flatten(tree)[1], ("elsewhere",)),
     "a dtype": first_cast,
     "a shape": first_longer,
     "the order": reordered,
@@ -65,7 +65,7 @@ CHANGES = {
     "one less": lambda tree: pt.from_tree(dict(list(tree.to_dict().items())[1:])),
     "an empty level more": lambda tree: pt.from_tree({**tree.to_dict(), "more": {}}),
     "no ties": lambda tree: pt.from_tree(tree.to_dict()),
-    "holes": lambda tree: with_holes(whole(tree), list(range(1, len(whole(tree)._leaves)))),
+    "holes": lambda tree: with_holes(tree, list(range(1, len(flatten(tree)[1])))),
     "a level above": lambda tree: {"level": tree},
 }
 
@@ -359,7 +359,7 @@ def test_one_changed_element_is_found_exactly(tree, data):
         assert found
         assert found.differences == ()
         (change,) = found.changes
-        assert change.name.replace("/", "_") == "_".join(whole(tree)._structure.canonical[slot])
+        assert change.name.replace("/", "_") == "_".join(flatten(tree)[0].canonical[slot])
         assert (change.differing, change.size, change.largest) == (1, changed.size, 3)
 
 
