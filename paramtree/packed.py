@@ -101,11 +101,11 @@ class Packed:
     so ``jit``, ``grad``, ``tree.map`` and optax work on these.
     """
 
-    __slots__ = ("__weakref__", "_arrays", "_layout", "_place", "_split")
+    __slots__ = ("__weakref__", "_arrays", "_layout", "_at", "_split")
 
     _layout: Layout
     _arrays: tuple[Any, ...]  # one for each part of the layout
-    _place: Path
+    _at: Path
     _split: tuple[Any, Any] | None  # the trace in which the buffers were split, and the leaves
 
     @staticmethod
@@ -113,7 +113,7 @@ class Packed:
         """Returns a packed tree of some arrays, one for each part of its layout."""
         tree = object.__new__(Packed)
         split = None if leaves is None else (_trace(arrays), tuple(leaves))
-        fields = (("_layout", layout), ("_arrays", tuple(arrays)), ("_place", place), ("_split", split))
+        fields = (("_layout", layout), ("_arrays", tuple(arrays)), ("_at", place), ("_split", split))
         for name, value in fields:
             object.__setattr__(tree, name, value)
         return tree
@@ -142,7 +142,7 @@ class Packed:
         return tuple(leaves)
 
     def _tree(self) -> ParamTree:
-        return unflatten(self._layout.structure, self._leaves(), self._place)
+        return unflatten(self._layout.structure, self._leaves(), self._at)
 
     # It reads as the tree does
 
@@ -164,10 +164,10 @@ class Packed:
         return len(self._tree())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(unflatten(self._layout.structure, self._layout.like, self._place), name, value)
+        setattr(unflatten(self._layout.structure, self._layout.like, self._at), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(unflatten(self._layout.structure, self._layout.like, self._place), name)
+        delattr(unflatten(self._layout.structure, self._layout.like, self._at), name)
 
     def __dir__(self) -> list[str]:
         return dir(self._tree())
@@ -179,20 +179,20 @@ class Packed:
         return self._tree()._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Packed.make, (self._layout, self._arrays, self._place)
+        return Packed.make, (self._layout, self._arrays, self._at)
 
     # The walker, merge and layers
 
     def __open__(self) -> Opened:
         def rebuild(part: Structure, leaves: Sequence[Any], _: Any) -> Packed:
-            return _packed(part, tuple(leaves), self._layout.max_bytes, self._place, (self,))
+            return _packed(part, tuple(leaves), self._layout.max_bytes, self._at, (self,))
 
         structure = self._layout.structure
-        return Opened(structure, self._leaves(), rebuild, structure.kinds, self._place)
+        return Opened(structure, self._leaves(), rebuild, structure.kinds, self._at)
 
     @staticmethod
     def __merge__(parts: "Sequence[Packed]", merged: ParamTree) -> "Packed":
-        return _packed(*flatten(merged), parts[0]._layout.max_bytes, parts[0]._place, parts)
+        return _packed(*flatten(merged), parts[0]._layout.max_bytes, parts[0]._at, parts)
 
     def __scope__(self) -> ParamTree:
         return self._tree()
@@ -345,7 +345,7 @@ def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> P
                 "and pt.pack each part, or pt.unpack it."
             )
         arrays.append(first)
-    return Packed.make(layout, arrays, source._place)
+    return Packed.make(layout, arrays, source._at)
 
 
 def _canonical(dtype: Any) -> Any:

@@ -65,7 +65,7 @@ def test_a_leaf_is_packed_if_it_has_fewer_bytes_than_the_bound(most: int) -> Non
 def test_it_reads_like_the_tree() -> None:
     _, params, _ = net_and_params()
     packed = pt.pack(params, max_bytes=600)
-    assert isinstance(packed, pt.ParamTree)
+    assert isinstance(packed, Packed)
     assert list(packed) == list(params)
     assert repr(packed) == repr(params)
     assert pt.ties(packed) == pt.ties(params)
@@ -209,7 +209,9 @@ def test_verbs_by_name_work_on_it() -> None:
     assert isinstance(half, Packed) and len(jax.tree.leaves(half)) == 2
     trainable, frozen = pt.partition(packed, "dense3_.*")
     assert list(pt.collect(trainable)) == ["dense3_weight", "dense3_bias"]
-    same(pt.merge(trainable, frozen), params)
+    merged = pt.merge(trainable, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(packed)
+    same(pt.unpack(merged), params)
     assert not pt.diff(packed, params)
 
 
@@ -253,9 +255,14 @@ def test_other_pytrees_keys_and_objects() -> None:
 def test_what_is_put_in_place_of_a_buffer_must_be_one() -> None:
     _, params, _ = net_and_params()
     packed = pt.pack(params)
-    flags = jax.tree.map(lambda _: True, packed)
-    with pytest.raises(pt.MismatchError, match="`packed param float32`.*pt.partition the tree first"):
-        _ = flags.dense0.bias
+    wrong = jax.tree.map(lambda x: x[:-1], packed)
+    with pytest.raises(pt.MismatchError, match="`packed param float32`.*pt.unpack the tree before"):
+        _ = wrong.dense0.bias
+    assert jax.tree.leaves(pt.mask(packed)) == [True] and pt.mask(packed).dense3.bias is True
+    with pytest.raises(
+        pt.MismatchError, match="`dense0_weight` and `dense0_bias` share the buffer.*pt.partition"
+    ):
+        pt.mask(packed, ".*weight")
     with pytest.raises(ValueError, match="max_bytes is a number of bytes, 0 or more, but found -1"):
         pt.pack(params, max_bytes=-1)
     with pytest.raises(AttributeError, match="`dense0_wieght` is not in `dense0`"):

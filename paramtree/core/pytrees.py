@@ -102,7 +102,7 @@ def open_tree(
     if opener is not None:
         opened: Opened = opener(tree)
         return opened
-    if isinstance(tree, ParamTree) and is_flat(tree):
+    if type(tree) is ParamTree and is_flat(tree):
         structure, leaves = flatten(tree)
         place = place_of(tree)
         return Opened(
@@ -173,7 +173,7 @@ class _Walk:
     def _node(self, value: Any, inside: bool) -> tuple[_Node, Sequence[Any]]:
         """Returns the node of a value and its children; ``inside`` says that a parameter tree has it."""
         if isinstance(value, ParamTree) or hasattr(type(value), "__open__"):
-            if isinstance(value, ParamTree) and not is_flat(value):
+            if type(value) is ParamTree and not is_flat(value):
                 (structure, leaves), place = flatten(value), place_of(value)
                 return _Node(
                     value, rebuild=lambda s, ls, _: unflatten(s, ls, place), inner=structure

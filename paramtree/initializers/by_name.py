@@ -69,7 +69,7 @@ class Mixed(_ByName):
         object.__setattr__(self, "initializers", tuple(map(get, self.initializers)))
 
     def for_name(self, name: str, stack: str = "", index: tuple[int, ...] = ()) -> Initializer:
-        """Returns the initializer for the parameter with this name; a copy also has its stack's name."""
+        """Returns the initializer for this name; a copy in a stack also matches by the stack's name."""
         for pattern, initializer in zip(self.patterns, self.initializers, strict=True):
             if re.fullmatch(pattern, name) or (stack and re.fullmatch(pattern, stack)):
                 return get(initializer)

@@ -83,7 +83,7 @@ class Level:
 
 def as_tree(tree: Any) -> ParamTree:
     """Returns any pytree, or a single leaf, as a parameter tree."""
-    if isinstance(tree, ParamTree) and is_flat(tree):
+    if type(tree) is ParamTree and is_flat(tree):
         return tree
     source = open_tree(tree, counts=None, declared=True)
     return unflatten(source.structure, source.leaves, source.place)

@@ -17,7 +17,7 @@ import numpy as np
 from paramtree.core.arrays import absent, describe, dtype_of, join, shape_of, short
 from paramtree.core.errors import MismatchError, RuleError, suggest
 from paramtree.core.rules import Patterns
-from paramtree.core.tree import ParamTree
+from paramtree.core.tree import ParamTree, place_of
 from paramtree.inspect.distance import numeric
 from paramtree.verbs.collect import collect, collect_matching, flat_tree
 from paramtree.verbs.from_tree import from_tree
@@ -260,7 +260,7 @@ def _leaves(
             f"{verb}: a figure holds at most {panels} leaves, but {len(leaves)} match: {some}. Give a "
             f"pattern that matches fewer, or panels={len(leaves)}."
         )
-    place = selected._path()
+    place = place_of(selected)
     return leaves, [short(join((*place, name), sep)) for name in leaves]
 
 

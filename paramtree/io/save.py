@@ -58,7 +58,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
         formats = ".safetensors, .npz, .orbax or .params"
         raise ParamTreeError(f"{path}: {extension} is another library's format. Choose {formats}.")
     if extension == ".params":
-        source = open_tree(tree, is_array_or_number)
+        source = open_tree(tree, is_array_or_number, declared=True)
         structure = source.structure
         _check_names(structure, sep)
         slots = [(join(path, sep), slot) for path, slot in structure.entries()]
@@ -76,7 +76,7 @@ def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[d
       NameCollisionError: two paths join to one name.
       MismatchError: some leaves cannot be saved; all are listed.
     """
-    source = open_tree(tree, is_array_or_number)
+    source = open_tree(tree, is_array_or_number, declared=True)
     structure = source.structure
     _check_names(structure, sep)
     arrays, tags = _encoded(path, structure, source.leaves, native)

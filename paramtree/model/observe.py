@@ -100,11 +100,11 @@ def call_of(equation: Any) -> int | None:
 
 def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns the arrays of a pytree as shapes, without those of scopes."""
-    leaves = jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, ParamTree | Scope))
+    leaves = jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, ParamTree))
     return tuple(
         jax.ShapeDtypeStruct(shape_of(leaf), dtype_of(leaf))
         for leaf in leaves
-        if dtype_of(leaf) is not None and not isinstance(leaf, ParamTree | Scope)
+        if dtype_of(leaf) is not None and not isinstance(leaf, ParamTree)
     )
 
 

@@ -36,10 +36,16 @@ class Run(Protocol):
         """Returns the arrays of the run, and what else a scope takes through a transform."""
 
 
-class Scope:
-    """One level of a tree, and the run that is reading it."""
+_FIELDS = frozenset(("_live", "_run", "_tree", "_flat", "_leaves", "_place", "_structure"))
 
-    __slots__ = ("__weakref__", "_live", "_run", "_tree")
+
+class Scope(ParamTree):
+    """One level of a tree, and the run that is reading it.
+
+    It is a ``ParamTree`` to code that asks, and has none of its fields: everything goes through the level.
+    """
+
+    __slots__ = ("_live", "_run", "_tree")
 
     _tree: ParamTree  # of values, or of slots of the run's leaves
     _run: Any
@@ -58,7 +64,7 @@ class Scope:
     # Reading
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in Scope.__slots__:  # Python probes for protocols
+        if name.startswith("__") or name in _FIELDS:  # Python probes for protocols
             raise AttributeError(name)
         return self._value(getattr(self._tree, name))
 
@@ -92,6 +98,15 @@ class Scope:
 
     def __repr__(self) -> str:
         return repr(level_of(self))
+
+    def _repr_html_(self) -> str:
+        return level_of(self)._repr_html_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        level_of(self)._repr_pretty_(printer, cycle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return level_of(self).__reduce__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._tree, name, value)
@@ -172,7 +187,7 @@ def path_of(scope: Any) -> Path:
 
 def check_scope(scope: Any) -> None:
     """Raises TypeError if what a layer was called with first is not a scope."""
-    if not isinstance(scope, ParamTree | Scope) and not hasattr(scope, "param"):
+    if not isinstance(scope, ParamTree) and not hasattr(scope, "param"):
         raise TypeError(
             f"a model is called with its parameters first, model(params, x), but found "
             f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "

@@ -124,7 +124,7 @@ class TrainingModel:
     def __call__(
         self, params: Any, *inputs: Any, key: jax.Array | None = None, **kwargs: Any
     ) -> tuple[Any, Any]:
-        if not isinstance(params, ParamTree | Scope) and not hasattr(type(params), "__open__"):
+        if not isinstance(params, ParamTree) and not hasattr(type(params), "__open__"):
             raise TypeError(
                 f"pt.training(model) is called with a parameter tree first, but found "
                 f"{type(params).__name__}: pt.training(model)(params, x, key=key)."
@@ -136,7 +136,7 @@ class TrainingModel:
         slots = {(*place, *path): slot for path, slot in structure.entries()}
         session = _Session(list(source.leaves), slots)
         scope = Scope(
-            unflatten(structure, tuple(range(len(slots))), place), Training(session, key), True
+            unflatten(structure, tuple(range(len(source.leaves))), place), Training(session, key), True
         )
         output = self.f(scope, *inputs, **kwargs)
         return output, source.restore(session.leaves)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, Zero, get
 from paramtree.model.scope import check_scope, child
-from paramtree.nn.basic import Dense, _size
+from paramtree.nn.basic import Dense, as_size
 from paramtree.nn.layer import Layer
 
 __all__ = ["MultiHeadAttention", "rotate"]
@@ -100,7 +100,7 @@ class MultiHeadAttention(Layer):
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "units", "num_kv_heads", "cache"):
-            _size("MultiHeadAttention", name, getattr(self, name))
+            as_size("MultiHeadAttention", name, getattr(self, name))
         if not self.num_heads or self.units % self.num_heads:
             raise ValueError(
                 "MultiHeadAttention: num_heads must be positive and divide units, but found "

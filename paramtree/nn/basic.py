@@ -44,7 +44,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _activation(activation: Any) -> Callable[..., Any]:
+def as_activation(activation: Any) -> Callable[..., Any]:
     if callable(activation):
         return activation
     if activation not in _ACTIVATIONS:
@@ -55,13 +55,13 @@ def _activation(activation: Any) -> Callable[..., Any]:
     return _ACTIVATIONS[activation]
 
 
-def _shown(activation: Any) -> str:
+def activation_text(activation: Any) -> str:
     return (
         activation if isinstance(activation, str) else getattr(activation, "__name__", repr(activation))
     )
 
 
-def _size(layer: str, setting: str, value: Any) -> None:
+def as_size(layer: str, setting: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{layer}: {setting} must be a non-negative integer, but found {value!r}.")
 
@@ -85,10 +85,10 @@ class Activation(Layer):
     activation: str | Callable[..., Any]
 
     def __post_init__(self) -> None:
-        _activation(self.activation)
+        as_activation(self.activation)
 
     def __call__(self, p: Any, x: Any) -> Any:
-        return _activation(self.activation)(x)
+        return as_activation(self.activation)(x)
 
     @property
     def alias(self) -> str:
@@ -96,7 +96,7 @@ class Activation(Layer):
         return self.activation if isinstance(self.activation, str) else "activation"
 
     def __repr__(self) -> str:
-        return f"Activation({_shown(self.activation)})"
+        return f"Activation({activation_text(self.activation)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,10 +136,10 @@ class Dense(Layer):
     in_units: int = 0
 
     def __post_init__(self) -> None:
-        _size("Dense", "units", self.units)
-        _size("Dense", "in_units", self.in_units)
+        as_size("Dense", "units", self.units)
+        as_size("Dense", "in_units", self.in_units)
         if self.activation is not None:
-            _activation(self.activation)
+            as_activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         weight = get(self.weight_initializer or Uniform())
         object.__setattr__(self, "weight_initializer", weight)
@@ -161,10 +161,12 @@ class Dense(Layer):
             if y.ndim > 1:  # the same as jnp.expand_dims, but much faster to trace
                 bias = jax.lax.broadcast_in_dim(bias, (1,) * (y.ndim - 1) + bias.shape, (y.ndim - 1,))
             y = y + bias
-        return y if self.activation is None else _activation(self.activation)(y)
+        return y if self.activation is None else as_activation(self.activation)(y)
 
     def __repr__(self) -> str:
-        last = "linear" if self.activation is None else f"Activation({_shown(self.activation)})"
+        last = (
+            "linear" if self.activation is None else f"Activation({activation_text(self.activation)})"
+        )
         return f"Dense({self.in_units or None} -> {self.units}, {last})"
 
 
@@ -195,8 +197,8 @@ class Embedding(Layer):
     weight_initializer: Initializer | str | None = None
 
     def __post_init__(self) -> None:
-        _size("Embedding", "input_dim", self.input_dim)
-        _size("Embedding", "output_dim", self.output_dim)
+        as_size("Embedding", "input_dim", self.input_dim)
+        as_size("Embedding", "output_dim", self.output_dim)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         weight = get(self.weight_initializer or Uniform())
         object.__setattr__(self, "weight_initializer", weight)

@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer
-from paramtree.nn.norm import _affine, _along, _moments, _Norm, _standard, _wide
+from paramtree.nn.norm import (
+    Norm,
+    broadcast_along,
+    moments_of,
+    scaled_and_shifted,
+    standardized,
+    widened,
+)
 
 __all__ = ["BatchNorm"]
 
 
 @dataclass(frozen=True, repr=False)
-class BatchNorm(_Norm):
+class BatchNorm(Norm):
     """Normalizes each channel over the batch, and keeps running statistics for inference.
 
     ``y = gamma (x - mean) / √(var + epsilon) + beta``, with the biased variance. Under
@@ -88,22 +95,24 @@ class BatchNorm(_Norm):
         dtype = jnp.float32 if self.dtype.itemsize < 4 else self.dtype
         old_mean = p.state("running_mean", (channels,), self.running_mean_initializer, dtype)
         old_variance = p.state("running_var", (channels,), self.running_variance_initializer, dtype)
-        wide = _wide(x)
+        wide = widened(x)
         if p.training and not self.use_global_stats:
             mean, variance, deviations = self._batch_moments(wide, axis)
             p.update("running_mean", self._blend(old_mean, mean))
             p.update("running_var", self._blend(old_variance, variance))
         else:
-            mean, variance = (_along(s, wide, axis) for s in (old_mean, old_variance))
+            mean, variance = (broadcast_along(s, wide, axis) for s in (old_mean, old_variance))
             deviations = wide - mean
-        return _affine(_standard(deviations, variance, self.epsilon), gamma, beta, axis, x.dtype)
+        return scaled_and_shifted(
+            standardized(deviations, variance, self.epsilon), gamma, beta, axis, x.dtype
+        )
 
     def _batch_moments(self, x: Any, axis: int) -> tuple[Any, Any, Any]:
         axes = [i for i in range(x.ndim) if i != axis]
         if not math.prod(x.shape[i] for i in axes):
             raise ValueError(f"{self!r} cannot train on an empty batch, but found shape {x.shape}.")
         try:
-            return _moments(x, axes, self.axis_name)
+            return moments_of(x, axes, self.axis_name)
         except NameError as error:
             raise NameError(
                 f"{self!r} averages over the mapped axis {self.axis_name!r} in training, but is called "
@@ -112,7 +121,7 @@ class BatchNorm(_Norm):
 
     def _blend(self, old: Any, new: Any) -> Any:
         # State keeps its dtype, which is low precision if the tree was cast.
-        wide = _wide(old)
+        wide = widened(old)
         new = new.reshape(old.shape).astype(wide.dtype)
         return (self.momentum * wide + (1 - self.momentum) * new).astype(old.dtype)
 

@@ -15,7 +15,7 @@ from paramtree.core.tree import ParamTree, unflatten
 from paramtree.model.record import Recorder, tie_in_recorder
 from paramtree.model.scope import Scope, check_scope, child, run_of, write
 from paramtree.model.training import Training, training
-from paramtree.nn.layer import Layer, Sequential, _as_layer
+from paramtree.nn.layer import Layer, Sequential, as_layer
 
 __all__ = ["Parallel", "Repeat", "Residual"]
 
@@ -131,7 +131,7 @@ class Repeat(Layer):
     remat: bool | Callable[..., Any] = False
 
     def __post_init__(self) -> None:
-        _as_layer(self.block, "the block of a Repeat")
+        as_layer(self.block, "the block of a Repeat")
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
             raise ValueError(f"Repeat: n must be a positive integer, but found {self.n!r}.")
 
@@ -141,7 +141,7 @@ class Repeat(Layer):
             y = self.block(p.repeated(self.n), x, *args)
             self._check_output(x, y)
             return y
-        if not isinstance(p, ParamTree | Scope):
+        if not isinstance(p, ParamTree):
             raise TypeError(f"Repeat needs a paramtree scope, but found {type(p).__name__}.")
         copies = [str(i) for i in range(self.n)]
         if list(p) == copies:  # unstacked

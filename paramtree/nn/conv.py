@@ -9,7 +9,7 @@ from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import _activation, _shown
+from paramtree.nn.basic import activation_text, as_activation
 from paramtree.nn.layer import Layer
 from paramtree.nn.spatial import (
     Padding,
@@ -27,7 +27,7 @@ from paramtree.nn.spatial import (
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
 
 
-class _Convolution(Layer):
+class Convolution(Layer):
     """Base of convolutions and transposed convolutions: everything except the operation itself.
 
     Not a dataclass: the subclasses declare the fields, because Gluon puts ``output_padding`` in the
@@ -59,7 +59,7 @@ class _Convolution(Layer):
                     f"{name}: {setting} must be divisible by groups={self.groups}, but found {size}."
                 )
         if self.activation is not None:
-            _activation(self.activation)
+            as_activation(self.activation)
         for setting in ("kernel_size", "strides", "dilation"):
             object.__setattr__(self, setting, on_axes(self, setting, getattr(self, setting), rank))
         object.__setattr__(self, "padding", padding_of(self, self.padding, rank))
@@ -92,7 +92,7 @@ class _Convolution(Layer):
         if self.use_bias:
             bias = p.param("bias", (self.channels,), self.bias_initializer, self.dtype)
             y = y + jnp.expand_dims(bias, [i for i in range(y.ndim) if i != axis])
-        return y if self.activation is None else _activation(self.activation)(y)
+        return y if self.activation is None else as_activation(self.activation)(y)
 
     def _weight_shape(self, size: int) -> tuple[int, ...]:
         raise NotImplementedError
@@ -130,12 +130,12 @@ class _Convolution(Layer):
         if not self.use_bias:
             text += ", bias=False"
         if self.activation is not None:
-            text += f", Activation({_shown(self.activation)})"
+            text += f", Activation({activation_text(self.activation)})"
         return f"{type(self).__name__}({text})"
 
 
 @dataclass(frozen=True, repr=False)
-class _Conv(_Convolution):
+class _Conv(Convolution):
     channels: int
     kernel_size: Sizes
     strides: Sizes = 1

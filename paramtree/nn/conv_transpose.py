@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from paramtree.initializers import Initializer
-from paramtree.nn.conv import _Convolution
+from paramtree.nn.conv import Convolution
 from paramtree.nn.spatial import Padding, Sizes, on_axes, pairs_for, shown_padding
 
 __all__ = ["Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"]
 
 
 @dataclass(frozen=True, repr=False)
-class _ConvTranspose(_Convolution):
+class _ConvTranspose(Convolution):
     channels: int
     kernel_size: Sizes
     strides: Sizes = 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from paramtree.nn.pool import _check_floating, _Pooling
+from paramtree.nn.pool import Pooling, check_floating
 from paramtree.nn.spatial import check_layout, sizes_of, spatial_axes
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, repr=False)
-class _GlobalPool(_Pooling):
+class _GlobalPool(Pooling):
     layout: str = ""
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class _GlobalMaxPool(_GlobalPool):
 @dataclass(frozen=True, repr=False)
 class _GlobalAvgPool(_GlobalPool):
     def __call__(self, p: Any, x: Any) -> Any:
-        _check_floating(self, x)
+        check_floating(self, x)
         return jnp.mean(x, self._axes(x), keepdims=True)
 
 

@@ -122,7 +122,7 @@ class Sequential(Layer):
     def __init__(
         self, *layers: Layer | Callable[..., Any], **named: Layer | Callable[..., Any]
     ) -> None:
-        children = [_as_layer(layer, f"child {i} of a Sequential") for i, layer in enumerate(layers)]
+        children = [as_layer(layer, f"child {i} of a Sequential") for i, layer in enumerate(layers)]
         counts: dict[str, int] = {}
         names: list[str] = []
         for layer in children:
@@ -134,7 +134,7 @@ class Sequential(Layer):
                 f"Sequential has two children named {', '.join(duplicates)}: the positional ones are "
                 f"named {', '.join(names)}. Choose other names for the keyword arguments."
             )
-        children += [_as_layer(layer, f"child {k} of a Sequential") for k, layer in named.items()]
+        children += [as_layer(layer, f"child {k} of a Sequential") for k, layer in named.items()]
         self._set(tuple(children), (*names, *named))
 
     def _set(self, layers: tuple[Layer, ...], names: tuple[str, ...]) -> None:
@@ -186,7 +186,7 @@ def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:
             return f"{alias}{count}"
 
 
-def _as_layer(layer: Any, role: str) -> Layer:
+def as_layer(layer: Any, role: str) -> Layer:
     if isinstance(layer, Layer):
         return layer
     if isinstance(layer, type) or not callable(layer):

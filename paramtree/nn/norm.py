@@ -16,14 +16,14 @@ from jax import lax
 
 from paramtree.initializers import Initializer, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import _size
+from paramtree.nn.basic import as_size
 from paramtree.nn.layer import Layer
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
 @dataclass(frozen=True, repr=False)
-class _Norm(Layer):
+class Norm(Layer):
     """Base of normalizing layers. Subclasses declare the fields, each in Gluon's order."""
 
     _shown: ClassVar[tuple[str, ...]] = ("axis", "center", "scale")
@@ -31,7 +31,7 @@ class _Norm(Layer):
 
     def __post_init__(self: Any) -> None:
         name = type(self).__name__
-        _size(name, "in_channels", self.in_channels)
+        as_size(name, "in_channels", self.in_channels)
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):
             raise ValueError(f"{name}: axis must be a single integer, but found {self.axis!r}.")
         if not self.epsilon >= 0:
@@ -80,19 +80,19 @@ class _Norm(Layer):
         return f"{type(self).__name__}(eps={self.epsilon}, {', '.join(settings)})"
 
 
-def _wide(x: Any) -> Any:
+def widened(x: Any) -> Any:
     """Returns the array in at least float32."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else jnp.asarray(x)
 
 
-def _along(vector: Any, y: Any, axis: int) -> Any:
+def broadcast_along(vector: Any, y: Any, axis: int) -> Any:
     """Returns a vector in the dtype of ``y``, reshaped to broadcast along one of its axes."""
     shape = [1] * y.ndim
     shape[axis] = y.shape[axis]
     return vector.astype(y.dtype).reshape(shape)
 
 
-def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, Any, Any]:
+def moments_of(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, Any, Any]:
     """Returns the mean and biased variance over axes, kept with size 1, and the deviations x - mean."""
 
     def mean(x: Any) -> Any:
@@ -105,23 +105,23 @@ def _moments(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any, A
     return center, mean(lax.square(deviations)), deviations
 
 
-def _standard(deviations: Any, variance: Any, epsilon: float) -> Any:
-    # Takes the deviations of `_moments`. Computed a second time, they make XLA duplicate the gradients
+def standardized(deviations: Any, variance: Any, epsilon: float) -> Any:
+    # Takes the deviations of `moments`. Computed a second time, they make XLA duplicate the gradients
     # of all later residual blocks into each block, and compiling a deep net takes minutes.
     return deviations * lax.rsqrt(variance + epsilon)
 
 
-def _affine(y: Any, gamma: Any, beta: Any, axis: int, dtype: Any) -> jax.Array:
+def scaled_and_shifted(y: Any, gamma: Any, beta: Any, axis: int, dtype: Any) -> jax.Array:
     """Returns ``gamma * y + beta`` along an axis; None omits the operation."""
     if gamma is not None:
-        y = y * _along(gamma, y, axis)
+        y = y * broadcast_along(gamma, y, axis)
     if beta is not None:
-        y = y + _along(beta, y, axis)
+        y = y + broadcast_along(beta, y, axis)
     return y.astype(dtype)
 
 
 @dataclass(frozen=True, repr=False)
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
     """Normalizes over one axis: ``y = gamma (x - mean) / √(var + epsilon) + beta``.
 
     Ba et al., "Layer normalization", 2016.
@@ -159,14 +159,14 @@ class LayerNorm(_Norm):
     def __call__(self, p: Any, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         gamma, beta = self._gamma_beta(p, x.shape[axis])
-        wide = _wide(x)
-        _, variance, deviations = _moments(wide, [axis])
-        y = _standard(deviations, variance, self.epsilon)
-        return _affine(y, gamma, beta, axis, x.dtype)
+        wide = widened(x)
+        _, variance, deviations = moments_of(wide, [axis])
+        y = standardized(deviations, variance, self.epsilon)
+        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
 
 
 @dataclass(frozen=True, repr=False)
-class InstanceNorm(_Norm):
+class InstanceNorm(Norm):
     """Normalizes each channel of each example over all other axes, such as height and width.
 
     ``y = gamma (x - mean) / √(var + epsilon) + beta``. Ulyanov et al., "Instance normalization: the
@@ -203,15 +203,15 @@ class InstanceNorm(_Norm):
     def __call__(self, p: Any, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         gamma, beta = self._gamma_beta(p, x.shape[axis])
-        wide = _wide(x)
+        wide = widened(x)
         axes = [i for i in range(1, x.ndim) if i != axis]
-        _, variance, deviations = _moments(wide, axes)
-        y = _standard(deviations, variance, self.epsilon)
-        return _affine(y, gamma, beta, axis, x.dtype)
+        _, variance, deviations = moments_of(wide, axes)
+        y = standardized(deviations, variance, self.epsilon)
+        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
 
 
 @dataclass(frozen=True, repr=False)
-class GroupNorm(_Norm):
+class GroupNorm(Norm):
     """Normalizes each group of adjacent channels of each example, over all axes except the batch.
 
     ``y = gamma (x - mean) / √(var + epsilon) + beta``. Wu and He, "Group normalization", 2018. gamma
@@ -249,7 +249,7 @@ class GroupNorm(_Norm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _size("GroupNorm", "num_groups", self.num_groups)
+        as_size("GroupNorm", "num_groups", self.num_groups)
         if not self.num_groups:
             raise ValueError("GroupNorm: num_groups must be positive, but found 0.")
 
@@ -262,17 +262,17 @@ class GroupNorm(_Norm):
                 f"{axis} of shape {x.shape}."
             )
         gamma, beta = self._gamma_beta(p, channels)
-        wide = _wide(x)
+        wide = widened(x)
         split = self.num_groups, channels // self.num_groups
         groups = wide.reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
         axes = [i for i in range(1, groups.ndim) if i != axis]
-        _, variance, deviations = _moments(groups, axes)
-        y = _standard(deviations, variance, self.epsilon).reshape(x.shape)
-        return _affine(y, gamma, beta, axis, x.dtype)
+        _, variance, deviations = moments_of(groups, axes)
+        y = standardized(deviations, variance, self.epsilon).reshape(x.shape)
+        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
 
 
 @dataclass(frozen=True, repr=False)
-class RMSNorm(_Norm):
+class RMSNorm(Norm):
     """Divides by the root mean square over one axis: ``y = gamma x / √(mean(x²) + epsilon)``.
 
     Zhang and Sennrich, "Root mean square layer normalization", 2019.
@@ -305,6 +305,6 @@ class RMSNorm(_Norm):
     def __call__(self, p: Any, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         gamma = p.param("gamma", (x.shape[axis],), self.gamma_initializer, self.dtype)
-        wide = _wide(x)
+        wide = widened(x)
         square = jnp.mean(lax.square(wide), axis, keepdims=True)
-        return _affine(wide * lax.rsqrt(square + self.epsilon), gamma, None, axis, x.dtype)
+        return scaled_and_shifted(wide * lax.rsqrt(square + self.epsilon), gamma, None, axis, x.dtype)

@@ -25,7 +25,7 @@ from paramtree.nn.spatial import (
 __all__ = ["AvgPool1D", "AvgPool2D", "AvgPool3D", "MaxPool1D", "MaxPool2D", "MaxPool3D"]
 
 
-class _Pooling(Layer):
+class Pooling(Layer):
     """Base of all pooling layers."""
 
     layout: str
@@ -43,7 +43,7 @@ class _Pooling(Layer):
         )
 
 
-def _check_floating(layer: Layer, x: Any) -> None:
+def check_floating(layer: Layer, x: Any) -> None:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{layer!r} needs floating-point numbers to average, but found {x.dtype}: cast the input "
@@ -52,7 +52,7 @@ def _check_floating(layer: Layer, x: Any) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class _Pool(_Pooling):
+class _Pool(Pooling):
     pool_size: Sizes = 2
     strides: Sizes | None = None
     padding: Padding = 0
@@ -124,7 +124,7 @@ class _AvgPool(_Pool):
 
     def __call__(self, p: Any, x: Any) -> Any:
         x, geometry = jnp.asarray(x), self._geometry(x)
-        _check_floating(self, x)
+        check_floating(self, x)
         # Half-precision sums stop growing at a few hundred, so sum in single precision.
         wide = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")
         total = self._reduce(x.astype(wide), np.zeros((), wide), lax.add, geometry)

@@ -16,7 +16,7 @@ from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import Dropout, _activation, _size
+from paramtree.nn.basic import Dropout, as_activation, as_size
 from paramtree.nn.layer import Layer
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -78,9 +78,9 @@ class _Recurrent(Layer):
 
     def __post_init__(self: Any) -> None:
         name = type(self).__name__
-        _size(name, "hidden_size", self.hidden_size)
-        _size(name, "input_size", self.input_size)
-        _size(name, "num_layers", self.num_layers)
+        as_size(name, "hidden_size", self.hidden_size)
+        as_size(name, "input_size", self.input_size)
+        as_size(name, "num_layers", self.num_layers)
         if not self.num_layers:
             raise ValueError(f"{name}: num_layers must be positive, but found 0.")
         if self.layout not in ("TNC", "NTC"):
@@ -272,11 +272,11 @@ class RNN(_Recurrent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _activation(self.activation)
+        as_activation(self.activation)
 
     @property
     def _step(self) -> Step:
-        return _simple(_activation(self.activation))
+        return _simple(as_activation(self.activation))
 
 
 @dataclass(frozen=True, repr=False)

@@ -62,7 +62,7 @@ def shardings(
         the axis. One error lists all of these.
 
     Example:
-      >>> import paramtree as pt
+      >>> import jax, paramtree as pt
       >>> params = pt.abstract(pt.nn.Dense(6), jax.ShapeDtypeStruct((2, 4), "float32"))
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
       >>> placed = pt.shardings(params, mesh, {".*weight": jax.P("model", None), ".*": None})

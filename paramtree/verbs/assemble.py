@@ -66,7 +66,7 @@ def for_trees(why: str) -> Callable[[F], F]:
     def decorate(verb: F) -> F:
         @functools.wraps(verb)
         def call(tree: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(tree, ParamTree):
+            if type(tree) is ParamTree:
                 return verb(tree, *args, **kwargs)
             if hasattr(type(tree), "__open__"):
                 source = open_tree(tree)

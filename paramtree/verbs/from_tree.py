@@ -42,11 +42,11 @@ def from_tree(
       Parameter gamma (1.0)
       State running_mean (0.0)
     """
-    if isinstance(tree, ParamTree):
+    if type(tree) is ParamTree:
         made = tree
     else:
         source = open_tree(tree, counts=None, declared=True)
-        if not source.containers:
+        if not source.containers and not hasattr(type(tree), "__open__"):
             raise TypeError(
                 f"a tree is made from a container of leaves, and found a single "
                 f"{type(tree).__name__}: give it a name, as in pt.from_tree({{'name': value}})."

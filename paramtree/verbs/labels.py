@@ -48,7 +48,9 @@ def mask(
         if isinstance(rules, Mapping):
             table: Any = _values(source, "mask", rules, default)
             return tuple(value and slot in chosen for slot, value in enumerate(table))
-        matched = set(select_slots(source, rules, None, "the rules of mask do not fit the tree")[0].slots)
+        matched = set(
+            select_slots(source, rules, None, "the rules of mask do not fit the tree")[0].slots
+        )
         return tuple(slot in matched and slot in chosen for slot in range(len(source.leaves)))
 
     return _kept(tree, ("mask", _key(rules), repr(default), kind), values, False)

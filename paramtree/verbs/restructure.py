@@ -192,7 +192,7 @@ def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], An
     Raises:
       TypeError: the tree is neither a parameter tree nor nested dicts.
     """
-    if isinstance(tree, ParamTree):
+    if type(tree) is ParamTree:
         return tree, lambda made: made
     source = open_tree(tree, counts=None)
     if hasattr(type(tree), "__open__"):

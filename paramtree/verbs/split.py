@@ -107,7 +107,7 @@ def merge(*trees: T) -> T:
 
 def _merged(parts: Sequence[Any], trees: Sequence[Any], doubled: list[str]) -> Any:
     """Merges parts of one level; ``doubled`` collects the names of what more than one has."""
-    if all(isinstance(part, ParamTree) for part in parts):
+    if all(type(part) is ParamTree for part in parts):
         return _merged_trees(parts, trees, doubled)
     if all(hasattr(type(part), "__open__") or isinstance(part, ParamTree) for part in parts):
         opened = [open_tree(part) for part in parts]

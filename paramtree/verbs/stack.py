@@ -126,6 +126,8 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
     below = _below(parts, at, path)
     copies: dict[str, list[Entry]] = {}
     for entry in below:
+        if len(entry.path) == depth + 1 and entry.label is not None:
+            raise MismatchError(f"stack: `{'/'.join(entry.path)}` is a leaf, not a copy of a layer.")
         copies.setdefault(entry.path[depth] if len(entry.path) > depth else "", []).append(entry)
     if list(copies) != [str(i) for i in range(len(copies))]:
         raise MismatchError(
@@ -133,7 +135,7 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
         )
     level = tree[path] if path else tree
     unlike = [
-        f"`{path}/{i}` does not match `{path}/0`:\n" + "\n".join(lines(found))
+        f"`{path}/{i}` is not like `{path}/0`:\n" + "\n".join(lines(found))
         for i in copies
         if (found := differences(level["0"], level[i]))
     ]

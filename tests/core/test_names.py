@@ -108,7 +108,10 @@ def test_everything_that_is_wrong_with_rules_is_in_one_error() -> None:
         assert part in text
     with pytest.raises(pt.RuleError, match=r"the pattern '\[' is not a regular expression.*re.escape"):
         resolve(tied(), {"[": 1})
-    with pytest.raises(pt.RuleError, match="in a string, as in '.\\*weight', but found 3 of type int"):
+    with pytest.raises(
+        pt.RuleError,
+        match="in a string, as in '.\\*weight', or a function of name and leaf, but found 3 of type int",
+    ):
         resolve(tied(), {3: 1})  # type: ignore[dict-item]  # the tested mistake
     with pytest.raises(pt.RuleError, match="the rules are a mapping of patterns"):
         resolve(tied(), ["a"])  # type: ignore[arg-type]  # the tested mistake

@@ -222,7 +222,7 @@ def test_from_tree_keeps_the_holes_of_trees_inside() -> None:
         (
             {"a": 1, "a/b": 2},
             pt.NameCollisionError,
-            "`a/b` is given twice, or is a leaf and also holds",
+            "`a/b` is given twice, or is a leaf and also has children",
         ),
         ({1: 1, "1": 2}, pt.NameCollisionError, "`1` is given twice"),
         ({"": 1}, pt.RuleError, "'' cannot be part of a path"),

@@ -100,7 +100,7 @@ def test_bad_arguments_are_refused_before_compiling() -> None:
         pt.plan(NET, X, {"data": 2}, {"dense2.*": None, ".*": None})
     odd = jax.ShapeDtypeStruct((33, 16), jnp.float32)
     with pytest.raises(
-        pt.RuleError, match=r"`input` \(33, 16\) dimension 0, of 33, is no multiple of 2"
+        pt.RuleError, match=r"`input` \(33, 16\) dimension 0, of 33, is not a multiple of 2"
     ):
         pt.plan(NET, odd, {"data": 2}, {".*": None})
     with pytest.raises(TypeError, match=r"the axes of a mesh and their sizes, .* but found \(2, 4\)"):

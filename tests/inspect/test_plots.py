@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 import paramtree as pt
+from paramtree.core.tree import place_of
 from paramtree.inspect.tiling import arranged, extremes, tiled
 from tests.catalogue import CATALOGUE, leaf, trees
 from tests.helpers import x64
@@ -77,7 +78,7 @@ def test_each_stored_leaf_has_one_panel_in_order(name) -> None:
         ):
             pt.plots.histograms(tree)
         return
-    place = [*tree._path()]
+    place = [*place_of(tree)]
     for draw, most in ((pt.plots.histograms, 80), (pt.plots.heatmap, 80)):
         figure = draw(tree, sep="/", panels=most)
         assert len(figure.axes) == len(flat)

@@ -201,7 +201,7 @@ def test_mistakes_are_named(params, key):
     ):
         pt.unstack(params, "block")
     with pytest.raises(
-        pt.MismatchError, match="unstack: the leaves below `` do not have a first axis of one"
+        pt.MismatchError, match="unstack: the leaves below `` are not stacks of one size"
     ):
         pt.unstack(params, "")
     with pytest.raises(
@@ -222,20 +222,22 @@ def test_mistakes_are_named(params, key):
     ):
         pt.unstack(tied, "a")
     assert len(jax.tree.leaves(pt.unstack(pt.untie(tied), "a"))) == 3
-    with pytest.raises(pt.ParamTreeError, match="has holes. Fill them with pt.merge"):
+    with pytest.raises(pt.ParamTreeError, match="has holes, left by select or partition. Fill them with pt.merge"):
         pt.unstack(pt.select(params, "head_.*"), "blocks")
 
 
 @given(tree=trees(holes=False))
 def test_stack_undoes_unstack(tree):
-    tree = tree
     many = jax.tree.map(lambda a: np.stack([np.asarray(a)] * 3), tree)
     if not jax.tree.leaves(tree):
         return
     outer = pt.from_tree({"before": leaf(0), "level": many, "after": {}})
     loose = pt.unstack(outer, "level")
     assert same(loose.level["1"], tree)
-    assert same(pt.stack(loose, "level"), outer)
+    stacked = pt.stack(loose, "level")
+    pt.testing.assert_trees_equal(stacked.to_dict(), outer.to_dict())
+    assert same(pt.unstack(stacked, "level"), loose)
+    assert same(pt.stack(pt.unstack(stacked, "level"), "level"), stacked)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outer)
     assert jax.tree.structure(pt.unstack(shapes, "level")) == jax.tree.structure(loose)
     assert pt.stack(pt.unstack(shapes, "level"), "level") is not None

@@ -129,7 +129,7 @@ def test_all_that_differs_is_in_one_message():
         "check_match: b is not like a:\n"
         "  `dense0_bias` is missing, expected shape=(2,), dtype=float32; the closest name is `dense0_bais`.\n"
         "  `dense0_bais` is extra, found shape=(2,), dtype=float32.\n"
-        "  `gone`: expected a level that holds nothing, found nothing.\n"
+        "  `gone`: expected a level without children, found nothing.\n"
         "  `dense0_weight`: expected shape (2, 3), found (2, 4).\n"
         "  `norm_gamma`: expected dtype float32, found bfloat16.\n"
         "To match a part, give pt.collect(a, pattern) and pt.collect(b, pattern).\n"
@@ -145,8 +145,8 @@ def test_all_that_differs_is_in_one_message():
         (pt.select(tied(), "embed.*"), tied(), ["`decoder_bias`: expected a hole, found a leaf."]),
         (with_kinds({"m": "param"}), with_kinds({"m": "state"}), ["`m`: expected kind param, found state."]),
         ({"m": None}, {"m": leaf(0)}, ["`m`: expected a hole, found a leaf."]),
-        ({"m": {}}, {"m": leaf(0)}, ["`m`: expected a level that holds nothing, found shape=(2,), dtype=float32."]),
-        ({"m": {}}, {}, ["`m`: expected a level that holds nothing, found nothing."]),
+        ({"m": {}}, {"m": leaf(0)}, ["`m`: expected a level without children, found shape=(2,), dtype=float32."]),
+        ({"m": {}}, {}, ["`m`: expected a level without children, found nothing."]),
         ({"m": 1.0}, {"m": 1}, ["`m`: expected dtype float, found int."]),
         ({"m": "text"}, {"m": leaf(0)}, ["`m`: expected dtype str, found float32."]),
         ({"m": jax.random.key(0)}, {"m": leaf(0, ())}, ["`m`: expected dtype key<fry>, found float32."]),
@@ -223,7 +223,7 @@ def test_leaves_that_are_containers_are_looked_into() -> None:
 
 def test_the_same_path_twice_is_an_error() -> None:
     with pytest.raises(
-        pt.NameCollisionError, match="two leaves have one path, a/b, and trees are compared by"
+        pt.NameCollisionError, match="`a/b` is given twice, or is a leaf and also has children"
     ):
         pt.check_match({"a/b": 1.0, "a": {"b": 2.0}}, {})
 

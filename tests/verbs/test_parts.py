@@ -249,7 +249,7 @@ def test_optimiser_states_by_name() -> None:
             params
         )
     assert list(pt.collect(state, ".*mu.*weight")) == ["1_0_mu_embed_weight"]
-    assert list(pt.collect(state, ".*nu_decoder.*")) == ["1_0_nu_decoder_bias"]
+    assert list(pt.collect(state, ".*nu_decoder.*")) == ["1_0_nu_decoder_weight", "1_0_nu_decoder_bias"]
 
 
 # Gradients
