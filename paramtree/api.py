@@ -35,6 +35,7 @@ from paramtree.model.grad import value_and_grad as value_and_grad
 from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init
 from paramtree.model.init import reinit as reinit
+from paramtree.model.scope import inference as _scope  # noqa: F401  # a tree asks for it by name
 from paramtree.model.training import training as training
 from paramtree.packed import pack as pack
 from paramtree.packed import unpack as unpack

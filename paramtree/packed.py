@@ -1,9 +1,9 @@
 """Packed trees: the small leaves of a tree in one buffer for each dtype and kind, under the same names.
 
-A jitted call pays for every array that goes in and comes out, and an optimizer starts some arithmetic for
-each; a net of hundreds of biases and norms spends its time on that. Packed, its small leaves are one array
-to both. A model sees the tree that it knows: reading a leaf splits its buffer, and the transpose of a
-split is one concatenation, so the gradient comes out packed as well.
+A jitted call pays for every array that goes in and comes out, and an optimizer starts some arithmetic
+for each; a net of hundreds of biases and norms spends its time on that. Packed, its small leaves are
+one array to both. A model sees the tree that it knows: reading a leaf splits its buffer, and the
+transpose of a split is one concatenation, so the gradient comes out packed as well.
 """
 
 import itertools
@@ -97,11 +97,11 @@ def _layout(structure: Structure, like: Likeness, max_bytes: int) -> Layout:
 class Packed:
     """A tree whose small leaves share buffers, made by ``pt.pack``; a pytree of its own.
 
-    It reads like the tree it was made from. As a pytree its leaves are the buffers and the large leaves,
-    so ``jit``, ``grad``, ``tree.map`` and optax work on these.
+    It reads like the tree it was made from. As a pytree its leaves are the buffers and the large
+    leaves, so ``jit``, ``grad``, ``tree.map`` and optax work on these.
     """
 
-    __slots__ = ("__weakref__", "_arrays", "_layout", "_at", "_split")
+    __slots__ = ("__weakref__", "_arrays", "_at", "_layout", "_split")
 
     _layout: Layout
     _arrays: tuple[Any, ...]  # one for each part of the layout
@@ -118,7 +118,7 @@ class Packed:
             object.__setattr__(tree, name, value)
         return tree
 
-    def _leaves(self) -> tuple[Any, ...]:
+    def _unpacked(self) -> tuple[Any, ...]:
         # Leaves that were split in one trace must not be used in another, even if the tree can.
         trace = _trace(self._arrays)
         if self._split is None or self._split[0] != trace:
@@ -142,7 +142,7 @@ class Packed:
         return tuple(leaves)
 
     def _tree(self) -> ParamTree:
-        return unflatten(self._layout.structure, self._leaves(), self._at)
+        return unflatten(self._layout.structure, self._unpacked(), self._at)
 
     # It reads as the tree does
 
@@ -188,7 +188,7 @@ class Packed:
             return _packed(part, tuple(leaves), self._layout.max_bytes, self._at, (self,))
 
         structure = self._layout.structure
-        return Opened(structure, self._leaves(), rebuild, structure.kinds, self._at)
+        return Opened(structure, self._unpacked(), rebuild, structure.kinds, self._at)
 
     @staticmethod
     def __merge__(parts: "Sequence[Packed]", merged: ParamTree) -> "Packed":
@@ -247,7 +247,8 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
 
     Names, kinds, ties and stacks stay, and so does reading: ``net(packed, x)``, ``jax.grad``,
     ``pt.training``, ``pt.collect`` and ``pt.save`` work on it. To jit and to an optimizer it has a few
-    arrays where the tree has hundreds. A leaf of ``max_bytes`` or more would gain nothing and stays apart.
+    arrays where the tree has hundreds. A leaf of ``max_bytes`` or more would gain nothing and stays
+    apart.
 
     Verbs that return a tree return a packed one: ``select`` and ``partition`` pack the part, and
     ``merge`` gives the packed tree back. A mask, label or sharding must be the same for all leaves of a
@@ -256,8 +257,8 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
     An optimizer sees a buffer as one vector. Those that treat every number alike give the same result:
     ``sgd``, ``adam``, ``adamw``, ``rmsprop``, ``lion``, clipping by value or by global norm. Those that
     use the shape or norm of a leaf give other numbers, so unpack the tree for them: ``lamb``, ``lars``,
-    ``fromage``, ``muon``, ``adafactor``, ``sm3``, ``shampoo``-like preconditioners, ``adaptive_grad_clip``,
-    ``clip_by_block_rms``, ``scale_by_trust_ratio``, and masks by ``ndim``.
+    ``fromage``, ``muon``, ``adafactor``, ``sm3``, ``shampoo``-like preconditioners,
+    ``adaptive_grad_clip``, ``clip_by_block_rms``, ``scale_by_trust_ratio``, and masks by ``ndim``.
 
     Args:
       tree: a parameter tree of arrays, or any other pytree, whose names are kept.
@@ -315,7 +316,7 @@ def _packed(
             (part.key, tuple(kept[slot] for slot in part.slots)), (None,) * 3
         )
         if old is not None and source is not None:
-            split = source._leaves()
+            split = source._unpacked()
             if all(piece is split[slot] for piece, slot in zip(pieces, old.slots, strict=True)):
                 arrays.append(array)
                 continue
@@ -340,9 +341,9 @@ def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> P
         if unlike:
             names = [join(structure.canonical[slot]) for slot in (part.slots[0], unlike[0])]
             raise MismatchError(
-                f"`{names[0]}` and `{names[1]}` share the buffer `{part.key.key}` of a packed tree, and "
-                f"get different values, {first!r} and {values[unlike[0]]!r}: pt.partition the tree first "
-                "and pt.pack each part, or pt.unpack it."
+                f"`{names[0]}` and `{names[1]}` share the buffer `{part.key.key}` of a packed tree, "
+                f"and get different values, {first!r} and {values[unlike[0]]!r}: pt.partition the tree "
+                "first and pt.pack each part, or pt.unpack it."
             )
         arrays.append(first)
     return Packed.make(layout, arrays, source._at)

@@ -90,7 +90,8 @@ def test_any_room_can_be_imported_first() -> None:
     code = """if True:
         import importlib, sys
         registering = ["paramtree.core.tree", "paramtree.core.errors", "paramtree.core.arrays",
-                       "paramtree.core.structure", "paramtree.model.scope", "paramtree.model.record"]
+                       "paramtree.core.structure", "paramtree.model.scope", "paramtree.model.record",
+                       "paramtree.io.export", "paramtree.packed"]
         for room in sys.argv[1:]:
             for name in [name for name in sys.modules if name.startswith("paramtree")]:
                 if name not in registering:  # jax allows a class to be registered but once

@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-__all__ = ["absent", "clip", "describe", "dtype_of", "join", "printable", "shape_of", "short"]
+__all__ = ["clip", "describe", "dtype_of", "join", "printable", "shape_of", "short"]
 
 
 def join(path: Sequence[str], sep: str = "_") -> str:
-    """Returns the name of a path.
-
-    Example:
-      >>> join(("dense0", "weight"))
-      'dense0_weight'
-    """
+    """Returns the name of a path: ``dense0_weight`` for ``("dense0", "weight")``."""
     return sep.join(path)
 
 
@@ -73,17 +66,3 @@ def short(name: str, most: int = 100) -> str:
       ('red\\x1b[31m', 'wwwwwwww... (1000 characters)')
     """
     return printable(clip(name, most))
-
-
-def absent(leaf: Any) -> str:
-    """Returns why a leaf has no values to read, or an empty string if it has; tracers have values.
-
-    Example:
-      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jax.numpy.ones(2))
-      ('is only a shape', '')
-    """
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return "is only a shape"
-    traced = isinstance(leaf, jax.core.Tracer)
-    gone = not traced and isinstance(leaf, jax.Array) and leaf.is_deleted()
-    return "was donated to a jitted function, or deleted" if gone else ""

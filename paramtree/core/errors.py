@@ -9,17 +9,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "ImmutableError",
-    "LoadError",
-    "MismatchError",
-    "MissingError",
-    "NameCollisionError",
-    "ParamTreeError",
-    "RuleError",
-    "ScopeError",
-    "close_names",
-    "suggest",
-]
+    "ImmutableError", "LoadError", "MismatchError", "MissingError", "NameCollisionError",
+    "ParamTreeError", "RuleError", "ScopeError", "close_names", "suggest",
+]  # fmt: skip
 
 
 class ParamTreeError(Exception):

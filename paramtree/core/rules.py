@@ -1,9 +1,9 @@
-"""The selection: which leaves a name, a pattern or a rule table means, and every message about it.
+"""The selection: which leaves a pattern or a rule table means, and every message about patterns.
 
 A pattern is a regular expression that must match a whole name, as ``"dense0_.*"``; one that contains
 "/" must match a whole path, as ``"encoder/.*"``, which does not select ``encoder_head``; or it is a
 predicate ``fn(name, leaf) -> bool``. In a rule table the first pattern that matches a leaf gives its
-value. The structure remembers what a regular expression matches.
+value.
 """
 
 import re
@@ -11,13 +11,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import NameCollisionError, RuleError, close_names, suggest
+from paramtree.core.errors import RuleError, close_names
 from paramtree.core.pytrees import Opened
-from paramtree.core.structure import PARAM, STATE, Path, Structure, picker
+from paramtree.core.structure import PARAM, STATE, Structure, picker
 
 __all__ = [
-    "UNSET", "Assigned", "Pattern", "Patterns", "Rules", "Slots", "assign", "check_kind", "check_values",
-    "compiled", "find", "hits", "no_match", "resolve", "select_slots", "slots_of",
+    "UNSET", "Assigned", "Pattern", "Patterns", "Rules", "Slots", "assign", "check_kind", "check_table",
+    "compiled", "hits", "no_match", "pattern_text", "resolve", "select_slots", "slots_of",
 ]  # fmt: skip
 
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -34,6 +34,15 @@ class Slots:
         self.structure, self.take = structure.keep(self.slots), picker(self.slots)
 
 
+class Assigned(NamedTuple):
+    """For each slot the number of its rule, -1 for none, and the name that the rule matched."""
+
+    rules: tuple[int, ...]
+    names: tuple[str, ...]
+    disputed: list[list[tuple[int, str]]]  # rules and names of tied leaves with several rules
+    unused: list[int]
+
+
 def compiled(pattern: Any) -> re.Pattern[str]:
     """Returns a compiled regular expression, in which "." matches newlines too.
 
@@ -42,8 +51,8 @@ def compiled(pattern: Any) -> re.Pattern[str]:
     """
     if not isinstance(pattern, str | re.Pattern):
         raise RuleError(
-            f"a pattern is a regular expression in a string, as in '.*weight', or a function of name and "
-            f"leaf, but found {pattern!r} of type {type(pattern).__name__}."
+            "a pattern is a regular expression in a string, as in '.*weight', or a function of name "
+            f"and leaf, but found {pattern!r} of type {type(pattern).__name__}."
         )
     try:
         if isinstance(pattern, str):
@@ -82,8 +91,7 @@ def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]
 
     if not isinstance(pattern, Hashable):
         return match()  # which says that it is not a pattern
-    matches: tuple[bool, ...] = structure.cached(("hits", pattern, tuple(depths.items())), match)
-    return matches
+    return structure.cached(("hits", pattern, tuple(depths.items())), match)
 
 
 def select_slots(
@@ -107,7 +115,7 @@ def select_slots(
             matched = {slot for (_, slot), hit in entries if hit}
             of_kind = {slot for slot in matched if kind in (None, structure.kinds[slot])}
             if pattern is not None and not of_kind:
-                problem = f"{_text(pattern)} matches no name of kind {kind}"
+                problem = f"{pattern_text(pattern)} matches no name of kind {kind}"
                 problems.append(problem if matched else no_match(pattern, structure))
             chosen |= of_kind
         if problems:
@@ -115,8 +123,7 @@ def select_slots(
         return slots_of(structure, chosen)
 
     if all(isinstance(pattern, str | re.Pattern | None) for pattern in listed):
-        pair: tuple[Slots, Slots] = structure.cached(("slots", listed, kind), choose)
-        return pair
+        return structure.cached(("slots", listed, kind), choose)
     return choose()
 
 
@@ -127,47 +134,30 @@ def slots_of(structure: Structure, chosen: set[int]) -> tuple[Slots, Slots]:
     return Slots(structure, (slot for slot in slots if slot in chosen)), rest
 
 
-class Assigned(NamedTuple):
-    """For each slot the number of its rule, -1 for none, and the name that the rule matched."""
-
-    rules: tuple[int, ...]
-    names: tuple[str, ...]
-    disputed: list[list[tuple[int, str]]]  # rules and names of tied leaves with several rules
-    unused: list[int]
-
-
 def assign(source: Opened, patterns: tuple[Any, ...], nested: bool = False) -> Assigned:
     """Returns which of some patterns each stored leaf has: the first that matches one of its names."""
     structure = source.structure
 
     def make() -> Assigned:
+        # Each pattern is tried on all names: one that is merely shadowed by another is not a typo.
+        matches = [hits(source, pattern, nested) for pattern in patterns]
+        unused = [i for i, row in enumerate(matches) if True not in row]
         rule = [-1] * len(structure.names())
-        unused = []
-        for i, pattern in enumerate(patterns):
-            # A pattern is tried on all names, also those that an earlier one took: one that is merely
-            # shadowed is not a typo.
-            matches = hits(source, pattern, nested)
-            for k, hit in enumerate(matches):
-                if hit and rule[k] < 0:
-                    rule[k] = i
-            if True not in matches:
-                unused.append(i)
+        for i in reversed(range(len(patterns))):
+            rule = [i if hit else old for hit, old in zip(matches[i], rule, strict=True)]
         if len(rule) == len(structure.kinds):  # nothing is tied: entries are slots
             return Assigned(tuple(rule), structure.names(), [], unused)
         by_slot: list[list[tuple[int, str]]] = [[] for _ in structure.kinds]
         for (_, slot), name, i in zip(structure.entries(), structure.names(), rule, strict=True):
-            if i >= 0:
-                by_slot[slot].append((i, name))
-        first = tuple(named[0][0] if named else -1 for named in by_slot)
-        names = tuple(named[0][1] if named else "" for named in by_slot)
+            by_slot[slot] += [(i, name)] if i >= 0 else []
+        first = [named[0] if named else (-1, "") for named in by_slot]
         disputed = [named for named in by_slot if len({i for i, _ in named}) > 1]
-        return Assigned(first, names, disputed, unused)
+        return Assigned(tuple(i for i, _ in first), tuple(n for _, n in first), disputed, unused)
 
     if any(not isinstance(pattern, str | re.Pattern) for pattern in patterns):
         return make()
     depths = tuple(source.depths.items()) if nested else ()
-    assigned: Assigned = structure.cached(("assigned", patterns, depths), make)
-    return assigned
+    return structure.cached(("assigned", patterns, depths), make)
 
 
 def resolve(
@@ -178,8 +168,7 @@ def resolve(
 
     Args:
       source: the tree.
-      rules: patterns to values.
-      table: what a message calls the table.
+      rules: patterns to values; a message calls them ``table``.
       default: the value of a leaf without a rule, if it may have none.
       nested: whether names may start at a parameter tree in the container, and holes have names too.
       free: slots that need no rule.
@@ -187,8 +176,8 @@ def resolve(
       advice: what ends the message.
 
     Raises:
-      RuleError: it is not a table, a pattern is not one or matches nothing, a leaf has no rule and there
-        is no default, or the names of a tied leaf have different values. One error lists all of these.
+      RuleError: it is not a table, a pattern is not one or matches nothing, a leaf has no rule and
+        there is no default, or the names of a tied leaf have different values. One error lists all.
     """
     check_table(rules, table)
     structure, patterns, values = source.structure, tuple(rules), tuple(rules.values())
@@ -199,61 +188,28 @@ def resolve(
     wrong = [no_match(patterns[i], structure.full if nested else structure) for i in sorted(unused)]
     for named in assigned.disputed:
         if any(not _same(values[i], values[named[0][0]]) for i, _ in named):
-            shown = ", ".join(f"{name} by {_text(patterns[i])}" for i, name in named)
+            shown = ", ".join(f"{name} by {pattern_text(patterns[i])}" for i, name in named)
             wrong.append(f"one tied leaf gets different values: {shown}; give both names one rule")
     wrong += problems
-    if default is UNSET and -1 in assigned.rules:
-        exempt = set(free)
-        bare = [slot for slot, i in enumerate(assigned.rules) if i < 0 and slot not in exempt]
-        if bare:
-            names = ", ".join(join(structure.canonical[slot]) for slot in bare)
+    if default is UNSET:
+        without = {slot for slot, i in enumerate(assigned.rules) if i < 0} - set(free)
+        if names := ", ".join(join(structure.canonical[slot]) for slot in sorted(without)):
             wrong.append(f"no pattern matches {names}; add a last rule '.*'")
     if wrong:
         raise RuleError(f"{table} do not fit the tree: {'; '.join(wrong)}.{advice}")
     return assigned
 
 
-def find(structure: Structure, wanted: Iterable[str], verb: str) -> dict[str, int]:
-    """Returns the slot of each of some exact names; a path such as "a/b" will do as well.
-
-    Raises:
-      RuleError: some are not names of the tree; it lists them all with the closest ones.
-      NameCollisionError: a name is that of two paths with different leaves.
-    """
-
-    def index() -> dict[str, dict[int, Path]]:
-        made: dict[str, dict[int, Path]] = {}
-        for path, slot in structure.entries():
-            for name in (join(path), join(path, "/")):
-                made.setdefault(name, {})[slot] = path
-        return made
-
-    by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
-    wanted = list(wanted)
-    unknown = [name for name in wanted if name not in by_name]
-    if unknown:
-        known = structure.names()
-        lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
-        raise RuleError(f"{verb}: {' '.join(lines)}")
-    for name in wanted:
-        if len(by_name[name]) > 1:
-            paths = " and ".join("/".join(path) for path in by_name[name].values())
-            raise NameCollisionError(f"{verb}: `{name}` is the name of both {paths}; give the path.")
-    return {name: next(iter(by_name[name])) for name in wanted}
-
-
 def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
     """Returns what to say of a pattern that matches none of the names."""
     if callable(pattern):
-        return f"{_text(pattern)} is true for no leaf"
+        return f"{pattern_text(pattern)} is true for no leaf"
     text = pattern if isinstance(pattern, str) else pattern.pattern
     names = known.names(_sep(pattern)) if isinstance(known, Structure) else known
     inside = [name for name in names if re.search(pattern, name)][:3]
     if inside:
-        return (
-            f"{text!r} matches no whole name, only a part of {', '.join(inside)}: '.*{text}.*' would "
-            "match these"
-        )
+        part = f"only a part of {', '.join(inside)}: '.*{text}.*' would match these"
+        return f"{text!r} matches no whole name, {part}"
     plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
     # "embd.*" means "embed_weight", and ".*weigth" does too: beginnings and ends are compared as well.
     size = len(plain)
@@ -278,26 +234,15 @@ def check_table(rules: Any, table: str) -> None:
         )
 
 
-def check_values(
-    verb: str, rules: Any, default: Any, good: Callable[[Any], bool], expected: str
-) -> None:
-    """Raises RuleError for the values of a table that a verb does not take; it lists all."""
-    check_table(rules, f"the rules of {verb}")
-    wrong = [f"{_text(pattern)} gives {value!r}" for pattern, value in rules.items() if not good(value)]
-    if default is not UNSET and not good(default):
-        wrong.append(f"the default is {default!r}")
-    if wrong:
-        raise RuleError(f"{verb}: {'; '.join(wrong)}. Expected {expected}.")
+def pattern_text(pattern: Any) -> str:
+    """Returns what a message calls a pattern."""
+    if callable(pattern):
+        return f"the predicate {getattr(pattern, '__name__', pattern)}"
+    return repr(pattern)
 
 
 def _sep(pattern: str | re.Pattern[str]) -> str:
     return "/" if "/" in (pattern if isinstance(pattern, str) else pattern.pattern) else "_"
-
-
-def _text(pattern: Any) -> str:
-    return (
-        f"the predicate {getattr(pattern, '__name__', pattern)}" if callable(pattern) else repr(pattern)
-    )
 
 
 def _same(a: Any, b: Any) -> bool:

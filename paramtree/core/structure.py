@@ -1,8 +1,8 @@
 """The static half of a parameter tree: its paths, and the stored leaf that each leads to.
 
-A structure is flat. It lists the path of every leaf in depth-first declaration order, and with each
-path a *slot*: a position in the tree's tuple of leaves. That list carries everything that a tree must
-never lose:
+A structure is flat. It lists the path of every leaf in depth-first declaration order, each with a
+*slot*: a position in the tree's tuple of leaves. That list carries everything that a tree must never
+lose:
 
 * order, because it is a sequence, not a dict that may be sorted;
 * ties, because two paths may lead to one slot;
@@ -11,8 +11,8 @@ never lose:
 * levels without children, as paths that end in ``EMPTY``;
 * holes, as paths that end in ``HOLE``; a structure with holes remembers the full one it came from.
 
-Structures are interned: equal ones are one object. They compare and hash by identity, which is what
-jax does at every jitted call. Interning is weak, so a structure dies with the last tree that uses it.
+Structures are interned: equal ones are one object. They compare and hash by identity, which jax does at
+every jitted call. Interning is weak, so a structure dies with the last tree that uses it.
 """
 
 import threading
@@ -24,14 +24,15 @@ from typing import Any
 from paramtree.core.errors import NameCollisionError
 
 __all__ = [
-    "EMPTY", "HOLE", "PARAM", "STATE", "Path", "Picker", "Stack", "Structure", "build", "picker",
+    "EMPTY", "HOLE", "PARAM", "STATE", "Path", "Picker", "Stack", "Structure", "build", "clash",
+    "moved", "picker",
 ]  # fmt: skip
 
 Path = tuple[str, ...]
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 
-# The leading axes of a leaf that run over copies of a layer: for each the position in the path where
-# the number of a copy would stand if the copies had names of their own, and how many there are.
+# The leading axes of a leaf that run over copies of a layer. For each: the position in the path where
+# the number of a copy would stand if the copies had names of their own, and how many copies there are.
 Stack = tuple[tuple[int, int], ...]
 
 EMPTY = -1  # the path is that of a level without children
@@ -62,42 +63,28 @@ class Structure:
     __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_parts", "full", "kept",
                  "kinds", "paths", "slots", "stacks")  # fmt: skip
 
-    paths: tuple[Path, ...]
-    slots: tuple[int, ...]
-    kinds: tuple[str, ...]
-    stacks: tuple[Stack, ...]
-    full: "Structure"
-    kept: tuple[int, ...]
-    _cache: dict[Hashable, Any]
-    _canonical: tuple[Path, ...] | None
-    _children: dict[str, Any] | None
-    _parts: "weakref.WeakValueDictionary[tuple[int, ...], Structure]"
+    def __init__(self, paths: Any, slots: Any, kinds: Any, stacks: Any) -> None:
+        self.paths: tuple[Path, ...] = paths
+        self.slots: tuple[int, ...] = slots
+        self.kinds: tuple[str, ...] = kinds
+        self.stacks: tuple[Stack, ...] = stacks
+        self.full, self.kept = self, tuple(range(len(kinds)))
+        self._cache: dict[Hashable, Any] = {}
+        self._children: dict[str, Any] | None = None
+        self._canonical: tuple[Path, ...] | None = None
+        # Not in the global table: its key would keep the full structure alive for as long as a part,
+        # and the cache of the full one holds parts.
+        self._parts: weakref.WeakValueDictionary[Any, Structure] = weakref.WeakValueDictionary()
 
     @staticmethod
-    def intern(
-        paths: tuple[Path, ...],
-        slots: tuple[int, ...],
-        kinds: tuple[str, ...],
-        stacks: tuple[Stack, ...] = (),
-    ) -> "Structure":
+    def intern(paths: Any, slots: Any, kinds: Any, stacks: Any = ()) -> "Structure":
         """Returns the one structure without holes that has these entries."""
-        key = (paths, slots, kinds, stacks)
+        key = (paths, slots, kinds, stacks if any(stacks) else ())
         with _lock:
             structure = _interned.get(key)
             if structure is None:
-                structure = _interned[key] = Structure._make(*key)
+                structure = _interned[key] = Structure(*key)
         return structure
-
-    @staticmethod
-    def _make(paths: Any, slots: Any, kinds: Any, stacks: Any) -> "Structure":
-        made = Structure()
-        made.paths, made.slots, made.kinds, made.stacks = paths, slots, kinds, stacks
-        made.full, made.kept = made, tuple(range(len(kinds)))
-        made._cache, made._children, made._canonical = {}, None, None
-        # Not in the global table: its key would keep the full structure alive for as long as a part,
-        # and the cache of the full one holds parts.
-        made._parts = weakref.WeakValueDictionary()
-        return made
 
     def keep(self, kept: Iterable[int]) -> "Structure":
         """Returns this structure with holes in place of every slot that is not in ``kept``."""
@@ -110,14 +97,13 @@ class Structure:
             if part is None:
                 position = {slot: i for i, slot in enumerate(kept)}
                 slots = tuple(s if s == EMPTY else position.get(s, HOLE) for s in full.slots)
-                kinds = tuple(full.kinds[s] for s in kept)
-                part = Structure._make(full.paths, slots, kinds, full.stacks)
+                part = Structure(full.paths, slots, tuple(full.kinds[s] for s in kept), full.stacks)
                 part.full, part.kept = full, kept
                 full._parts[kept] = part
         return part
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns what ``make`` computed for this structure; the oldest of many results is dropped."""
+        """Returns what ``make`` computes for this structure; of many results the oldest is dropped."""
         try:
             return self._cache[key]
         except KeyError:
@@ -146,19 +132,18 @@ class Structure:
 
     def names(self, sep: str = "_") -> tuple[str, ...]:
         """Returns the name of every leaf that is present, aliases too, in the order of ``entries``."""
-        names: tuple[str, ...] = self.cached(
-            ("names", sep), lambda: tuple(sep.join(path) for path, _ in self.entries())
-        )
-        return names
+        make = lambda: tuple(sep.join(path) for path, _ in self.entries())  # noqa: E731
+        return self.cached(("names", sep), make)
+
+    def slots_by_path(self) -> dict[str, int]:
+        """Returns the slot of every leaf that is present by its path, such as "dense0/weight"."""
+        make = lambda: {"/".join(path): slot for path, slot in self.entries()}  # noqa: E731
+        return self.cached("slots by path", make)
 
     def stack_of(self, slot: int) -> Stack:
         """Returns the stack of a slot, for its canonical path."""
-        if not self.stacks:
-            return ()
-        first: dict[int, Stack] = self.cached("stacks", lambda: {
-            slot: stack for slot, stack in reversed(list(zip(self.slots, self.stacks, strict=True)))
-        })  # fmt: skip
-        return first[slot]
+        make = lambda: dict(zip(reversed(self.slots), reversed(self.stacks), strict=True))  # noqa: E731
+        return self.cached("stacks", make)[slot] if self.stacks else ()
 
     def children(self) -> dict[str, Any]:
         """Returns the children in order: a slot or ``HOLE``, or what ``level`` takes."""
@@ -175,30 +160,22 @@ class Structure:
 
     def level(self, name: str) -> tuple["Structure", Picker]:
         """Returns the structure of a child by itself, and a function that takes its leaves."""
-        children = self.children()
-        child = children[name]
+        child = self.children()[name]
         if type(child) is slice:
-            full, order = self.full, {}
-            entries = range(*child.indices(len(full.paths)))
-            entries = [i for i in entries if len(full.paths[i]) > 1]
-            slots = tuple(
-                EMPTY if s == EMPTY else order.setdefault(s, len(order))
-                for s in (full.slots[i] for i in entries)
-            )
-            paths = tuple(full.paths[i][1:] for i in entries)
-            stacks = tuple(moved(full.stacks[i], -1) for i in entries) if full.stacks else ()
-            kinds = tuple(full.kinds[slot] for slot in order)
-            structure, taken = (
-                Structure.intern(paths, slots, kinds, stacks if any(stacks) else ()),
-                [*order],
-            )
-            if full is not self:
-                position = {slot: i for i, slot in enumerate(self.kept)}
-                kept = [i for i, slot in enumerate(taken) if slot in position]
-                structure, taken = structure.keep(kept), [position[taken[i]] for i in kept]
-            child = children[name] = structure, picker(taken)
-        level: tuple[Structure, Picker] = child
-        return level
+            full, slots = self.full, dict[int, int]()
+            below = [i for i in range(child.start, child.stop) if len(full.paths[i]) > 1]
+            structure = Structure.intern(
+                tuple(full.paths[i][1:] for i in below),
+                tuple(s if s == EMPTY else slots.setdefault(s, len(slots))
+                      for s in (full.slots[i] for i in below)),
+                tuple(full.kinds[slot] for slot in slots),
+                tuple(moved(full.stacks[i], -1) for i in below) if full.stacks else (),
+            )  # fmt: skip
+            position = {slot: i for i, slot in enumerate(self.kept)}
+            kept = [i for i, slot in enumerate(slots) if slot in position]
+            taken = [position[slot] for slot in slots if slot in position]
+            child = self.children()[name] = structure.keep(kept), picker(taken)
+        return child
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.full is self:
@@ -213,21 +190,16 @@ class Structure:
 
     def __repr__(self) -> str:
         # jax prints this in its own messages about trees that do not match.
-        first = ["/".join(path) for path in self.canonical]
         shown = []
         for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
-            text = "/".join(path)
-            if self.stacks and self.stacks[i]:
-                text += "".join(f"[{size}]" for _, size in self.stacks[i])
-            if slot == EMPTY:
-                text += "/"
-            elif slot == HOLE:
-                text += "=hole"
-            elif first[slot] != "/".join(path):
-                text += f"={first[slot]}"
-            elif self.kinds[slot] == STATE:
-                text += ":state"
-            shown.append(text)
+            stack = "".join(f"[{size}]" for _, size in self.stacks[i]) if self.stacks else ""
+            first = self.canonical[slot] if slot >= 0 else path
+            end = {EMPTY: "/", HOLE: "=hole"}.get(slot, "")
+            if first != path:
+                end = f"={'/'.join(first)}"
+            elif slot >= 0 and self.kinds[slot] == STATE:
+                end = ":state"
+            shown.append("/".join(path) + stack + end)
         return f"({', '.join(shown)})"
 
 
@@ -258,10 +230,10 @@ def build(
         for segment in path if label is None else path[:-1]:
             level = level.setdefault(segment, {})
             if type(level) is not dict:
-                raise _clash(path)
+                raise clash(path)
         if label is not None:
             if path[-1] in level:
-                raise _clash(path)
+                raise clash(path)
             level[path[-1]] = (label, tuple(path))
     paths: list[Path] = []
     slots: list[int] = []
@@ -282,15 +254,10 @@ def build(
                 slots.append(EMPTY)
         else:
             todo.pop()
+    by_entry = tuple(stacks.get(path, ()) for path in paths) if stacks else ()
     order = tuple(slot_of)
-    stacked = tuple(stacks.get(path, ()) for path in paths) if stacks else ()
-    structure = Structure.intern(
-        tuple(paths),
-        tuple(slots),
-        tuple(kinds[label] for label in order),
-        stacked if any(stacked) else (),
-    )
-    return structure, order
+    slot_kinds = tuple(kinds[label] for label in order)
+    return Structure.intern(tuple(paths), tuple(slots), slot_kinds, by_entry), order
 
 
 def picker(order: Sequence[int]) -> Picker:
@@ -304,9 +271,9 @@ def picker(order: Sequence[int]) -> Picker:
     return itemgetter(*order)
 
 
-def _clash(path: Path) -> NameCollisionError:
-    text = "/".join(path)
+def clash(path: Path) -> NameCollisionError:
+    """Returns the error for a path that is taken."""
     return NameCollisionError(
-        f"`{text}` is given twice, or is a leaf and also has children. Every path leads to one leaf or "
-        "to one level: rename one of the two."
+        f"`{'/'.join(path)}` is given twice, or is a leaf and also has children. Every path leads to "
+        "one leaf or to one level: rename one of the two."
     )

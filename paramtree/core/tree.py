@@ -1,29 +1,30 @@
-"""The parameter tree: an immutable, ordered, nested mapping of names to arrays, one pytree node in all.
+"""The parameter tree: an immutable, ordered, nested mapping of names to arrays, and one pytree node.
 
 A tree is a flat tuple of leaves and an interned structure. Flattening returns the two without any work
 for each leaf, and unflattening pairs a new tuple with the structure; so a jitted call on a tree of
-thousands of leaves costs less than on a nested dict. A sub-tree is cut out of the tuple when it is read.
+thousands of leaves costs less than on a nested dict. Reading a sub-tree cuts it out of the tuple.
 
 Only this module reads the fields of a tree. Everything else calls ``flatten`` and ``unflatten``.
 """
 
-import functools
-import json
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
-import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
 import paramtree
-from paramtree.core.arrays import describe, join, printable, shape_of
-from paramtree.core.errors import ImmutableError, MismatchError, MissingError, ScopeError, suggest
+from paramtree.core.arrays import describe, join, printable
+from paramtree.core.errors import ImmutableError, MissingError, suggest
 from paramtree.core.structure import EMPTY, HOLE, STATE, Path, Structure
 
-__all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "read", "unflatten"]
+__all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "unflatten"]
+
+# A tree that is asked for one of these becomes the scope of a run for inference. It also does for `key`
+# and `update`, which refuse there, unless a child has the name.
+_OF_SCOPES = frozenset(("param", "state", "training"))
+RESERVED = _OF_SCOPES | {"items", "keys", "values", "to_dict"}  # children read by item only
 
 
 class _Fields:
@@ -44,12 +45,11 @@ class _Fields:
 class ParamTree(_Fields):
     """An immutable, ordered, nested mapping of names to arrays, registered as a pytree.
 
-    Trees come from ``pt.init``, ``pt.abstract``, ``pt.load`` and ``pt.from_tree``. Children are read
-    by attribute, item, path or position, in the order of declaration; a child that is not a leaf is a
-    tree too. A tree given to a model is the *scope* from which the model reads its parameters.
-
-    A child may have any name. Those in ``RESERVED`` are attributes of every tree, so children of these
-    names are read by item: ``params["items"]``.
+    Trees come from ``pt.init``, ``pt.abstract``, ``pt.load`` and ``pt.from_tree``. Children are read by
+    attribute, item, path or position, in the order of declaration; a child that is not a leaf is a tree
+    too. A tree given to a model is the *scope* that it reads its parameters from. A child may have any
+    name; children called ``param``, ``state``, ``training``, ``items``, ``keys``, ``values`` or
+    ``to_dict``, as attributes of every tree are, are read by item.
 
     Raises:
       MissingError: there is no such child (also a KeyError, IndexError and AttributeError).
@@ -75,9 +75,9 @@ class ParamTree(_Fields):
             "pt.from_tree(mapping) one from a nested mapping or any other pytree."
         )
 
-    # Reading
-
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_SCOPES:
+            return getattr(paramtree._scope(self), name)
         structure = self._structure
         child = (structure._children or structure.children()).get(name)
         if type(child) is int and child >= 0:
@@ -85,8 +85,8 @@ class ParamTree(_Fields):
         if child is None or child == HOLE:
             if name.startswith("__"):  # a protocol that Python probes for
                 raise AttributeError(name)
-            if name in ("key", "update"):  # a scope in training has them
-                return functools.partial(self._refuse, name)
+            if name in ("key", "update"):
+                return getattr(paramtree._scope(self), name)
             raise self._missing(name, child)
         return self._level(name)
 
@@ -96,13 +96,13 @@ class ParamTree(_Fields):
             if type(child) is int and child >= 0:
                 return self._leaves[child]
             if child is None and "/" in key:
-                slot = self._slots_by_path().get(key)
+                slot = self._structure.slots_by_path().get(key)
                 if slot is not None:
                     return self._leaves[slot]
                 name, _, rest = key.partition("/")
-                below = self[name]
-                if isinstance(below, ParamTree):
-                    return below[rest]
+                level = self[name]
+                if isinstance(level, ParamTree):
+                    return level[rest]
                 raise MissingError(f"`{join((*self._place, name))}` is a leaf: it has no `{rest}`.")
             if child is None or child == HOLE:
                 raise self._missing(key, child)
@@ -124,21 +124,11 @@ class ParamTree(_Fields):
         structure, take = self._structure.level(name)
         return unflatten(structure, take(self._leaves), (*self._place, name))
 
-    def _slots_by_path(self) -> dict[str, int]:
-        structure = self._structure
-        slots: dict[str, int] = structure.cached(
-            "slots by path", lambda: {"/".join(path): slot for path, slot in structure.entries()}
-        )
-        return slots
-
     def __contains__(self, key: object) -> bool:
-        if not isinstance(key, str | int):
-            return False
         try:
-            self[key]
+            return isinstance(key, str | int) and (self[key], True)[1]
         except MissingError:
             return False
-        return True
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, child in self._structure.children().items() if child != HOLE)
@@ -155,13 +145,7 @@ class ParamTree(_Fields):
         return ValuesView(self)
 
     def items(self) -> ItemsView[str, Any]:
-        """Returns the names and the children, in order of declaration.
-
-        Example:
-          >>> import paramtree as pt
-          >>> [(name, leaf) for name, leaf in pt.from_tree({"b": 1, "a": 2}).items()]
-          [('b', 1), ('a', 2)]
-        """
+        """Returns the names and the children, in order of declaration."""
         return ItemsView(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,11 +153,6 @@ class ParamTree(_Fields):
 
         A dict has no kinds, ties or stacks, and jax sorts its keys; ``pt.from_tree`` takes ``kinds``
         and ``ties`` to give them back.
-
-        Example:
-          >>> import paramtree as pt
-          >>> pt.from_tree({"a": {"b": 1}}).to_dict()
-          {'a': {'b': 1}}
         """
         top: dict[str, Any] = {}
         for path, slot in zip(self._structure.paths, self._structure.slots, strict=True):
@@ -184,8 +163,6 @@ class ParamTree(_Fields):
                 level[path[-1]] = self._leaves[slot]
         return top
 
-    # What goes wrong
-
     def _missing(self, name: str, child: Any) -> MissingError:
         full, names = join((*self._place, name)), self._structure.children()
         if child == HOLE:
@@ -193,23 +170,8 @@ class ParamTree(_Fields):
                 f"`{full}` is a hole: select or partition left it out of this tree. Read it from the "
                 "tree that it was taken from, or fill the holes with pt.merge."
             )
-        has = f"has: {', '.join(names)}" if names else "is empty"
-        return MissingError(
-            f"`{full}` is not in {located(self._place)}, which {has}.{suggest(name, names)}"
-        )
-
-    def _refuse(self, verb: str, *args: Any, **kwargs: Any) -> NoReturn:
-        if verb == "key":
-            problem, call = f"{located(self._place)} draws random numbers", "params, x, key=key"
-        else:
-            problem, call = (
-                f"`{join((*self._place, *map(str, args[:1])))}` cannot be written",
-                "params, x",
-            )
-        raise ScopeError(
-            f"{problem}: the model was called for inference. Call it as `output, params = "
-            f"pt.training(model)({call})`."
-        )
+        has, hint = f"has: {', '.join(names)}" if names else "is empty", suggest(name, names)
+        return MissingError(f"`{full}` is not in {located(self._place)}, which {has}.{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         full = join((*self._place, name))
@@ -231,47 +193,12 @@ class ParamTree(_Fields):
     def __delitem__(self, name: str) -> None:
         self.__delattr__(str(name))
 
-    # A scope for inference
-
-    @property
-    def training(self) -> bool:
-        """Whether the model runs under ``pt.training``: False for a tree."""
-        return False
-
-    def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
-        """Returns the parameter ``name``, checked against the shape that the layer computes.
-
-        Args:
-          name: its name on this level.
-          shape: the shape that the layer needs.
-          initializer: how ``pt.init`` computes it, ``(key, shape, dtype) -> Array``; unused here.
-          dtype: the dtype that ``pt.init`` gives it; a tree that was cast may hold another.
-
-        Raises:
-          MissingError: the tree has no such leaf.
-          MismatchError: the leaf has another shape.
-
-        Example:
-          >>> import paramtree as pt
-          >>> tree = pt.from_tree({"scale": np.float32(3.0)})
-          >>> tree.param("scale", (), pt.initializers.One())
-          np.float32(3.0)
-        """
-        return read(self, name, shape)
-
-    def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
-        """Returns the state ``name``, checked as ``param`` does. State is never trained."""
-        return self.param(name, shape, initializer, dtype)
-
-    # Printing, copying
-
     def __repr__(self) -> str:
         structure, first, lines = self._structure, self._structure.canonical, []
         for path, slot in structure.entries():
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
-            source = printable(join(self._place + first[slot]))
+            name, source = (printable(join(self._place + each)) for each in (path, first[slot]))
             tied = "" if first[slot] == path else f", tied to {source}"
-            name = printable(join(self._place + path))
             lines.append(f"{word} {name} ({describe(self._leaves[slot])}{tied})")
         if holes := structure.slots.count(HOLE):
             lines.append(f"({holes} hole{'s' if holes > 1 else ''})")
@@ -289,7 +216,7 @@ class ParamTree(_Fields):
         return paramtree.show(self).__treescope_repr__(path, subtree_renderer)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self]
+        return [*super().__dir__(), *_OF_SCOPES, *self]
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
@@ -298,11 +225,8 @@ class ParamTree(_Fields):
         return unflatten, (self._structure, tuple(self._leaves), self._place)
 
 
-RESERVED = frozenset(name for name in vars(ParamTree) if not name.startswith("_"))
-
-
 def unflatten(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> ParamTree:
-    """Returns the tree of a structure and its leaves; ``place`` is where messages say it stands."""
+    """Returns the tree of a structure and its leaves; messages say that it is at ``place``."""
     tree: Any = _Fields()
     tree._leaves = leaves if type(leaves) is tuple else tuple(leaves)
     tree._structure = structure
@@ -315,30 +239,6 @@ def flatten(tree: ParamTree) -> tuple[Structure, tuple[Any, ...]]:
     """Returns the structure and the leaves of a tree: one leaf for each slot."""
     leaves: Any = tree._leaves
     return tree._structure, leaves
-
-
-def read(tree: ParamTree, name: str, shape: Sequence[int], value: Any = None) -> Any:
-    """Returns the leaf of a name, of the shape that a layer needs; ``value`` maps what the tree holds."""
-    structure, path = tree._structure, (*tree._place, name)
-    child = structure.children().get(name)
-    if type(child) is not int or child < 0:
-        missing = child is None or child == HOLE
-        problem = (
-            str(tree._missing(name, child)) if missing else f"`{join(path)}` is a level, not a leaf."
-        )
-        raise MissingError(
-            f"the model needs a leaf `{join(path)}` of shape {tuple(shape)}: {problem} Call it with the "
-            "tree that pt.init gives for this model."
-        )
-    leaf = tree._leaves[child] if value is None else value(tree._leaves[child])
-    have = shape_of(leaf)
-    if have is not None and have != tuple(shape):
-        raise MismatchError(
-            f"`{join(path)}` has shape {have}, but the model needs {tuple(shape)}. Either the input does "
-            "not have the size that the tree was initialised for, or the tree belongs to another model: "
-            "check the input's shape, or call pt.init again."
-        )
-    return leaf
 
 
 def place_of(tree: ParamTree) -> Path:
@@ -357,10 +257,8 @@ def is_flat(tree: ParamTree) -> bool:
     try:
         flat: bool = field.__get__(tree)
     except AttributeError:
-        all_leaves = jax.tree_util.all_leaves
-        flat = all_leaves(tree._leaves) or all(
-            leaf is None or all_leaves([leaf]) for leaf in tree._leaves
-        )
+        all_leaves, leaves = jax.tree_util.all_leaves, tree._leaves
+        flat = all_leaves(leaves) or all(leaf is None or all_leaves([leaf]) for leaf in leaves)
         field.__set__(tree, flat)
     return flat
 
@@ -372,23 +270,6 @@ def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Stru
     return list(zip(keys, tree._leaves, strict=True)), structure
 
 
-def _to_bytes(structure: Structure) -> bytes:
-    full = structure.full
-    return json.dumps([full.paths, full.slots, full.kinds, structure.kept, full.stacks]).encode()
-
-
-def _from_bytes(data: Any) -> Structure:
-    paths, slots, kinds, kept, stacks = json.loads(bytes(data))
-    stacks = tuple(tuple(map(tuple, stack)) for stack in stacks)
-    return Structure.intern(tuple(map(tuple, paths)), tuple(slots), tuple(kinds), stacks).keep(kept)
-
-
 jax.tree_util.register_pytree_with_keys(
     ParamTree, _flatten_with_keys, unflatten, lambda tree: (tree._leaves, tree._structure)
-)
-jax.export.register_pytree_node_serialization(
-    ParamTree,
-    serialized_name="paramtree.ParamTree",
-    serialize_auxdata=_to_bytes,
-    deserialize_auxdata=_from_bytes,
 )

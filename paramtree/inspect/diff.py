@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.core.arrays import absent, describe, dtype_of, shape_of, short
+from paramtree.core.arrays import describe, dtype_of, shape_of, short
 from paramtree.core.errors import ParamTreeError
 from paramtree.inspect.distance import comparable, distances
+from paramtree.inspect.measure import absent
 from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
 from paramtree.verbs.compare import Difference, Pair, compare, sides
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["CHUNK", "FIELDS", "measure"]
+__all__ = ["absent", "CHUNK", "FIELDS", "measure"]
 
 FIELDS = ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf")
 
@@ -219,3 +219,17 @@ def _histogram(x: jax.Array, low: Any, high: Any, bins: int, chunked: bool) -> j
     else:
         count = below(x)
     return jnp.diff(count, prepend=0)
+
+
+def absent(leaf: Any) -> str:
+    """Returns why a leaf has no values to read, or an empty string if it has; tracers have values.
+
+    Example:
+      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jax.numpy.ones(2))
+      ('is only a shape', '')
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return "is only a shape"
+    traced = isinstance(leaf, jax.core.Tracer)
+    gone = not traced and isinstance(leaf, jax.Array) and leaf.is_deleted()
+    return "was donated to a jitted function, or deleted" if gone else ""

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.core.arrays import absent, describe, dtype_of, join, shape_of, short
+from paramtree.core.arrays import describe, dtype_of, join, shape_of, short
 from paramtree.core.errors import MismatchError, RuleError, suggest
 from paramtree.core.rules import Patterns
 from paramtree.core.tree import ParamTree, place_of
 from paramtree.inspect.distance import numeric
+from paramtree.inspect.measure import absent
 from paramtree.verbs.collect import collect, collect_matching, flat_tree
 from paramtree.verbs.from_tree import from_tree
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.core.arrays import absent, dtype_of, join, shape_of, short
+from paramtree.core.arrays import dtype_of, join, shape_of, short
 from paramtree.core.errors import MismatchError, RuleError, suggest
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.rules import Patterns
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.inspect.distance import numeric
-from paramtree.inspect.measure import FIELDS, measure
+from paramtree.inspect.measure import FIELDS, absent, measure
 from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
 from paramtree.verbs.collect import collect_matching
 

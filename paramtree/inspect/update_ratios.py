@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.arrays import absent, dtype_of, shape_of, short
+from paramtree.core.arrays import dtype_of, shape_of, short
 from paramtree.core.errors import MismatchError, suggest
 from paramtree.core.rules import Patterns
 from paramtree.core.tree import ParamTree
+from paramtree.inspect.measure import absent
 from paramtree.verbs.collect import collect, collect_matching, flat_tree
 
 __all__ = ["update_ratios"]

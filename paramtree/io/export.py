@@ -1,5 +1,6 @@
 """Exporting a model with its parameters as one StableHLO program, which runs without paramtree."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ import jax
 import jax.export
 
 from paramtree.core.errors import LoadError
+from paramtree.core.structure import Structure
+from paramtree.core.tree import ParamTree
 from paramtree.io.atomic import replacing
 
 __all__ = ["load_model", "save_model"]
@@ -76,3 +79,22 @@ def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
     except Exception as error:  # flatbuffers and jax raise many types
         problem = f"is not an exported model that this jax can run: {error}"
         raise LoadError(f"{os.fspath(path)}: {problem}") from error
+
+
+def _to_bytes(structure: Structure) -> bytes:
+    full = structure.full
+    return json.dumps([full.paths, full.slots, full.kinds, structure.kept, full.stacks]).encode()
+
+
+def _from_bytes(data: Any) -> Structure:
+    paths, slots, kinds, kept, stacks = json.loads(bytes(data))
+    stacks = tuple(tuple(map(tuple, stack)) for stack in stacks)
+    return Structure.intern(tuple(map(tuple, paths)), tuple(slots), tuple(kinds), stacks).keep(kept)
+
+
+jax.export.register_pytree_node_serialization(
+    ParamTree,
+    serialized_name="paramtree.ParamTree",
+    serialize_auxdata=_to_bytes,
+    deserialize_auxdata=_from_bytes,
+)

@@ -1,8 +1,8 @@
 """Observed runs: which layers a model calls, where, in which order and with what.
 
-Nothing is switched on for that. The model runs on scopes with an observer, and a layer that is called on
-one announces itself. On any other scope a call costs a look at the scope's type, while tracing, and leaves
-nothing in the program.
+Nothing is switched on for that. The model runs on scopes with an observer, and a layer that is called
+on one announces itself. On any other scope a call costs a look at the scope's type, while tracing, and
+leaves nothing in the program.
 """
 
 import dataclasses
@@ -10,20 +10,19 @@ import functools
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from paramtree.core.arrays import dtype_of, shape_of
-from paramtree.core.structure import Path, Structure
-from paramtree.core.tree import ParamTree, unflatten
-from paramtree.model.scope import Scope, path_of, run_of
+from paramtree.core.structure import Path
+from paramtree.core.tree import ParamTree
+from paramtree.model.scope import Inference, Scope, path_of, run_of
 
 __all__ = ["Call", "Observer", "announced", "call_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_EMPTY = Structure.intern((), (), ())
 _MARK = "paramtree.call:"
 
 
@@ -108,13 +107,10 @@ def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
-class _Observing:
+class _Observing(Inference):
     """An observed run for inference."""
 
     __slots__ = ("observer",)
-
-    training = False
-    leaves = None
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
@@ -122,21 +118,10 @@ class _Observing:
     def on_read(self, path: Path) -> None:
         self.observer.read(path)
 
-    def update(self, path: Path, value: Any) -> NoReturn:
-        _tree(path[:-1]).update(path[-1])
-
-    def key(self, path: Path) -> NoReturn:
-        _tree(path).key()
-
     def flatten(self) -> tuple[tuple[Any, ...], Any]:
         # What goes through a transform keeps its observer: a layer under jax.checkpoint is noted. The
         # observer is there weakly, as jax keeps what it compares.
         return (), _Again(weakref.ref(self.observer))
-
-
-def _tree(place: Path) -> Any:
-    """Returns a tree that refuses to write and draw as every tree does."""
-    return unflatten(_EMPTY, (), place)
 
 
 @dataclasses.dataclass(frozen=True)

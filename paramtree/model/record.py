@@ -1,8 +1,8 @@
 """The recorder: the scope of a model that is being initialised.
 
-A model runs on it once, abstractly: only shapes flow. It notes what the model asks for and returns zeros
-made in whatever trace the model is in. It keeps no value, so nothing can leak from a ``scan`` or a
-``checkpoint``, and a branch may be traced once or twice.
+A model runs on it once, abstractly: only shapes flow. It notes what the model asks for and returns
+zeros made in whatever trace the model is in. It keeps no value, so nothing can leak from a ``scan`` or
+a ``checkpoint``, and a branch may be traced once or twice.
 """
 
 import dataclasses

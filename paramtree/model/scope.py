@@ -10,11 +10,16 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from paramtree.core.arrays import join, shape_of
+from paramtree.core.errors import MismatchError, MissingError, ScopeError
 from paramtree.core.pytrees import Opened
 from paramtree.core.structure import STATE, Path, Structure
-from paramtree.core.tree import ParamTree, flatten, place_of, read, unflatten
+from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
 
-__all__ = ["Run", "Scope", "check_scope", "child", "level_of", "path_of", "run_of"]
+__all__ = [
+    "Inference", "Run", "Scope", "check_scope", "child", "inference", "level_of", "path_of", "run_of",
+    "write",
+]  # fmt: skip
 
 
 class Run(Protocol):
@@ -36,13 +41,49 @@ class Run(Protocol):
         """Returns the arrays of the run, and what else a scope takes through a transform."""
 
 
+class Inference:
+    """The run of a tree that is given to a model as it is."""
+
+    __slots__ = ()
+
+    training = False
+    leaves = None
+
+    def on_read(self, path: Path) -> None:
+        """Takes no note of reads."""
+
+    def update(self, path: Path, value: Any) -> None:
+        """Refuses to write."""
+        raise ScopeError(
+            f"`{join(path)}` cannot be written: the model was called for inference. Call it as "
+            "`output, params = pt.training(model)(params, x)`."
+        )
+
+    def key(self, path: Path) -> jax.Array:
+        """Refuses to draw."""
+        raise ScopeError(
+            f"{located(path)} draws random numbers, but the model was called for inference. Call it as "
+            "`output, params = pt.training(model)(params, x, key=key)`."
+        )
+
+    def flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """Returns nothing but what makes the run again."""
+        return (), Inference
+
+
+def inference(tree: ParamTree) -> "Scope":
+    """Returns a tree as the scope of a run for inference."""
+    return Scope(tree, Inference())
+
+
 _FIELDS = frozenset(("_live", "_run", "_tree", "_flat", "_leaves", "_place", "_structure"))
 
 
 class Scope(ParamTree):
     """One level of a tree, and the run that is reading it.
 
-    It is a ``ParamTree`` to code that asks, and has none of its fields: everything goes through the level.
+    It is a ``ParamTree`` to code that asks, and has none of its fields: everything goes through the
+    level.
     """
 
     __slots__ = ("_live", "_run", "_tree")
@@ -124,8 +165,25 @@ class Scope(ParamTree):
 
     def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
         """Returns the parameter ``name``, checked against the shape that the layer computes."""
-        leaf = read(self._tree, name, shape, self._value)
-        self._run.on_read((*place_of(self._tree), name))
+        path = (*place_of(self._tree), name)
+        try:
+            leaf = self[name]
+            problem = f"`{join(path)}` is a level, not a leaf." if isinstance(leaf, ParamTree) else ""
+        except MissingError as error:
+            problem = str(error)
+        if problem:
+            raise MissingError(
+                f"the model needs a leaf `{join(path)}` of shape {tuple(shape)}: {problem} Call it "
+                "with the tree that pt.init gives for this model."
+            )
+        have = shape_of(leaf)
+        if have is not None and have != tuple(shape):
+            raise MismatchError(
+                f"`{join(path)}` has shape {have}, but the model needs {tuple(shape)}. Either the "
+                "input does not have the size that the tree was initialised for, or the tree belongs "
+                "to another model: check the input's shape, or call pt.init again."
+            )
+        self._run.on_read(path)
         return leaf
 
     def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
@@ -140,7 +198,8 @@ class Scope(ParamTree):
           MismatchError: the value has another shape or dtype.
           ScopeError: the model is not in training, or the write is inside a jax transform in the model.
         """
-        self._tree[name]  # raises if there is none
+        if self._run.training:
+            self._tree[name]  # raises if there is none
         self._run.update((*place_of(self._tree), name), value)
 
     def key(self) -> jax.Array:

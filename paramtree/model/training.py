@@ -1,7 +1,8 @@
 """Models in training: they may draw random numbers and write state, and stay pure functions.
 
-There is no mode to switch. ``pt.training(f)`` is another function than ``f``, called with the same tree;
-its scope has a key to draw from and a place to write to, and the returned tree holds what was written.
+There is no mode to switch. ``pt.training(f)`` is another function than ``f``, called with the same
+tree; its scope has a key to draw from and a place to write to, and the returned tree holds what was
+written.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Rules to shardings: by name, over which axis of a mesh each dimension of each leaf is sharded.
 
-Sharding the arrays, and the work on them, is jax's own business (``jax.sharding``, GSPMD). This room says
-how, with the rule tables that serve every other job. An optimizer state holds trees of the same names as
-the parameters, so one table covers both.
+Sharding the arrays, and the work on them, is jax's own business (``jax.sharding``, GSPMD). This room
+says how, with the rule tables that serve every other job. An optimizer state holds trees of the same
+names as the parameters, so one table covers both.
 """
 
 import math
@@ -37,9 +37,9 @@ def shardings(
 ) -> T:
     """Returns a sharding for each leaf: for ``jit``, ``device_put``, ``pt.init``, ``pt.load``, Orbax.
 
-    In a container of parameter trees, such as an optimizer state, a pattern may match the name of a leaf
-    in its own tree, ``dense0_weight``, as well as the whole name, ``0_mu_dense0_weight``. A scalar there
-    that no pattern matches, such as a count of steps, is replicated.
+    In a container of parameter trees, such as an optimizer state, a pattern may match the name of a
+    leaf in its own tree, ``dense0_weight``, as well as the whole name, ``0_mu_dense0_weight``. A scalar
+    there that no pattern matches, such as a count of steps, is replicated.
 
     Args:
       tree: a parameter tree of arrays or shapes, or any other pytree.
@@ -49,8 +49,8 @@ def shardings(
         matches a name counts.
       axes: logical names in the specs ("vocabulary") to a mesh axis, several of them, or None.
       default: the spec of leaves that no pattern matches.
-      uneven: "error", or "replicate" to replicate, with a warning, a dimension that is not a multiple of
-        its axis.
+      uneven: "error", or "replicate" to replicate, with a warning, a dimension that is not a multiple
+        of its axis.
 
     Returns:
       A tree of ``jax.sharding.NamedSharding``: of the same structure, or the same container, in which
@@ -82,8 +82,8 @@ def shardings(
         made = work.of(open_tree(tree, is_array_or_number))
         _warn(work.notes())
         return made
-    # The rules depend on the structure, but whether they fit on the shapes, and to read those of 100,000
-    # arrays takes milliseconds. So the result is kept for the very tree that was given.
+    # The rules depend on the structure, but whether they fit on the shapes, and to read those of
+    # 100,000 arrays takes milliseconds. So the result is kept for the very tree that was given.
     source = open_tree(tree)
     key = ("shardings", mesh, work.patterns, work.specs, work.default, uneven)
     if work.problems or any(map(callable, work.patterns)):
@@ -172,7 +172,8 @@ class _Work:
             entry = used[0] if len(used) == 1 else used or None
             if size % count:
                 odd.append(
-                    f"dimension {dimension}, of {size}, is not a multiple of {count}, the size of {entry!r}"
+                    f"dimension {dimension}, of {size}, is not a multiple of {count}, the size of "
+                    f"{entry!r}"
                 )
                 entry = None
             entries.append(entry)

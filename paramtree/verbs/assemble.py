@@ -1,4 +1,4 @@
-"""A tree taken apart into its entries and put together from others: what verbs that edit paths share."""
+"""A tree taken apart into entries, and assembled from others: what verbs that edit paths share."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable

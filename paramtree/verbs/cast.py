@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from paramtree.core.arrays import dtype_of
 from paramtree.core.pytrees import open_tree
-from paramtree.core.rules import check_values, resolve
+from paramtree.core.rules import resolve
+from paramtree.verbs.labels import check_values
 
 __all__ = ["cast", "casts"]
 

@@ -29,8 +29,8 @@ def collect(
 
     Args:
       tree: a parameter tree, or any other pytree, whose arrays are named by their key paths.
-      pattern: a regular expression for whole names or, with a "/" in it, for whole paths; or a predicate
-        ``fn(name, leaf)``. None takes all.
+      pattern: a regular expression for whole names or, with a "/" in it, for whole paths; or a
+        predicate ``fn(name, leaf)``. None takes all.
       sep: joins the names in the result.
       kind: "param" or "state" to take only these.
       aliases: whether to list every name of a tied leaf.

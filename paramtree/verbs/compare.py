@@ -1,7 +1,7 @@
 """The differences between two trees in everything but their values, by name.
 
-jax compares trees too; it stops at the first node that differs and prints both trees. Here both are read
-path by path, whatever they are made of, and the differences are plain records.
+jax compares trees too; it stops at the first node that differs and prints both trees. Here both are
+read path by path, whatever they are made of, and the differences are plain records.
 """
 
 import re
@@ -125,7 +125,7 @@ def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
     form: Any = jax.tree.structure(a)
     other_form = jax.tree.structure(b)
     if not differences and form != other_form:
-        differences.append(_static("", form, other_form))
+        differences.append(Difference("", "static", str(form), str(other_form)))
     return sorted(differences, key=lambda difference: WHATS.index(difference.what)), pairs
 
 
@@ -344,12 +344,8 @@ def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Di
                 name, other_name = (f"{kind.__module__}.{kind.__qualname__}" for kind in types)
             found.append(Difference(spell(path), "container", name, other_name))
         elif container.form != other.form and container.keys == other.keys:
-            found.append(_static(spell(path), container.form, other.form))
+            found.append(Difference(spell(path), "static", str(container.form), str(other.form)))
     return found
-
-
-def _static(name: str, form: Any, other: Any) -> Difference:
-    return Difference(name, "static", str(form), str(other))
 
 
 def _order(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:

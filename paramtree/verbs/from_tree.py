@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from paramtree.core.pytrees import open_tree
-from paramtree.core.rules import Rules, check_values, resolve
+from paramtree.core.rules import Rules, resolve
 from paramtree.core.structure import PARAM, STATE
 from paramtree.core.tree import ParamTree, unflatten
 from paramtree.verbs.assemble import take_apart
+from paramtree.verbs.labels import check_values
 from paramtree.verbs.tie import tie
 
 __all__ = ["from_tree"]
@@ -18,9 +19,9 @@ def from_tree(
 ) -> ParamTree:
     """Returns any pytree as a parameter tree: mappings in their own order, "/" in a key as a level.
 
-    Parameter trees in it keep their order, ties, kinds, stacks and holes. Other containers have no kinds
-    and ties: their leaves are parameters, one for each path, unless ``kinds`` and ``ties`` say more. Every
-    leaf is kept, of whatever type.
+    Parameter trees in it keep their order, ties, kinds, stacks and holes. Other containers have no
+    kinds and ties: their leaves are parameters, one for each path, unless ``kinds`` and ``ties`` say
+    more. Every leaf is kept, of whatever type.
 
     Args:
       tree: nested mappings, or any pytree: Flax, Haiku or Equinox parameters, lists, dataclasses.

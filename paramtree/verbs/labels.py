@@ -1,13 +1,23 @@
 """A value for every leaf, by name: masks and labels, as optax takes them."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
+from paramtree.core.errors import RuleError
 from paramtree.core.pytrees import Opened, open_tree
-from paramtree.core.rules import UNSET, Patterns, Rules, check_kind, check_values, resolve, select_slots
+from paramtree.core.rules import (
+    UNSET,
+    Patterns,
+    Rules,
+    check_kind,
+    check_table,
+    pattern_text,
+    resolve,
+    select_slots,
+)
 from paramtree.core.tree import ParamTree, unflatten
 
-__all__ = ["labels", "mask"]
+__all__ = ["check_values", "labels", "mask"]
 
 T = TypeVar("T")
 
@@ -88,7 +98,7 @@ def _values(source: Opened, verb: str, rules: Rules, default: Any) -> tuple[Any,
 
 
 def _key(rules: Any) -> Any:
-    """Returns what tells rules apart, the types of values too: True is equal to 1; None for predicates."""
+    """Returns what tells rules apart, with the types of values, as True == 1; None for predicates."""
     if isinstance(rules, Mapping):
         patterns, values = tuple(rules), tuple(rules.values())
         return None if any(map(callable, patterns)) else (patterns, values, repr(values))
@@ -102,6 +112,19 @@ def _kept(tree: Any, key: tuple[Any, ...], values: Any, unnamed: Any) -> Any:
     if type(tree) is not ParamTree or source.containers or key[1] is None:
         return source.restore(values(source), unnamed)
     return source.structure.cached(key, lambda: unflatten(source.structure, values(source)))
+
+
+def check_values(
+    verb: str, rules: Any, default: Any, good: Callable[[Any], bool], expected: str
+) -> None:
+    """Raises RuleError for the values of a table that a verb does not take; it lists all."""
+    check_table(rules, f"the rules of {verb}")
+    pairs = rules.items()
+    wrong = [f"{pattern_text(pattern)} gives {value!r}" for pattern, value in pairs if not good(value)]
+    if default is not UNSET and not good(default):
+        wrong.append(f"the default is {default!r}")
+    if wrong:
+        raise RuleError(f"{verb}: {'; '.join(wrong)}. Expected {expected}.")
 
 
 def _hashable(value: Any) -> bool:

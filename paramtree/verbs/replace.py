@@ -1,6 +1,6 @@
 """New values for the leaves of a tree, by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, RuleError
+from paramtree.core.errors import MismatchError, NameCollisionError, RuleError, suggest
 from paramtree.core.pytrees import open_tree
-from paramtree.core.rules import Patterns, find, resolve
+from paramtree.core.rules import Patterns, resolve
+from paramtree.core.structure import Path, Structure
 from paramtree.core.tree import ParamTree
 from paramtree.verbs.cast import casts
 
@@ -32,8 +33,8 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     Raises:
       RuleError: a name is not in the tree (all are listed, with the closest ones), or two names of one
         tied leaf get different arrays.
-      MismatchError: a value is not an array of the leaf's shape, or its dtype cannot hold the value; all
-        are listed.
+      MismatchError: a value is not an array of the leaf's shape, or its dtype cannot hold the value;
+        all are listed.
 
     Example:
       >>> import paramtree as pt
@@ -49,7 +50,7 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     flat = dict(_spread(values))
     leaves, named = list(source.leaves), {}
     problems, tied = [], []
-    for name, slot in find(source.structure, flat, "replace").items():
+    for name, slot in _find(source.structure, flat).items():
         if slot in named:
             if not _equal(flat[named[slot]], flat[name]):
                 tied.append(
@@ -75,6 +76,35 @@ def _spread(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _spread(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
+
+
+def _find(structure: Structure, wanted: Iterable[str]) -> dict[str, int]:
+    """Returns the slot of each of some exact names or paths.
+
+    Raises:
+      RuleError: some are not in the tree; it lists them all with the closest names.
+      NameCollisionError: a name is that of two paths with different leaves.
+    """
+
+    def index() -> dict[str, dict[int, Path]]:
+        slots: dict[str, dict[int, Path]] = {}
+        for path, slot in structure.entries():
+            for name in (join(path), join(path, "/")):
+                slots.setdefault(name, {})[slot] = path
+        return slots
+
+    by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
+    wanted = list(wanted)
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        known = structure.names()
+        lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
+        raise RuleError(f"replace: {' '.join(lines)}")
+    for name in wanted:
+        if len(by_name[name]) > 1:
+            paths = " and ".join("/".join(path) for path in by_name[name].values())
+            raise NameCollisionError(f"replace: `{name}` is the name of both {paths}; give the path.")
+    return {name: next(iter(by_name[name])) for name in wanted}
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -116,8 +146,8 @@ def fitted(value: Any, leaf: Any) -> Any:
     if have != expected or problem:
         shown = f"is a {type(value).__name__}" if have is None else f"has shape {have}{problem}"
         raise MismatchError(
-            f"has shape {expected} and dtype {dtype}, and the new value {shown}: reshape or cast it, or "
-            f"fill with jnp.full({expected}, value)"
+            f"has shape {expected} and dtype {dtype}, and the new value {shown}: reshape or cast it, "
+            f"or fill with jnp.full({expected}, value)"
         )
     return value
 

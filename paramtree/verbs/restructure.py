@@ -117,8 +117,8 @@ def insert(tree: T, values: Mapping[str, Any]) -> T:
         path = _path(text, ())
         if path in known:
             raise NameCollisionError(
-                f"insert: `{join(path)}` is already in the tree. pt.replace gives it another value, and "
-                "pt.drop takes it out."
+                f"insert: `{join(path)}` is already in the tree. pt.replace gives it another value, "
+                "and pt.drop takes it out."
             )
         if isinstance(value, Mapping | ParamTree):
             below = take_apart(from_tree(value))
@@ -173,7 +173,8 @@ def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any
     if unused:
         problems = "; ".join(no_match(f".*({pattern.pattern}).*", texts) for pattern in unused.values())
         raise RuleError(
-            f"{verb}: {problems}. Each pattern is searched for in what the ones before it made of a name."
+            f"{verb}: {problems}. Each pattern is searched for in what the ones before it made of a "
+            "name."
         )
     return rewrite
 
@@ -203,7 +204,7 @@ def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], An
         or not source.containers
     ):
         raise TypeError(
-            f"{verb} takes a parameter tree or nested dicts, as the names in other containers are fixed, "
-            f"but found {type(tree).__name__}: {verb} pt.from_tree(tree)."
+            f"{verb} takes a parameter tree or nested dicts, as the names in other containers are "
+            f"fixed, but found {type(tree).__name__}: {verb} pt.from_tree(tree)."
         )
     return from_tree(tree), ParamTree.to_dict

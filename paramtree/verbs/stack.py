@@ -1,8 +1,8 @@
 """One stacked leaf, or as many leaves with names: the two forms of a repeated layer.
 
 ``nn.Repeat`` stacks the parameters of its copies along a first axis, which is what a scan needs.
-Unstacked, copy 2 of ``blocks/dense0/weight`` is ``blocks/2/dense0/weight``: a name of its own, to inspect,
-to train differently, to save, or to match with a rule.
+Unstacked, copy 2 of ``blocks/dense0/weight`` is ``blocks/2/dense0/weight``: a name of its own, to
+inspect, to train differently, to save, or to match with a rule.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def axis_of(stack: Stack, position: int) -> int | None:
 def unstack(tree: ParamTree, path: str) -> ParamTree:
     """Returns the tree with a name for each copy in a stack of layers.
 
-    Where stacks are nested, the axis that the level was repeated along is split; a tree that was not made
-    by ``pt.init``, and so does not know its stacks, is split along the first axis.
+    Where stacks are nested, the axis that the level was repeated along is split; a tree that was not
+    made by ``pt.init``, and so does not know its stacks, is split along the first axis.
 
     Args:
       tree: a parameter tree, of arrays or of shapes.

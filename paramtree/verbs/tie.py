@@ -1,8 +1,8 @@
 """Ties: several paths that lead to one stored leaf.
 
-A tie is a fact of the structure, not of the values, so nothing that happens to the leaves can lose it. A
-gradient of a tied leaf is the sum over its uses because there is only one leaf to differentiate, and an
-optimizer keeps one slot for it for the same reason.
+A tie is a fact of the structure, not of the values, so nothing that happens to the leaves can lose it.
+A gradient of a tied leaf is the sum over its uses because there is only one leaf to differentiate, and
+an optimizer keeps one slot for it for the same reason.
 """
 
 from collections.abc import Mapping

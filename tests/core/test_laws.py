@@ -254,7 +254,7 @@ def test_untied_leaves_can_be_donated() -> None:
 
 @given(trees())
 def test_export_serialises_the_structure(tree: pt.ParamTree) -> None:
-    from paramtree.core.tree import _from_bytes, _to_bytes
+    from paramtree.io.export import _from_bytes, _to_bytes
 
     structure = flatten(tree)[0]
     assert _from_bytes(_to_bytes(structure)) is structure

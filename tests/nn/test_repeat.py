@@ -222,7 +222,9 @@ def test_mistakes_are_named(params, key):
     ):
         pt.unstack(tied, "a")
     assert len(jax.tree.leaves(pt.unstack(pt.untie(tied), "a"))) == 3
-    with pytest.raises(pt.ParamTreeError, match="has holes, left by select or partition. Fill them with pt.merge"):
+    with pytest.raises(
+        pt.ParamTreeError, match="has holes, left by select or partition. Fill them with pt.merge"
+    ):
         pt.unstack(pt.select(params, "head_.*"), "blocks")
 
 
