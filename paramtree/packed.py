@@ -237,8 +237,9 @@ def _flatten_with_keys(tree: Packed) -> tuple[list[tuple[DictKey, Any]], Layout]
     return list(zip(keys, tree._arrays, strict=True)), tree._layout
 
 
+_make: Any = Packed.make
 jax.tree_util.register_pytree_with_keys(
-    Packed, _flatten_with_keys, Packed.make, lambda tree: (tree._arrays, tree._layout)
+    Packed, _flatten_with_keys, _make, lambda tree: (tree._arrays, tree._layout)
 )
 
 

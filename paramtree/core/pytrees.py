@@ -142,8 +142,8 @@ class _Walk:
         self.containers: dict[Path, Container] = {}
 
     def open(self, tree: Any) -> Opened:
-        # What is to be visited: value, path, label, kind, stack, depth of its parameter tree.
-        todo: list[tuple[Any, Path, Path, str | None, Stack, int]] = [(tree, (), (), None, (), 0)]
+        # What is to be visited: the arguments of ``visit``.
+        todo: list[tuple[Any, ...]] = [(tree, (), (), None, (), 0, self.counts is None)]
         while todo:
             todo += reversed(self.visit(*todo.pop()))
         kinds = {label: kind or PARAM for label, kind in self.kinds.items()}
@@ -159,15 +159,18 @@ class _Walk:
         own_kinds = tuple(self.kinds[order[slot]] for slot in kept)
         return Opened(full.keep(kept), leaves, rebuild, own_kinds, place, self.depths, self.containers)
 
-    def visit(
-        self, value: Any, path: Path, label: Path, kind: str | None, stack: Stack, depth: int
-    ) -> list[Any]:
-        """Notes one value, and returns what to visit below it."""
+    def visit(self, value: Any, path: Path, label: Path, *more: Any) -> list[Any]:
+        """Notes a value, and returns what to visit below it.
+
+        ``more`` is its kind and stack, the depth of its parameter tree, and whether it has a name
+        whatever it is.
+        """
+        kind, stack, depth, named = more
         if label in self.nodes and self.nodes[label].value is not value:
             raise clash(path)
         node, keys, children, form = self.node(value, label)
         if node.rebuild is None:
-            named = depth or self.counts is None or (value is not None and self.counts(value))
+            named = named or (value is not None and self.counts is not None and self.counts(value))
             if value is not _LEVEL and value is not _ABSENT:
                 self.nodes[label] = node
                 if named:
@@ -183,8 +186,8 @@ class _Walk:
         if path:
             self.items.append((path, None))
         if node.inner is None:
-            each = zip(children, keys, strict=True)
-            return [(child, path + key, label + key, kind, stack, depth) for child, key in each]
+            more = kind, stack, depth, self.counts is None
+            return [(c, path + k, label + k, *more) for c, k in zip(children, keys, strict=True)]
         full, size = node.inner.full, len(path)
         entries = zip(full.paths, full.slots, node.inner.slots, full.stacks or full.paths, strict=True)
         below = []
@@ -193,11 +196,12 @@ class _Walk:
             first = label + (entry if slot == EMPTY else full.canonical[slot])
             is_state = kind == STATE or (slot != EMPTY and full.kinds[slot] == STATE)
             axes = stack or (moved(own, size) if full.stacks else ())  # type: ignore[arg-type]
-            below.append((child, path + entry, first, STATE if is_state else PARAM, axes, size or -1))
+            more = STATE if is_state else PARAM, axes, size or -1, True
+            below.append((child, path + entry, first, *more))
         return below
 
     def node(self, value: Any, label: Path) -> tuple[_Node, tuple[Path, ...], Sequence[Any], Any]:
-        """Returns the node of a value, the keys and values of its children, and what else jax compares."""
+        """Returns the node of a value, its children with their keys, and what else jax compares."""
         if isinstance(value, ParamTree) or hasattr(type(value), "__open__"):
             source = _opened(value) if type(value) is ParamTree else open_tree(value)
             structure = source.structure
@@ -208,6 +212,7 @@ class _Walk:
             return _Node(value, (), dict), keys, tuple(value.values()), None
         if value is None or jax.tree_util.all_leaves([value]):
             return _Node(value), (), (), None
+        form: Any
         flat, form = jax.tree_util.tree_flatten_with_path(
             value, is_leaf=lambda child: child is not value
         )

@@ -168,7 +168,8 @@ def resolve(
 
     Args:
       source: the tree.
-      rules: patterns to values; a message calls them ``table``.
+      rules: patterns to values.
+      table: what a message calls them.
       default: the value of a leaf without a rule, if it may have none.
       nested: whether names may start at a parameter tree in the container, and holes have names too.
       free: slots that need no rule.

@@ -11,8 +11,8 @@ lose:
 * levels without children, as paths that end in ``EMPTY``;
 * holes, as paths that end in ``HOLE``; a structure with holes remembers the full one it came from.
 
-Structures are interned: equal ones are one object. They compare and hash by identity, which jax does at
-every jitted call. Interning is weak, so a structure dies with the last tree that uses it.
+Equal structures are one object, so jax compares and hashes them by identity at every jitted call. A
+structure dies with the last tree that uses it.
 """
 
 import threading
@@ -126,9 +126,8 @@ class Structure:
     def entries(self) -> Iterable[tuple[Path, int]]:
         """Returns the path and slot of every leaf that is present, aliases too."""
         both = zip(self.paths, self.slots, strict=True)
-        if min(self.slots, default=0) >= 0:  # the usual case, in which Python takes no step a leaf
-            return both
-        return ((path, slot) for path, slot in both if slot >= 0)
+        usual = min(self.slots, default=0) >= 0  # and then Python takes no step a leaf
+        return both if usual else ((path, slot) for path, slot in both if slot >= 0)
 
     def names(self, sep: str = "_") -> tuple[str, ...]:
         """Returns the name of every leaf that is present, aliases too, in the order of ``entries``."""
@@ -194,11 +193,10 @@ class Structure:
         for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
             stack = "".join(f"[{size}]" for _, size in self.stacks[i]) if self.stacks else ""
             first = self.canonical[slot] if slot >= 0 else path
-            end = {EMPTY: "/", HOLE: "=hole"}.get(slot, "")
-            if first != path:
-                end = f"={'/'.join(first)}"
-            elif slot >= 0 and self.kinds[slot] == STATE:
-                end = ":state"
+            end = {EMPTY: "/", HOLE: "=hole"}.get(slot) or (
+                ":state" if self.kinds[slot] == STATE else ""
+            )
+            end = end if first == path else f"={'/'.join(first)}"
             shown.append("/".join(path) + stack + end)
         return f"({', '.join(shown)})"
 

@@ -23,6 +23,7 @@ __all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of",
 
 # A tree that is asked for one of these becomes the scope of a run for inference. It also does for `key`
 # and `update`, which refuse there, unless a child has the name.
+_lazy: Any = paramtree  # what lives in rooms below is loaded when it is asked for
 _OF_SCOPES = frozenset(("param", "state", "training"))
 RESERVED = _OF_SCOPES | {"items", "keys", "values", "to_dict"}  # children read by item only
 
@@ -39,7 +40,7 @@ class _Fields:
     _leaves: Sequence[Any]  # one for each slot of the structure
     _structure: Structure
     _place: Path  # the path of this level in the tree that it was read from
-    _flat: bool  # whether no leaf is a container; set when first asked for
+    # _flat: whether no leaf is a container; set when first asked for
 
 
 class ParamTree(_Fields):
@@ -77,7 +78,7 @@ class ParamTree(_Fields):
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_SCOPES:
-            return getattr(paramtree._scope(self), name)
+            return getattr(_lazy._scope(self), name)
         structure = self._structure
         child = (structure._children or structure.children()).get(name)
         if type(child) is int and child >= 0:
@@ -86,7 +87,7 @@ class ParamTree(_Fields):
             if name.startswith("__"):  # a protocol that Python probes for
                 raise AttributeError(name)
             if name in ("key", "update"):
-                return getattr(paramtree._scope(self), name)
+                return getattr(_lazy._scope(self), name)
             raise self._missing(name, child)
         return self._level(name)
 
@@ -207,13 +208,13 @@ class ParamTree(_Fields):
     # Rendering lives in `inspect`, which is imported lazily.
 
     def _repr_html_(self) -> str:
-        return paramtree.show(self)._repr_html_()
+        return _lazy.show(self)._repr_html_()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        paramtree.show(self)._repr_pretty_(printer, cycle)
+        _lazy.show(self)._repr_pretty_(printer, cycle)
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        return paramtree.show(self).__treescope_repr__(path, subtree_renderer)
+        return _lazy.show(self).__treescope_repr__(path, subtree_renderer)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *_OF_SCOPES, *self]
@@ -253,7 +254,7 @@ def located(path: Path) -> str:
 
 def is_flat(tree: ParamTree) -> bool:
     """Whether no leaf is itself a container, such as a tuple or another tree."""
-    field: Any = _Fields._flat  # a slot, read past __getattr__
+    field: Any = vars(_Fields)["_flat"]  # a slot, read past __getattr__
     try:
         flat: bool = field.__get__(tree)
     except AttributeError:
@@ -270,6 +271,7 @@ def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Stru
     return list(zip(keys, tree._leaves, strict=True)), structure
 
 
+_unflatten: Any = unflatten
 jax.tree_util.register_pytree_with_keys(
-    ParamTree, _flatten_with_keys, unflatten, lambda tree: (tree._leaves, tree._structure)
+    ParamTree, _flatten_with_keys, _unflatten, lambda tree: (tree._leaves, tree._structure)
 )

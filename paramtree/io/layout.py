@@ -75,12 +75,8 @@ def decode_layout(text: str) -> Layout:
     paths = [_path(segments) for segments in _list(fields, "paths")]
     if odd := odd_parts(paths):
         raise ValueError(f"a path is not a list of names: {odd[0]!r} cannot be in one")
-    slots = _list(fields, "slots")
-    kinds = _list(fields, "kinds")
-    kept = _list(fields, "kept")
-    names = _list(fields, "names")
-    tags = fields.get("dtypes")
-    sep = fields.get("sep")
+    slots, kinds, kept, names = (_list(fields, key) for key in ("slots", "kinds", "kept", "names"))
+    tags, sep = fields.get("dtypes"), fields.get("sep")
     if not isinstance(sep, str) or not 0 < len(sep) <= LONGEST_SEP or not isinstance(tags, dict):
         raise ValueError("its separator or dtypes are missing or invalid")
     if len(paths) != len(slots) or not all(type(s) is int and EMPTY <= s < len(kinds) for s in slots):
@@ -94,7 +90,8 @@ def decode_layout(text: str) -> Layout:
         raise ValueError("its leaves do not have one distinct name each")
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a name is not a string")
-    if not all(isinstance(tag, str) and _in(key, len(kept)) for key, tag in tags.items()):
+    numbers = {str(slot) for slot in range(len(kept))}
+    if not tags.keys() <= numbers or not all(isinstance(tag, str) for tag in tags.values()):
         raise ValueError("its dtypes do not match its leaves")
     try:
         items = [(p, None if s == EMPTY else s) for p, s in zip(paths, slots, strict=True)]
@@ -125,8 +122,8 @@ def _list(fields: dict[str, Any], key: str) -> list[Any]:
 
 
 def _path(segments: Any) -> Path:
-    valid = isinstance(segments, list) and all(isinstance(name, str) and name for name in segments)
-    if not valid or not 0 < len(segments) <= DEEPEST:
+    is_list = isinstance(segments, list) and 0 < len(segments) <= DEEPEST
+    if not is_list or not all(isinstance(name, str) and name for name in segments):
         raise ValueError("a path is not a list of names")
     return tuple(map(sys.intern, segments))  # even a large tree has few distinct segments
 
@@ -138,15 +135,14 @@ def _stacks(fields: dict[str, Any], paths: Sequence[Path]) -> dict[Path, Stack]:
         raise ValueError("its stacks do not match its paths")
     valid: dict[Path, Stack] = {}
     for path, stack in zip(paths, stacks, strict=False):
-        pairs = stack if isinstance(stack, list) and len(stack) <= DEEPEST else [None]
-        for pair in pairs:
-            numbers = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-            if not numbers or not 0 <= pair[0] < len(path) or pair[1] < 0:
-                raise ValueError("a stack is not a list of positions and sizes")
-        if pairs:
-            valid[path] = tuple((position, size) for position, size in pairs)
+        is_list = isinstance(stack, list) and len(stack) <= DEEPEST
+        if not is_list or not all(_is_axis(pair, len(path)) for pair in stack):
+            raise ValueError("a stack is not a list of positions and sizes")
+        if stack:
+            valid[path] = tuple((position, size) for position, size in stack)
     return valid
 
 
-def _in(key: str, count: int) -> bool:
-    return key.isascii() and key.isdigit() and len(key) < 19 and int(key) < count
+def _is_axis(pair: Any, levels: int) -> bool:
+    numbers = isinstance(pair, list) and [type(number) for number in pair] == [int, int]
+    return numbers and 0 <= pair[0] < levels and pair[1] >= 0

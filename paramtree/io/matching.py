@@ -5,6 +5,7 @@ A name matches a path joined with ".", "/" or "_", or one with positions in plac
 as ``net_dense7_weight``, are also matched by order.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,9 +46,8 @@ def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
     items = list(items)
     if rename is None:
         return items
-    change = rename
-    if not callable(rename):
-        change = rewriter(rename, [name for item in items for name in item.names], "rename")
+    every = [name for item in items for name in item.names]
+    change = rename if callable(rename) else rewriter(rename, every, "rename")
     out = []
     for item in items:
         names = [change(name) for name in item.names]
@@ -105,23 +105,21 @@ class Lookup:
           ordered: whether to match by order if the names do not match, as for Gluon files.
           nameless: whether to match by order only, as the file has no names.
         """
-        spellings = [lambda name: name, *(_GLUON if ordered else ())]
-        if not nameless:
-            prefix = _common_prefix([name for item in items for name in item.names]) if ordered else ""
-            if prefix:
-                spellings.append(lambda name: name.removeprefix(prefix))
-            attempts = [self._by_name(spelling, items) for spelling in spellings]
-            for paths in attempts:
-                if all(paths):
-                    return paths
+        spellings: list[Callable[[str], str]] = [] if nameless else [lambda name: name]
+        if ordered and not nameless:
+            shared = os.path.commonprefix([name for item in items for name in item.names])
+            network = shared[: shared.rfind("_") + 1]  # Gluon's name of it
+            spellings += [_unfused, lambda name: name.removeprefix(network)]
+        attempts = [
+            [[path for name in item.names if (path := self.find(spell(name)))] for item in items]
+            for spell in spellings
+        ]
+        for paths in attempts:
+            if all(paths):
+                return paths
         if ordered and (paths := self._by_order(items, shapes, nameless)):
             return paths
-        if nameless:
-            return [[] for _ in items]
-        return max(attempts, key=lambda paths: sum(map(bool, paths)))
-
-    def _by_name(self, spelling: Callable[[str], str], items: Sequence[Item]) -> list[list[Path]]:
-        return [[path for name in item.names if (path := self.find(spelling(name)))] for item in items]
+        return max(attempts, key=lambda paths: sum(map(bool, paths)), default=[[] for _ in items])
 
     def _by_order(
         self, items: Sequence[Item], shapes: Sequence[Any], nameless: bool
@@ -137,23 +135,10 @@ class Lookup:
         return []
 
 
-def _common_prefix(names: Sequence[str]) -> str:
-    """Returns the common prefix of names up to an underscore: Gluon's name of the network."""
-    low, high = min(names, default=""), max(names, default="")
-    length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[: low.rfind("_", 0, length) + 1]
-
-
 def _unfused(name: str) -> str:
     """Returns the parameter name of a recurrent layer for the name of a cell in a Gluon file."""
-    return re.sub(
-        r"(?:_unfused\.)(\d+)\.(?:([lr])_cell\.)?(?=[ih]2h_)",
-        lambda match: f"{match[2] or 'l'}{match[1]}_",
-        name,
-    )
-
-
-_GLUON = (_unfused,)
+    cell = r"_unfused\.(\d+)\.(?:([lr])_cell\.)?(?=[ih]2h_)"
+    return re.sub(cell, lambda match: f"{match[2] or 'l'}{match[1]}_", name)
 
 
 def closest(name: str, shape: tuple[int, ...] | None, items: Mapping[str, Item]) -> str:

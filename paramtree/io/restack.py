@@ -29,11 +29,7 @@ def restack(
 ) -> list[Item]:
     """Returns the items, stacked or unstacked where only that makes their names match the tree.
 
-    Args:
-      items: the arrays of the file.
-      lookup: finds leaves by name.
-      shapes: the shape of each leaf.
-      read: reads an item.
+    ``shapes`` are those of the leaves.
     """
     structure = lookup.structure
     stacks = dict(zip(structure.paths, structure.stacks, strict=True)) if structure.stacks else {}
@@ -61,9 +57,9 @@ def restack(
         if not complete or shapes[lookup.slot_of[path]] != _inserted(first.shape, axes, sizes):
             out += group.values()
             continue
-        copies = [group[index] for index in np.ndindex(sizes)]
-        origin = ", ".join(item.origin for item in copies)
-        stacked = partial(_stack, read, copies, axes, sizes)
+        layers = [group[index] for index in np.ndindex(sizes)]
+        origin = ", ".join(item.origin for item in layers)
+        stacked = partial(_stack, read, layers, axes, sizes)
         shape = shapes[lookup.slot_of[path]]
         out.append(replace(first, origin=origin, names=(".".join(path),), shape=shape, read=stacked))
     return out
@@ -77,8 +73,7 @@ def _inserted(shape: tuple[int, ...], axes: Index, sizes: Index) -> tuple[int, .
 
 
 def _slice(read: Callable[[Item], Any], item: Item, axes: Index, index: Index) -> Any:
-    array = read(item)
-    return np.moveaxis(array, axes, range(len(axes)))[index]
+    return np.moveaxis(read(item), axes, range(len(axes)))[index]
 
 
 def _stack(read: Callable[[Item], Any], copies: Sequence[Item], axes: Index, sizes: Index) -> Any:
@@ -88,7 +83,8 @@ def _stack(read: Callable[[Item], Any], copies: Sequence[Item], axes: Index, siz
 
 def _numbers(words: Sequence[str]) -> Iterator[tuple[Index, Index, list[str]]]:
     """Yields some numbers among words: their places, the numbers, and the words without them."""
-    where = [i for i, word in enumerate(words[:-1]) if _is_number(word)]
+    numbers = (word.isascii() and word.isdigit() and len(word) < 7 for word in words[:-1])
+    where = [i for i, is_number in enumerate(numbers) if is_number]
     for count in range(1, min(len(where), _NESTED) + 1):
         for places in itertools.combinations(where, count):
             rest = [word for i, word in enumerate(words) if i not in places]
@@ -155,7 +151,3 @@ def _position_in_stack(
             if len(axes) == len(places):
                 return path, tuple(axes), numbers
     return None
-
-
-def _is_number(word: str) -> bool:
-    return word.isascii() and word.isdigit() and len(word) < 7

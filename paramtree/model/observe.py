@@ -143,8 +143,8 @@ def announced(method: F) -> F:
     @functools.wraps(method)
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         scope = args[0] if args else next(filter(_observed, kwargs.values()), None)
-        if hasattr(type(scope), "__scope__"):  # a packed tree
-            args = (scope.__scope__(), *args[1:])
+        if as_scope := getattr(scope, "__scope__", None):  # a packed tree
+            args = (as_scope(), *args[1:])
         if not _observed(scope):
             return method(self, *args, **kwargs)
         run = functools.partial(method, self)

@@ -223,9 +223,8 @@ class Recorder:
 
 # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as arguments,
 # and a new recorder is always traced anew. Weakly, as jax keeps what it compares for long.
-jax.tree_util.register_pytree_node(
-    Recorder, lambda scope: ((), weakref.ref(scope)), lambda scope, _: scope()
-)
+_again: Any = lambda scope, _: scope()  # noqa: E731
+jax.tree_util.register_pytree_node(Recorder, lambda scope: ((), weakref.ref(scope)), _again)
 
 
 def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:

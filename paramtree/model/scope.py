@@ -125,11 +125,11 @@ class Scope(ParamTree):
         """Returns the names of the children, in order of declaration."""
         return self._tree.keys()
 
-    def values(self) -> list[Any]:
+    def values(self) -> Any:
         """Returns the children, in order of declaration."""
         return [self[name] for name in self]
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> Any:
         """Returns the names and the children, in order of declaration."""
         return [(name, self[name]) for name in self]
 

@@ -149,7 +149,8 @@ class Repeat(Layer):
                 x = self.block(p[i], x, *args)
             return x
         self._check_stacks(p)
-        return self._train(p, x, args) if isinstance(run_of(p), Training) else self._infer(p, x, args)
+        run: Any = self._train if isinstance(run_of(p), Training) else self._infer
+        return run(p, x, args)
 
     def _infer(self, p: Any, x: Any, args: Any) -> Any:
         source = open_tree(p)

@@ -371,8 +371,8 @@ def _ties(first: _Contents, second: _Contents, spell: _Speller) -> list[Differen
     for path, *pair in zip(common, *owners, strict=True):
         end, other = (known[owner] for known, owner in zip(firsts, pair, strict=True))
         if end != other:
-            sources = (None if source == path else spell(source) for source in (end, other))
-            found.append(Difference(spell(path), "tie", *sources))
+            source, other_source = (None if x == path else spell(x) for x in (end, other))
+            found.append(Difference(spell(path), "tie", source, other_source))
     return found
 
 
@@ -386,14 +386,14 @@ def _of_leaf(name: str, entry: _Entry, other: _Entry) -> list[Difference]:
         if entry.kind != other.kind:
             found.append(Difference(name, "kind", entry.kind, other.kind))
         if entry.sizes != other.sizes:
-            found.append(Difference(name, "stack", *(x.sizes or None for x in (entry, other))))
+            found.append(Difference(name, "stack", entry.sizes or None, other.sizes or None))
     if entry.sign or other.sign:
-        sides = (x.sign or "a leaf" for x in (entry, other))
-        return found if entry.sign == other.sign else [*found, Difference(name, "hole", *sides)]
+        hole = Difference(name, "hole", entry.sign or "a leaf", other.sign or "a leaf")
+        return found if entry.sign == other.sign else [*found, hole]
     shape, other_shape = shape_of(entry.leaf), shape_of(other.leaf)
     if None not in (shape, other_shape) and shape != other_shape:
         found.append(Difference(name, "shape", shape, other_shape))
-    dtypes = [_dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other)]
-    if dtypes[0] != dtypes[1] and not shape is other_shape is None:
-        found.append(Difference(name, "dtype", *dtypes))
+    dtype, other_dtype = (_dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other))
+    if dtype != other_dtype and not shape is other_shape is None:
+        found.append(Difference(name, "dtype", dtype, other_dtype))
     return found

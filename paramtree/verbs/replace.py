@@ -48,7 +48,8 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
         raise RuleError(f"replace takes a mapping of names to arrays, but found {values!r}.")
     source = open_tree(tree)
     flat = dict(_spread(values))
-    leaves, named = list(source.leaves), {}
+    leaves = list(source.leaves)
+    named: dict[int, str] = {}
     problems, tied = [], []
     for name, slot in _find(source.structure, flat).items():
         if slot in named:
@@ -138,7 +139,7 @@ def fitted(value: Any, leaf: Any) -> Any:
                 and jnp.issubdtype(dtype, jnp.integer)
                 and (cast != array).any()
             ):
-                limits = jnp.iinfo(dtype)
+                limits: Any = jnp.iinfo(dtype)  # type: ignore[no-untyped-call]
                 problem = f" with values outside of {limits.min} to {limits.max}"
             value = cast if isinstance(leaf, np.ndarray) else jnp.asarray(cast)
         elif dtype is not None:

@@ -77,7 +77,7 @@ def unstack(tree: ParamTree, path: str) -> ParamTree:
             f"unstack: the leaves below `{path}` are not stacks of one size: "
             f"{', '.join(shown) or 'there are none'}. Name the level of an nn.Repeat."
         )
-    ((count,),) = {*sizes.values()}
+    count = next(size[0] for size in sizes.values() if size)
     entries: list[Entry] = []
     for entry in parts.entries:
         if entry.path[: len(at)] != at:

@@ -142,17 +142,19 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
         tied = [join(path) for path, slot in structure.entries() if len(paths[slot]) > 1]
         among = f" The tied names are: {', '.join(tied)}." if tied else " Nothing is tied."
         raise RuleError(f"untie: {no_match(pattern, tied)}.{among}")
-    entries, values = [], {}
+    entries = []
+    values: dict[Any, Any] = {}
     used: set[Any] = set()
     for entry in parts.entries:
-        slot, label = entry.label, entry.path if entry.path in loose else entry.label
+        old: Any = entry.label
+        label = entry.path if entry.path in loose else old
         entries.append(entry._replace(label=label))
-        if slot is not None and label not in values:
+        if old is not None and label not in values:
             # The first to take the value has the array itself, the others copies: a buffer that is in
             # a tree twice could not be donated.
-            values[label] = _copied(parts.leaves[slot]) if slot in used else parts.leaves[slot]
-            parts.kinds[label] = parts.kinds[slot]
-            used.add(slot)
+            values[label] = _copied(parts.leaves[old]) if old in used else parts.leaves[old]
+            parts.kinds[label] = parts.kinds[old]
+            used.add(old)
     return parts._replace(leaves=values).assembled(entries)
 
 
