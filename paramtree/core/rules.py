@@ -2,8 +2,7 @@
 
 A pattern is a regular expression that must match a whole name, as ``"dense0_.*"``; one that contains
 "/" must match a whole path, as ``"encoder/.*"``, which does not select ``encoder_head``; or it is a
-predicate ``fn(name, leaf) -> bool``. In a rule table the first pattern that matches a leaf gives its
-value.
+predicate ``fn(name, leaf) -> bool``. In a rule table the first match counts.
 """
 
 import re

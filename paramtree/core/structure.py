@@ -1,8 +1,7 @@
 """The static half of a parameter tree: its paths, and the stored leaf that each leads to.
 
 A structure is flat. It lists the path of every leaf in depth-first declaration order, each with a
-*slot*: a position in the tree's tuple of leaves. That list carries everything that a tree must never
-lose:
+*slot*: a position in the tree's tuple of leaves. The list carries all that a tree must never lose:
 
 * order, because it is a sequence, not a dict that may be sorted;
 * ties, because two paths may lead to one slot;

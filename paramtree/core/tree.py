@@ -35,12 +35,11 @@ class _Fields:
     unflattening. So a tree is made as this class and then becomes a ``ParamTree``.
     """
 
-    __slots__ = ("__weakref__", "_flat", "_leaves", "_place", "_structure")
+    __slots__ = ("__weakref__", "_flat", "_leaves", "_place", "_structure")  # see `is_flat`
 
     _leaves: Sequence[Any]  # one for each slot of the structure
     _structure: Structure
     _place: Path  # the path of this level in the tree that it was read from
-    # _flat: whether no leaf is a container; set when first asked for
 
 
 class ParamTree(_Fields):

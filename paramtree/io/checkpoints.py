@@ -8,7 +8,6 @@ atomically, and old ones are deleted. This module adds names, ties, kinds, keys 
 import math
 import os
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -175,9 +174,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *args: object) -> None:
         self.close()
 
     def _metric(self, metrics: Mapping[str, float]) -> float:

@@ -23,11 +23,11 @@ LONGEST_SEP = 16  # joining many paths with a long one takes much more memory th
 
 
 class Layout(NamedTuple):
-    """A structure, with the name in the file and the dtype tag (see ``wire.encode``) of each slot."""
+    """A structure, with the name in the file of each slot, and the dtype tags (see ``wire.encode``)."""
 
     structure: Structure
     names: tuple[str, ...]
-    tags: tuple[str, ...]
+    tags: dict[str, str]  # by name, of the arrays that have one
     sep: str
 
     def aliases(self) -> dict[str, list[str]]:
@@ -100,8 +100,8 @@ def decode_layout(text: str) -> Layout:
         raise ValueError(str(error)) from None
     if structure.paths != tuple(paths) or order != tuple(range(len(kinds))):
         raise ValueError("its paths are not in order")
-    by_slot = tuple(tags.get(str(slot), "") for slot in range(len(kept)))
-    return Layout(structure.keep(kept), tuple(names), by_slot, sep)
+    by_name = {names[int(slot)]: tag for slot, tag in tags.items()}
+    return Layout(structure.keep(kept), tuple(names), by_name, sep)
 
 
 def odd_parts(paths: Sequence[Path]) -> list[str]:

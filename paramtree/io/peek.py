@@ -96,19 +96,16 @@ def _read(path: str, file: BufferedReader) -> Source:
 
 def items_of(source: Source) -> list[Item]:
     """Returns an item for each array of a source, with all its names and decoded shape and dtype."""
-    layout = source.layout
-    if layout is None:
-        names = list(source.arrays)
-        if source.format == "safetensors":  # the package sorts by dtype and name
-            names.sort(key=natural)
-        return [
-            Item(name, (name,), source.arrays[name].shape, source.arrays[name].dtype) for name in names
-        ]
+    layout, arrays = source.layout, source.arrays
+    if layout is None:  # the safetensors package sorts by dtype and name
+        ordered = sorted(arrays, key=natural) if source.format == "safetensors" else arrays
+        aliases, tags = {name: [name] for name in ordered}, dict[str, str]()
+    else:
+        aliases, tags = layout.aliases(), layout.tags
     items = []
-    for (name, names), tag in zip(layout.aliases().items(), layout.tags, strict=True):
-        stored = source.arrays[name]
+    for name, names in aliases.items():
         try:
-            shape, dtype = logical(stored.shape, stored.dtype, tag)
+            shape, dtype = logical(arrays[name].shape, arrays[name].dtype, tags.get(name, ""))
         except ValueError as error:
             fail(source.path, repr(name), f"{error}.")
         items.append(Item(name, tuple(names), shape, dtype))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.io.source import Slices
 from paramtree.io.wire import is_key
 from paramtree.sharding.place import scatter
 
@@ -55,21 +56,12 @@ class Placing:
                 self._pending.setdefault(key, []).append(len(self._leaves))
         self._leaves.append(value)
 
-    def add_sharded(
-        self, read: Callable[[tuple[slice, ...]], Any], shape: Any, dtype: Any, sharding: Any
-    ) -> None:
-        """Adds an array by reading each slice that this process holds, once.
-
-        Args:
-          read: reads the given slice of each dimension.
-          shape: the shape of the array.
-          dtype: the dtype to cast to.
-          sharding: its sharding.
-        """
+    def add_sharded(self, read: Callable[[Slices], Any], shape: Any, dtype: Any, sharding: Any) -> None:
+        """Adds an array, cast to the dtype, by reading each slice that this process holds, once."""
 
         @functools.cache
         def read_once(bounds: tuple[tuple[int | None, int | None], ...]) -> Any:
-            return _in_dtype(read(tuple(itertools.starmap(slice, bounds))), dtype)
+            return _cast(read(tuple(itertools.starmap(slice, bounds))), dtype)
 
         def callback(index: Any) -> Any:  # slices are not hashable before Python 3.12
             return read_once(tuple((dim.start, dim.stop) for dim in index))
@@ -103,13 +95,9 @@ def divides(sharding: Any, dtype: Any = np.float32) -> bool:
     return sharding is not None and len(sharding.device_set) > 1 and _holds(dtype)
 
 
-def _in_dtype(value: Any, dtype: Any) -> Any:
-    return value if value.dtype == dtype else _cast(value, dtype)
-
-
 def _cast(value: Any, dtype: Any) -> Any:
     with np.errstate(all="ignore"):  # overflow gives infinity
         try:
-            return value.astype(dtype)
+            return value.astype(dtype, copy=False)
         except TypeError:  # some pairs of small floats have no cast, but float32 holds both exactly
             return value.astype(np.float32).astype(dtype)

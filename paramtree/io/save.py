@@ -15,7 +15,7 @@ from paramtree.verbs.collect import check_unique
 
 __all__ = ["flattened", "save"]
 
-_WRITERS = {".safetensors": safetensors, ".npz": npz, ".orbax": orbax}
+_WRITERS = {".npz": npz, ".orbax": orbax, ".params": mxnet}
 _OTHERS = (
     ".pt", ".pth", ".bin", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".gguf", ".onnx", ".npy",
     ".json",
@@ -57,20 +57,14 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
     if extension in _OTHERS:
         formats = ".safetensors, .npz, .orbax or .params"
         raise ParamTreeError(f"{path}: {extension} is another library's format. Choose {formats}.")
-    if extension == ".params":
-        source = open_tree(tree, is_array_or_number, declared=True)
-        structure = source.structure
-        _check_names(structure, sep)
-        slots = [(join(path, sep), slot) for path, slot in structure.entries()]
-        arrays, _ = _encoded(path, structure, source.leaves, mxnet.NATIVE)
-        mxnet.write(path, {name: arrays[slot] for name, slot in slots})
-        return
-    writer = _WRITERS.get(extension, safetensors)
+    writer: Any = _WRITERS.get(extension, safetensors)
     writer.write(path, *flattened(path, tree, sep, writer.NATIVE))
 
 
 def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[dict[str, Any], str]:
     """Returns the arrays to write by name, and the layout to rebuild the tree from.
+
+    A tied leaf has one name, its first, but all of its names for MXNet, which has no layout.
 
     Raises:
       NameCollisionError: two paths join to one name.
@@ -79,10 +73,21 @@ def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[d
     source = open_tree(tree, is_array_or_number, declared=True)
     structure = source.structure
     _check_names(structure, sep)
-    arrays, tags = _encoded(path, structure, source.leaves, native)
-    names = [join(path, sep) for path in structure.canonical]
-    layout = encode_layout(structure, names, tags, sep)
-    return dict(zip(names, arrays, strict=True)), layout
+    problems = []
+    for leaf, where in zip(source.leaves, structure.canonical, strict=True):
+        problem = check_savable(leaf)
+        if not problem and native is mxnet.NATIVE and (is_key(leaf) or dtype_name(leaf) not in native):
+            problem = f"has dtype {leaf.dtype}, which .params does not have: save as .safetensors"
+        if problem:
+            problems.append(f"`{join(where)}` {problem}")
+    if problems:
+        raise MismatchError(f"{path} was not written: {'; '.join(problems)}.")
+    encoded = [encode(leaf, native) for leaf in source.leaves]
+    names = [join(where, sep) for where in structure.canonical]
+    layout = encode_layout(structure, names, [tag for _, tag in encoded], sep)
+    if native is mxnet.NATIVE:
+        return {join(where, sep): encoded[slot][0] for where, slot in structure.entries()}, layout
+    return {name: array for name, (array, _) in zip(names, encoded, strict=True)}, layout
 
 
 def _check_names(structure: Structure, sep: str) -> None:
@@ -97,20 +102,3 @@ def _check_names(structure: Structure, sep: str) -> None:
         if len(path) > DEEPEST:
             name = join(path, "/")[:200]
             raise ParamTreeError(f"`{name}` is nested deeper than the {DEEPEST} levels of a file.")
-
-
-def _encoded(
-    path: str, structure: Structure, leaves: Any, native: Container[str]
-) -> tuple[list[Any], list[str]]:
-    """Returns for each leaf the array to write, and a tag for a dtype that the format lacks."""
-    problems = []
-    for leaf, where in zip(leaves, structure.canonical, strict=True):
-        problem = check_savable(leaf)
-        if not problem and native is mxnet.NATIVE and (is_key(leaf) or dtype_name(leaf) not in native):
-            problem = f"has dtype {leaf.dtype}, which .params does not have: save as .safetensors"
-        if problem:
-            problems.append(f"`{join(where)}` {problem}")
-    if problems:
-        raise MismatchError(f"{path} was not written: {'; '.join(problems)}.")
-    pairs = [encode(leaf, native) for leaf in leaves]
-    return [array for array, _ in pairs], [tag for _, tag in pairs]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from paramtree.core.errors import LoadError
 from paramtree.io.layout import CLIMBS, DEEPEST, Layout, decode_layout
 
 __all__ = [
-    "Source", "Stored", "check_name", "check_shape", "fail", "read_into", "read_layout", "read_part",
-    "read_span", "segments",
+    "Slices", "Source", "Stored", "check_array", "check_name", "check_shape", "fail", "read_into",
+    "read_layout", "read_part", "read_span", "segments", "shortened",
 ]  # fmt: skip
 
 # Compressed and sparse arrays take more memory than the file, and a few bytes can claim any amount:
@@ -29,6 +29,8 @@ __all__ = [
 _SLACK = 2**18
 _PAGE = 4096  # bytes: a disk reads no less
 _CHUNK = 2**22  # bytes read at once when only some of them are wanted
+
+Slices = tuple[slice, ...]  # one for each dimension
 
 
 class Stored(NamedTuple):
@@ -42,19 +44,16 @@ class Stored(NamedTuple):
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
     expands: bool = False
-    read_slice: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+    read_slice: Callable[[Slices], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         """The size of the array in memory, in bytes."""
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(contextlib.AbstractContextManager["Source"]):
     """The arrays of a file by name, and the structure of the tree if the file records it.
 
     ``kinds`` are the kinds that names imply, ``nameless`` says that the names are just numbers, and
@@ -71,9 +70,6 @@ class Source:
     ordered: bool = False
     parts: Sequence[str] = ()
     files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    def __enter__(self) -> "Source":
-        return self
 
     def __exit__(self, *args: object) -> None:
         self.files.close()
@@ -105,24 +101,34 @@ class Source:
 
 def fail(path: str, where: str, problem: str) -> NoReturn:
     """Raises LoadError for a problem in a file, ``where`` in it."""
-    problem = problem if len(problem) <= 1000 else problem[:997] + "..."  # it may quote a long name
-    raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{printable(problem)}")
+    shown = printable(shortened(problem, 1000))  # it may quote a long name
+    raise LoadError(f"{path}: {printable(where + ': ' if where else '')}{shown}")
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns a text, or the beginning of a long one and three dots."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def check_name(path: str, name: str) -> None:
     """Raises LoadError for a name with segments that are empty, or that lead out of a folder."""
     if CLIMBS.search(name):
-        fail(path, repr(_short(name)), "is not a valid name: a segment is empty, '.' or '..'.")
+        fail(path, repr(shortened(name, 80)), "is not a valid name: a segment is empty, '.' or '..'.")
 
 
 def check_shape(path: str, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """Returns the size of an array in bytes. Raises LoadError if no array can have the shape."""
-    size = dtype.itemsize
-    for n in shape:
-        size *= max(n, 1)  # as numpy does: an axis of 0 does not make a huge one valid
+    # As in numpy, an axis of 0 does not make a huge one valid.
+    size = dtype.itemsize * math.prod(max(n, 1) for n in shape)
     if len(shape) > 32 or any(n < 0 for n in shape) or size >= 2**62:
-        fail(path, where, f"no array can have shape {_short(str(shape))}.")
+        fail(path, where, f"no array can have shape {shortened(str(shape), 80)}.")
     return 0 if 0 in shape else size
+
+
+def check_array(path: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Returns the size of an array in bytes, after ``check_name`` and ``check_shape``."""
+    check_name(path, name)
+    return check_shape(path, repr(name), shape, dtype)
 
 
 def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, Stored]) -> Layout | None:
@@ -134,7 +140,7 @@ def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, St
     except ValueError as error:
         fail(path, where, f"it does not describe a tree: {error}.")
     if different := sorted(set(layout.names) ^ set(arrays)):
-        fail(path, where, f"it and the arrays disagree on {_short(', '.join(different))}.")
+        fail(path, where, f"it and the arrays disagree on {shortened(', '.join(different), 80)}.")
     return layout
 
 
@@ -147,60 +153,41 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
     parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
     if not all(parts) or len(parts) > DEEPEST:
         problem = "is nested too deep" if all(parts) else f"has an empty segment between {sep or '/'!r}"
-        fail(path, repr(_short(name)), f"{problem}. Pass another sep=, or rename= it.")
+        fail(path, repr(shortened(name, 80)), f"{problem}. Pass another sep=, or rename= it.")
     return tuple(map(sys.intern, parts))  # even a large tree has few distinct segments
 
 
 def read_span(
-    path: str, file: BufferedReader, offset: int, size: int, dtype: Any, shape: tuple[int, ...]
+    path: str, file: BufferedReader, offset: int, dtype: Any, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Reads an array from a file into memory that jax can use without a copy.
 
     Raises:
       LoadError: the file was truncated.
     """
-    return read_into(path, _reader(file, offset), size, dtype, shape)
+    return read_into(path, _reader(file, offset), dtype, shape)
 
 
 def read_into(
-    path: str,
-    readinto: Callable[[memoryview], int],
-    size: int,
-    dtype: Any,
-    shape: tuple[int, ...],
-    order: Literal["C", "F"] = "C",
+    path: str, readinto: Callable[[memoryview], int], dtype: Any, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Reads an array with a function that may return fewer bytes per call than requested."""
-    span = _aligned(size)
+    span = _aligned(dtype.itemsize * math.prod(shape))
     _fill(path, readinto, span)
     # jax assumes that a boolean is 0 or 1, but a file may hold any byte.
-    array = span != 0 if dtype == np.bool_ else span.view(dtype)
-    return array.reshape(shape, order=order)
+    return (span != 0 if dtype == np.bool_ else span.view(dtype)).reshape(shape)
 
 
 def read_part(
-    path: str,
-    file: BufferedReader,
-    offset: int,
-    dtype: Any,
-    shape: tuple[int, ...],
-    index: tuple[slice, ...],
+    path: str, file: BufferedReader, offset: int, dtype: Any, shape: tuple[int, ...], index: Slices
 ) -> np.ndarray:
-    """Reads a slice of an array in a file. It skips any gap of a page or more.
-
-    Args:
-      path: the name of the file for error messages.
-      file: the file.
-      offset: where the array starts in the file, in bytes.
-      dtype: the dtype of the array.
-      shape: the shape of the full array.
-      index: a slice without a step for each dimension.
+    """Reads a slice, without steps, of an array in a file. It skips any gap of a page or more.
 
     Raises:
       LoadError: the file was truncated.
     """
     if not shape:
-        return read_span(path, file, offset, dtype.itemsize, dtype, shape)
+        return read_span(path, file, offset, dtype, shape)
     bounds = [dim.indices(n)[:2] for dim, n in zip(index, shape, strict=True)]
     sizes = tuple(stop - start for start, stop in bounds)
     strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]  # bytes
@@ -261,7 +248,3 @@ def _fill(path: str, readinto: Callable[[memoryview], int], span: np.ndarray) ->
         if not count:
             fail(path, "", f"{size - done} bytes of an array are missing: the file was truncated.")
         done += count
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 80 else name[:77] + "..."

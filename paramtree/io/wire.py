@@ -97,10 +97,9 @@ def logical(shape: tuple[int, ...], dtype: Any, tag: str) -> tuple[tuple[int, ..
     if not tag:
         return shape, dtype
     if tag.startswith(_KEY):
-        data = jax.ShapeDtypeStruct(shape, dtype)
         try:
             wrap = functools.partial(jax.random.wrap_key_data, impl=tag[len(_KEY) :])
-            key = jax.eval_shape(wrap, data)
+            key = jax.eval_shape(wrap, jax.ShapeDtypeStruct(shape, dtype))
         except Exception:  # the tag may be anything, and jax raises many types
             raise ValueError(f"{dtype} of shape {shape} is not PRNG key data of {tag!r}") from None
         return key.shape, key.dtype

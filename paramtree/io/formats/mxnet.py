@@ -6,7 +6,7 @@ MXNet does; all four versions can be read, dense and sparse.
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BufferedReader
 from typing import Any
@@ -31,8 +31,8 @@ _DENSE, _ROWS, _CSR = 0, 1, 2  # storage types; also the number of index arrays
 _CPU = (1, 0)  # device type and number
 
 
-def write(path: str, arrays: Mapping[str, Any]) -> None:
-    """Writes arrays of native dtypes.
+def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
+    """Writes arrays of native dtypes, without the layout, for which the format has no place.
 
     Uses version 2, which every MXNet reads. It cannot hold scalars or empty arrays; if there are any,
     all arrays are written in version 3, as by MXNet in its numpy mode.
@@ -97,21 +97,23 @@ class _Reader:
         self.file = file
         self.left = os.fstat(file.fileno()).st_size
 
+    def advance(self, size: int, where: str) -> int:
+        """Counts the next bytes as read, and returns their offset."""
+        if size > self.left:
+            fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
+        self.left -= size
+        return self.file.tell()
+
     def take(self, size: int, where: str) -> bytes:
         """Returns the next bytes."""
-        if size > self.left:
-            fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
-        self.left -= size
+        self.advance(size, where)
         return self.file.read(size)
 
-    def skip(self, size: int, where: str) -> int:
-        """Skips some bytes, and returns their offset."""
-        begin = self.file.tell()
-        if size > self.left:
-            fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
-        self.left -= size
+    def later(self, size: int, dtype: Any, shape: Any, where: str) -> Callable[[], np.ndarray]:
+        """Skips an array, and returns a function that reads it."""
+        begin = self.advance(size, where)
         self.file.seek(size, os.SEEK_CUR)
-        return begin
+        return partial(read_span, self.path, self.file, begin, dtype, shape)
 
     def numbers(self, code: str, where: str) -> tuple[int, ...]:
         """Returns numbers in a format of ``struct``."""
@@ -144,7 +146,6 @@ class _Reader:
 
 # An array that never got a value.
 _NONE = Stored((0,), np.dtype(np.float32), partial(np.zeros, 0, np.float32))
-_Part = tuple[int, np.dtype[Any], tuple[int, ...]]  # offset, dtype and shape
 
 
 def _array(reader: _Reader, where: str) -> Stored:
@@ -166,29 +167,23 @@ def _array(reader: _Reader, where: str) -> Stored:
     dtype = reader.dtype(where)
     size = check_shape(reader.path, where, shape, dtype)
     if not stype:
-        begin = reader.skip(size, where)
-        read = partial(read_span, reader.path, reader.file, begin, size, dtype, shape)
-        return Stored(shape, dtype, read)
+        return Stored(shape, dtype, reader.later(size, dtype, shape, where))
     index = [(reader.dtype(where), reader.shape(where)) for _ in range(stype)]
-    parts: list[_Part] = []
+    parts = []
     for part_dtype, dims in [(dtype, storage), *index]:
         if dims is None:
             fail(reader.path, where, "is sparse, but one of its arrays has no shape.")
-        begin = reader.skip(check_shape(reader.path, where, dims, part_dtype), where)
-        parts.append((begin, part_dtype, dims))
+        size = check_shape(reader.path, where, dims, part_dtype)
+        parts.append(reader.later(size, part_dtype, dims, where))
     dense = _dense_rows if stype == _ROWS else _dense_csr
-    return Stored(shape, dtype, partial(_dense, reader, where, shape, parts, dense), expands=True)
+    return Stored(shape, dtype, partial(_dense, reader.path, where, shape, parts, dense), expands=True)
 
 
 def _dense(
-    reader: _Reader, where: str, shape: tuple[int, ...], parts: list[_Part], fill: Any
+    path: str, where: str, shape: tuple[int, ...], parts: Sequence[Callable[[], Any]], fill: Any
 ) -> np.ndarray:
     """Returns a sparse array as a dense one."""
-    path, file = reader.path, reader.file
-    data, *index = (
-        read_span(path, file, begin, check_shape(path, where, dims, dtype), dtype, dims)
-        for begin, dtype, dims in parts
-    )
+    data, *index = (read() for read in parts)
     if any(i.ndim != 1 or i.dtype.kind not in "iu" for i in index):
         fail(path, where, "is sparse, but its indices are not lists of integers.")
     dense = np.zeros(shape, data.dtype)

@@ -4,9 +4,8 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
-from functools import partial
 from io import BufferedReader
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -103,29 +102,20 @@ def _stored(path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored
     size = check_shape(path, where, shape, dtype)
     if member.file_size != start + size:
         fail(path, where, f"has {member.file_size} bytes; its shape needs {start + size}.")
-    read = partial(_array, path, file, member, start, size, dtype, shape, "F" if fortran else "C")
-    return Stored(shape, native, read, expands=member.compress_type != zipfile.ZIP_STORED)
 
+    def read_array() -> np.ndarray:
+        opened: Any
+        try:
+            with file.open(member) as opened:
+                opened.read(start)
+                written = shape[::-1] if fortran else shape
+                array = read_into(path, lambda to: opened.readinto(to[:_CHUNK]), dtype, written)
+                if opened.read(1):  # at the end zipfile checks the checksum
+                    raise EOFError("it has more bytes than its shape needs")
+        except LoadError:
+            raise
+        except Exception as error:  # from zipfile or zlib
+            fail(path, where, f"cannot be read: {error or type(error).__name__}.")
+        return (array.T if fortran else array).astype(native, copy=False)
 
-def _array(
-    path: str,
-    file: zipfile.ZipFile,
-    member: zipfile.ZipInfo,
-    start: int,
-    size: int,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    order: Literal["C", "F"],
-) -> np.ndarray:
-    opened: Any
-    try:
-        with file.open(member) as opened:
-            opened.read(start)
-            array = read_into(path, lambda to: opened.readinto(to[:_CHUNK]), size, dtype, shape, order)
-            if opened.read(1):  # at the end zipfile checks the checksum
-                raise EOFError("it has more bytes than its shape needs")
-    except LoadError:
-        raise
-    except Exception as error:  # from zipfile or zlib
-        fail(path, repr(member.filename), f"cannot be read: {error or type(error).__name__}.")
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    return Stored(shape, native, read_array, expands=member.compress_type != zipfile.ZIP_STORED)

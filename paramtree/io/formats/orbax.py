@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from paramtree.core.errors import LoadError, ParamTreeError
 from paramtree.io.atomic import sync
-from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_layout
+from paramtree.io.source import Source, Stored, check_array, fail, read_layout
 from paramtree.io.wire import NUMBERS, to_dtype
 
 __all__ = ["NATIVE", "as_state", "orbax", "read", "write"]
@@ -57,7 +58,10 @@ def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
         checkpointer.save(unfinished, state, force=True, custom_metadata=metadata)
         checkpointer.wait_until_finished()
     if jax.process_index() == 0:
-        _sync(unfinished)
+        for root, _, files in os.walk(unfinished):
+            for file in files:
+                sync(os.path.join(root, file))
+            sync(root)
         os.rename(unfinished, new)
         sync(path)
         for number in numbers:
@@ -79,14 +83,6 @@ def as_state(arrays: Mapping[str, Any], layout: str) -> tuple[dict[str, Any], di
     }
     state = {name: a if hasattr(a, "dtype") else np.asarray(a) for name, a in full.items()}
     return state, {_LAYOUT: layout, _EMPTY: empty}
-
-
-def _sync(folder: str) -> None:
-    """Flushes everything in a folder to disk."""
-    for root, _, files in os.walk(folder):
-        for file in files:
-            sync(os.path.join(root, file))
-        sync(root)
 
 
 def _numbers(path: str) -> list[int]:
@@ -161,20 +157,17 @@ def read(path: str) -> Source:
             with ocp.StandardCheckpointer() as checkpointer:
                 metadata = checkpointer.metadata(at)
             custom, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
-        for key_path, meta in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]:
-            name = _name(key_path)
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)
+        found = [(_name(key_path), meta.shape, np.dtype(meta.dtype)) for key_path, meta in flat]
+        empty = custom.get(_EMPTY, {})
+        found += [(name, shape, to_dtype(code)) for name, (code, shape) in empty.items()]
+        for name, shape, dtype in found:
             if name == "":
                 continue
-            check_name(path, name)
-            dtype = np.dtype(meta.dtype)
-            check_shape(path, repr(name), tuple(meta.shape), dtype)
-            arrays[name] = _stored(meta.shape, dtype)
-        for name, (code, shape) in custom.get(_EMPTY, {}).items():
-            check_name(path, name)
-            dtype = to_dtype(code)
-            if check_shape(path, repr(name), tuple(shape), dtype):
+            if check_array(path, name, tuple(shape), dtype) and name in empty:
                 fail(path, repr(name), "is listed as empty, but its shape is not.")
-            arrays[name] = _stored(shape, dtype)
+            # Only empty arrays are read like this; the checkpoint reads all others.
+            arrays[name] = Stored(tuple(shape), dtype, partial(np.zeros, shape, dtype))
         text = custom.get(_LAYOUT)
     except LoadError:
         raise
@@ -184,19 +177,12 @@ def read(path: str) -> Source:
     return _Checkpoint(path, "orbax", arrays, layout, at=at, tree=tree)
 
 
-def _stored(shape: Any, dtype: Any) -> Stored:
-    # Only empty arrays are read like this; the checkpoint reads all others.
-    return Stored(tuple(shape), dtype, lambda: np.zeros(shape, dtype))
-
-
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape")
 
 
 def _name(key_path: Any) -> str:
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path
-    )
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def _first_line(error: Exception) -> str:

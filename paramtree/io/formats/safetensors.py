@@ -15,16 +15,7 @@ from typing import Any
 
 from paramtree.core.errors import ParamTreeError
 from paramtree.io.atomic import replacing
-from paramtree.io.source import (
-    Source,
-    Stored,
-    check_name,
-    check_shape,
-    fail,
-    read_layout,
-    read_part,
-    read_span,
-)
+from paramtree.io.source import Source, Stored, check_array, fail, read_layout, read_part, read_span
 from paramtree.io.wire import to_dtype, to_host
 
 __all__ = ["INDEX", "NATIVE", "read", "read_index", "write"]
@@ -86,15 +77,11 @@ def read(path: str, file: BufferedReader) -> Source:
                 shape, code = tuple(info.get_shape()), info.get_dtype()
                 if code not in _CODES:
                     fail(path, repr(name), f"has dtype {code}, which jax lacks: convert it first.")
-                check_name(path, name)
                 dtype = to_dtype(_CODES[code])
-                size = check_shape(path, repr(name), shape, dtype)
-                arrays[name] = Stored(
-                    shape,
-                    dtype,
-                    partial(read_span, path, file, offset, size, dtype, shape),
-                    read_slice=partial(read_part, path, file, offset, dtype, shape),
-                )
+                size = check_array(path, name, shape, dtype)
+                read_all = partial(read_span, path, file, offset, dtype, shape)
+                read_slice = partial(read_part, path, file, offset, dtype, shape)
+                arrays[name] = Stored(shape, dtype, read_all, read_slice=read_slice)
                 offset += size
     except SafetensorError as error:
         fail(path, "", f"is not a safetensors file, or is damaged: {error}.")
