@@ -15,6 +15,7 @@ import paramtree as pt
 from paramtree.core.tree import flatten
 from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
+from tests.nn.test_layers import TABLE, setup
 
 
 def net_and_params() -> tuple[Any, pt.ParamTree, jax.Array]:
@@ -269,3 +270,177 @@ def test_what_is_put_in_place_of_a_buffer_must_be_one() -> None:
         _ = packed.dense0.wieght
     with pytest.raises(pt.ImmutableError, match="pt.replace"):
         packed.dense0 = 3
+
+
+# The law: for every layer, gradients, optimizer states and parts are packed in the same way
+
+
+@pytest.mark.parametrize("row", TABLE)
+@jax.numpy_dtype_promotion("standard")  # optax raises a Python float to an int32 count
+def test_for_every_layer_gradients_and_states_are_packed(row: str) -> None:
+    layer, params, inputs = setup(row)
+    packed = pt.pack(params)
+    structure = jax.tree.structure
+
+    def loss(tree: Any) -> Any:
+        return sum(jnp.sum(jnp.abs(y) ** 2) for y in jax.tree.leaves(layer(tree, *inputs)))
+
+    trained = pt.select(packed, kind="param")
+    assert pt.unpack(trained) is not trained
+    same(pt.unpack(trained), pt.select(params, kind="param"))
+    grads = jax.jit(pt.grad(loss))(packed)
+    expected = jax.jit(pt.grad(loss))(params)
+    floats = [
+        p
+        for p in pt.collect(params, sep="/", kind="param").values()
+        if jnp.issubdtype(p.dtype, jnp.inexact)
+    ]
+    assert isinstance(grads, Packed) and len(pt.collect(grads, sep="/")) == len(floats)
+    same(pt.unpack(grads), expected, rtol=1e-4)
+    assert structure(grads) == structure(trained) or len(floats) < len(pt.collect(trained, sep="/"))
+    tx = optax.adam(1e-2)
+    state = tx.init(grads)
+    assert structure(state[0].mu) == structure(grads)
+    updates, state = tx.update(grads, state)
+    assert structure(updates) == structure(state[0].nu) == structure(grads)
+    for kind in ("param", "state", None):
+        parts = pt.partition(packed, kind=kind)
+        assert all(isinstance(part, Packed) for part in parts)
+        merged = pt.merge(*parts)
+        assert structure(merged) == structure(packed)
+        assert all(
+            a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(packed), strict=True)
+        )
+    _, after = pt.training(layer)(packed, *inputs, key=jax.random.key(1))
+    assert structure(after) == structure(packed)
+    assert structure(pt.pack(pt.abstract(layer, *inputs))) == structure(packed)
+
+
+def test_a_step_of_sgd_with_batch_norm_trains() -> None:
+    net = pt.nn.Sequential(pt.nn.Dense(4), pt.nn.BatchNorm(), pt.nn.Dense(2))
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    packed = pt.pack(pt.init(net, jax.random.key(1), x))
+    trained, rest = pt.partition(packed, kind="param")
+    tx = optax.sgd(0.1, momentum=0.9)
+    traces = []
+
+    @jax.jit
+    def step(trained: Any, rest: Any, state: Any) -> Any:
+        traces.append(1)
+
+        def loss(trained: Any) -> Any:
+            y, new = pt.training(net)(pt.merge(trained, rest), x)
+            return jnp.mean(y**2), pt.select(new, kind="state")
+
+        (value, rest_), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(trained, updates), rest_, state, value
+
+    state, values = tx.init(trained), []
+    for _ in range(4):
+        trained, rest, state, value = step(trained, rest, state)
+        values.append(float(value))
+    assert len(traces) == 1 and values[-1] < values[0]
+    assert jax.tree.structure(pt.merge(trained, rest)) == jax.tree.structure(packed)
+
+
+def test_parts_of_kinds_copy_no_buffer() -> None:
+    net = pt.nn.Sequential(pt.nn.Dense(4), pt.nn.BatchNorm())
+    packed = pt.pack(pt.init(net, jax.random.key(1), jnp.ones((2, 3))))
+    jaxpr = jax.make_jaxpr(lambda t: pt.merge(*pt.partition(t, kind="param")))(packed).jaxpr
+    assert not any(eqn.primitive.name == "concatenate" for eqn in jaxpr.eqns)
+    assert list(jaxpr.outvars) == list(jaxpr.invars)
+
+
+def test_threads_that_pack_one_tree_get_one_treedef() -> None:
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    barrier = threading.Barrier(8)
+    tree = pt.from_tree({f"only_in_this_test{i}": jnp.ones(i + 1) for i in range(200)})
+
+    def packed(_: int) -> Any:
+        barrier.wait()
+        return jax.tree.structure(pt.pack(tree))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(packed, range(8)))
+    assert all(treedef == found[0] and hash(treedef) == hash(found[0]) for treedef in found)
+
+
+def test_a_layout_that_was_forgotten_is_equal_to_a_new_one() -> None:
+    tree = pt.from_tree({"a": jnp.ones(2), "b": jnp.ones(3)})
+    first = pt.pack(tree)
+    for i in range(100):
+        pt.mask(tree, f"a|b|x{i}")
+        pt.collect(tree, sep=str(i))
+    assert jax.tree.structure(pt.pack(tree)) == jax.tree.structure(first)
+    jax.tree.map(jnp.add, first, pt.pack(tree))
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize(
+    ("tx", "alike"),
+    [
+        (optax.sgd(0.1, momentum=0.9), True),
+        (optax.adamw(0.1), True),
+        (optax.rmsprop(0.1), True),
+        (optax.lion(0.1), True),
+        (optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)), True),
+        (optax.lamb(0.1), False),
+        (optax.lars(0.1), False),
+        (optax.adafactor(0.1, min_dim_size_to_factor=2), False),
+        (optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)), False),
+        (optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)), False),
+    ],
+)  # fmt: skip
+def test_which_optimizers_give_the_same_numbers_is_documented(tx: Any, alike: bool) -> None:
+    params = pt.from_tree(
+        {"a": jnp.arange(6.0).reshape(2, 3) + 1, "b": jnp.ones(3), "c": jnp.full(2, 5.0)}
+    )
+    grads = jax.tree.map(lambda x: x**2, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    packed_updates, _ = tx.update(pt.pack(grads), tx.init(pt.pack(params)), pt.pack(params))
+    close = all(
+        np.allclose(a, b, rtol=1e-5)
+        for a, b in zip(
+            jax.tree.leaves(updates), jax.tree.leaves(pt.unpack(packed_updates)), strict=True
+        )
+    )
+    assert close == alike
+    if not alike:
+        for name in (
+            "lamb",
+            "lars",
+            "adafactor",
+            "muon",
+            "adaptive_grad_clip",
+            "clip_by_block_rms",
+            "ndim",
+        ):
+            assert name in pt.pack.__doc__
+
+
+def test_packed_trees_in_a_container_are_read_by_name() -> None:
+    _, params, _ = net_and_params()
+    box = {"p": pt.pack(params), "step": jnp.int32(1)}
+    assert list(pt.collect(box, "p_dense3.*")) == ["p_dense3_weight", "p_dense3_bias"]
+    new = pt.replace(box, {"p_dense3_bias": jnp.ones_like(params.dense3.bias)})
+    assert isinstance(new["p"], Packed) and float(new["p"].dense3.bias[0]) == 1
+    state = optax.adam(1e-3).init(box["p"])
+    assert "0_mu_dense0_weight" in pt.collect(state)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",))
+    assert jax.tree.structure(pt.shardings(state, mesh, {".*": None})) == jax.tree.structure(state)
+
+
+def test_what_a_packed_tree_cannot_hold_is_said() -> None:
+    net, params, x = net_and_params()
+    packed = pt.pack(params)
+    assert type(pt.untie(packed)) is Packed and pt.ties(pt.untie(packed)) == {}
+    with pytest.raises(pt.MismatchError, match="share the buffer .* get different values, 'a' and 'b'"):
+        pt.labels(packed, {".*weight": "a", ".*": "b"})
+    first, second = pt.partition(params, ".*weight")
+    packed_labels = pt.labels(pt.pack(first), {".*": "a"})
+    assert jax.tree.leaves(packed_labels) == ["a"] and pt.pack(second) is not None
+    with pytest.raises(pt.ScopeError, match="Pack the tree that is given to it"):
+        pt.training(lambda p, x: pt.pack(p))(params, x)

@@ -5,7 +5,7 @@ children of a level add up to its totals and tied leaves count once. No array va
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +16,11 @@ from paramtree.core.arrays import describe, dtype_of, join, printable, shape_of,
 from paramtree.core.pytrees import open_tree
 from paramtree.core.structure import EMPTY, HOLE, STATE, Path
 from paramtree.core.tree import ParamTree, flatten, is_flat, place_of, unflatten
-from paramtree.inspect.report import bytes_text, count_text, plural
+from paramtree.inspect.report import bytes_text, plural
 
-__all__ = [
-    "Leaf", "Level", "Measures", "as_tree", "contents", "lines", "opened", "outline", "text", "title",
-]  # fmt: skip
+__all__ = ["Leaf", "Level", "as_tree", "contents", "lines", "opened", "outline", "title"]
 
 DEEPEST = 100  # levels drawn; browsers fail at a few hundred
-
-Measures = Mapping[int, tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -43,10 +39,16 @@ class Leaf:
     dtype: str = ""
     count: int | None = None
     nbytes: int | None = None
-    leaves: int = 1
+    leaves: int = 0
     state: bool = False
     tied: str = ""
     note: str = ""
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Returns the shape, the dtype, the count and the bytes as text."""
+        count = "" if self.count is None else f"{self.count:,}"
+        size = "" if self.nbytes is None else bytes_text(self.nbytes)
+        return self.shape, self.dtype, count, size
 
 
 @dataclass(slots=True)
@@ -66,19 +68,17 @@ class Level:
 
     def add(self, child: "Level | Leaf") -> None:
         """Adds a child to the totals of this level."""
-        if isinstance(child, Level):
-            self.leaves += child.leaves
-            self.state += child.state
-            self.holes += child.holes
-            self.tied += child.tied
-        else:
-            is_hole, is_tied = child.slot == HOLE, bool(child.tied)
-            self.holes += is_hole
-            self.tied += is_tied
-            self.leaves += 0 if is_hole or is_tied else child.leaves
-            self.state += (child.count or 0) if child.state else 0
+        self.leaves += child.leaves
         self.count += child.count or 0
         self.nbytes += child.nbytes or 0
+        self.state += child.state if isinstance(child, Level) else child.state * (child.count or 0)
+        self.holes += child.holes if isinstance(child, Level) else child.slot == HOLE
+        self.tied += child.tied if isinstance(child, Level) else bool(child.tied)
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Returns cells as those of a leaf."""
+        sizes = (f"{self.count:,}", bytes_text(self.nbytes)) if self.count else ("", "")
+        return "", "", *sizes
 
 
 def as_tree(tree: Any) -> ParamTree:
@@ -133,6 +133,7 @@ def _fill(leaf: Leaf, value: Any, texts: dict[Any, str]) -> None:
         container = f"{type(value).__name__} of {plural(len(inner), 'leaf', 'leaves')}"
         leaf.note = printable(describe(value)) if is_leaf else container
         return
+    leaf.leaves = 1
     leaf.shape = texts.get(shape) or texts.setdefault(shape, str(shape))
     leaf.dtype = texts.get(dtype) or texts.setdefault(dtype, str(dtype))
     if all(isinstance(size, int) for size in shape):  # jax.export has symbolic sizes
@@ -140,9 +141,7 @@ def _fill(leaf: Leaf, value: Any, texts: dict[Any, str]) -> None:
         leaf.nbytes = leaf.count * dtype.itemsize
     if isinstance(value, jax.core.Tracer):
         leaf.note = "traced"
-        return
-    sharding = getattr(value, "sharding", None)
-    if sharding is not None:
+    elif (sharding := getattr(value, "sharding", None)) is not None:
         if sharding not in texts:
             texts[sharding] = _sharding_text(sharding)
         leaf.note = texts[sharding]
@@ -150,27 +149,36 @@ def _fill(leaf: Leaf, value: Any, texts: dict[Any, str]) -> None:
 
 def _sharding_text(sharding: Any) -> str:
     """Returns a text for a sharding over several devices; empty for a single device."""
-    named = isinstance(sharding, NamedSharding)
-    devices = sharding.mesh.size if named else sharding.num_devices
-    if devices == 1:
+    if sharding.num_devices == 1:
         return ""
-    if named:
-        axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a) for a in sharding.spec)
-        return printable(f"P({axes}) on {devices} devices")
-    return f"{type(sharding).__name__} on {devices} devices"
+    spec = type(sharding).__name__
+    if isinstance(sharding, NamedSharding):
+        axes = ("+".join(a) if isinstance(a, tuple) else str(a) for a in sharding.spec)
+        spec = f"P({', '.join(axes)})"
+    return printable(f"{spec} on {sharding.num_devices} devices")
 
 
-def title(level: Level, what: str = "ParamTree") -> str:
+def title(level: Level) -> str:
     """Returns the title line of an outline."""
-    parts = [plural(level.leaves, "leaf", "leaves")]
-    parts.append(plural(level.count - level.state, "parameter", "parameters"))
-    if level.state:
-        parts.append(f"{count_text(level.state)} of state")
-    parts.append(bytes_text(level.nbytes))
-    if level.holes:
-        parts.append(plural(level.holes, "hole", "holes"))
+    parts = (
+        plural(level.leaves, "leaf", "leaves"),
+        plural(level.count - level.state, "parameter", "parameters"),
+        f"{level.state:,} of state" if level.state else "",
+        bytes_text(level.nbytes),
+        plural(level.holes, "hole", "holes") if level.holes else "",
+    )
     at = f" {level.full}" if level.full else ""
-    return f"{what}{at}: {', '.join(parts)}"
+    return f"ParamTree{at}: {', '.join(filter(None, parts))}"
+
+
+def contents(level: Level) -> str:
+    """Returns the leaves, ties and holes at and below a level, as text."""
+    parts = (
+        plural(level.leaves, "leaf", "leaves") if level.leaves else "",
+        f"{level.tied:,} tied" if level.tied else "",
+        plural(level.holes, "hole", "holes") if level.holes else "",
+    )
+    return ", ".join(filter(None, parts)) or "empty"
 
 
 def opened(top: Level, most: int | None) -> set[int]:
@@ -186,43 +194,29 @@ def opened(top: Level, most: int | None) -> set[int]:
     return open_ids
 
 
-def text(top: Level, most: int | None = None, measures: Measures | None = None) -> str:
-    """Returns the outline as text, in full or cut to about ``most`` lines."""
-    return "\n".join(lines(top, most, measures))
-
-
-def lines(top: Level, most: int | None = None, measures: Measures | None = None) -> Iterator[str]:
-    """Yields the lines of ``text`` one by one, since the full text may be large.
+def lines(
+    top: Level, most: int | None = None, measures: Mapping[int, tuple[str, ...]] | None = None
+) -> Iterator[str]:
+    """Yields the lines of an outline as text, which may be large.
 
     Args:
       top: the outline.
       most: the approximate number of lines; None for all.
       measures: extra cells by slot, the same number for each; slot -1 holds their headings.
     """
-    open_ids = opened(top, most)
-    heading = (measures or {}).get(-1, ())
+    measures, open_ids = measures or {}, opened(top, most)
+    heading = measures.get(-1, ())
     blank = ("",) * len(heading)
     rows: list[tuple[str, ...]] = [("", "", "", "", "", *heading, "")] if heading else []
-    # Each item: what to draw, the guides to its left, and those to the left of its children.
-    stack: list[tuple[Level | Leaf | str, str, str]] = []
-    _push(stack, top, "", most)
-    while stack:
-        item, here, below = stack.pop()
+    for item, guides in _drawn(top, "", most, open_ids):
         if isinstance(item, str):
-            rows.append((here + item, "", "", "", "", *blank, ""))
+            rows.append((guides + item, "", "", "", "", *blank, ""))
         elif isinstance(item, Leaf):
-            more = blank if item.tied else (measures or {}).get(item.slot, blank)
-            count = "" if item.count is None else count_text(item.count)
-            size = "" if item.nbytes is None else bytes_text(item.nbytes)
-            cells = (item.shape, item.dtype, count, size, *more, _remark(item))
-            rows.append((here + item.name, *cells))
+            more = blank if item.tied else measures.get(item.slot, blank)
+            rows.append((guides + item.name, *item.cells(), *more, _remark(item)))
         else:
-            is_open = id(item) in open_ids
-            sizes = (count_text(item.count), bytes_text(item.nbytes)) if item.count else ("", "")
-            note = "" if is_open and item.children else contents(item)
-            rows.append((here + item.name, "", "", *sizes, *blank, note))
-            if is_open:
-                _push(stack, item, below, most)
+            note = "" if id(item) in open_ids and item.children else contents(item)
+            rows.append((guides + item.name, *item.cells(), *blank, note))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(6 + len(heading))]
     yield title(top)
     for row in rows:
@@ -231,31 +225,23 @@ def lines(top: Level, most: int | None = None, measures: Measures | None = None)
         yield "  ".join((*left, *right, row[-1])).rstrip()
 
 
-def contents(level: Level) -> str:
-    """Returns the leaves, ties and holes at and below a level, as text."""
-    parts = [
-        plural(level.leaves, "leaf", "leaves") if level.leaves else "",
-        f"{count_text(level.tied)} tied" if level.tied else "",
-        plural(level.holes, "hole", "holes") if level.holes else "",
-    ]
-    return ", ".join(part for part in parts if part) or "empty"
-
-
-def _push(stack: list[Any], level: Level, guides: str, most: int | None) -> None:
-    """Pushes a level's children onto the stack, first on top, and cuts a long list after ``most``."""
+def _drawn(
+    level: Level, guides: str, most: int | None, open_ids: Container[int]
+) -> Iterator[tuple[Level | Leaf | str, str]]:
+    """Yields what to draw below a level and the guides to its left; cuts a list after ``most``."""
     shown: list[Level | Leaf | str] = list(level.children)
     if most is not None and len(shown) > most:
-        shown = [*shown[:most], f"... {count_text(len(shown) - most)} more"]
-    for i in range(len(shown) - 1, -1, -1):
-        last = i == len(shown) - 1
-        here, below = ("└─ ", "   ") if last else ("├─ ", "│  ")
-        stack.append((shown[i], guides + here, guides + below))
+        shown = [*shown[:most], f"... {len(shown) - most:,} more"]
+    for i, child in enumerate(shown, start=1):
+        here, below = ("└─ ", "   ") if i == len(shown) else ("├─ ", "│  ")
+        yield child, guides + here
+        if isinstance(child, Level) and id(child) in open_ids:
+            yield from _drawn(child, guides + below, most, open_ids)
 
 
 def _remark(leaf: Leaf) -> str:
-    """Returns the remark after a leaf's size."""
     if leaf.slot == HOLE:
         return "hole"
     if leaf.tied:
         return f"= {leaf.tied}"
-    return ", ".join(part for part in ("state" if leaf.state else "", leaf.note) if part)
+    return ", ".join(filter(None, ("state" if leaf.state else "", leaf.note)))

@@ -4,28 +4,22 @@ A report describes itself as a ``Table`` of text, and this module renders it wit
 may come from untrusted files, so control characters and HTML are escaped here, for all reports.
 """
 
-import html
 import io
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from paramtree.core.arrays import short
 
-__all__ = [
-    "Column", "Report", "Table", "bytes_text", "count_text", "float_text", "plural", "rendered",
-]  # fmt: skip
+__all__ = ["Report", "Table", "bytes_text", "plural", "some"]
 
 MOST_ROWS = 1000  # rich takes half a millisecond per row
-CELL, NOTE = 100, 400  # characters
+NOTE = 400  # characters
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table; numbers are right-aligned."""
-
-    title: str
-    number: bool = False
+_RULE = "border-bottom:1px solid rgba(128,128,128,.6);"
+_RULE_ABOVE = "border-top:1px solid rgba(128,128,128,.6);"
 
 
 @dataclass(frozen=True)
@@ -34,15 +28,17 @@ class Table:
 
     Attributes:
       title: a line above the table.
-      columns: the columns.
+      columns: the headings of the columns.
       rows: rows of text, one cell per column.
+      numbers: the headings of the columns that are right-aligned.
       totals: rows below a rule.
       notes: sentences below the table.
     """
 
     title: str
-    columns: tuple[Column, ...]
+    columns: Sequence[str]
     rows: list[tuple[str, ...]]
+    numbers: Collection[str] = ()
     totals: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -55,18 +51,15 @@ class Table:
 
         lines: list[Any] = [Text(short(self.title))] if self.title else []
         if self.rows or self.totals:
-            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=False)
-            for column in self.columns:
-                right: Any = "right" if column.number else "left"
-                table.add_column(Text(column.title), justify=right, no_wrap=True)
-            for row in self.rows[:most]:
-                table.add_row(*(Text(short(cell)) for cell in row))
-            if self.totals:
-                table.add_section()
-                for row in self.totals:
+            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+            for column, side in zip(self.columns, self._sides(), strict=True):
+                table.add_column(Text(column), justify=side, no_wrap=True)
+            for rows in (self.rows[:most], self.totals):
+                for row in rows:
                     table.add_row(*(Text(short(cell)) for cell in row))
+                table.add_section()
             lines.append(table)
-        return Group(*lines, *(Text(short(note, NOTE)) for note in (*self._more(most), *self.notes)))
+        return Group(*lines, *(Text(note) for note in self._notes(most)))
 
     def text(self, most: int | None = MOST_ROWS) -> str:
         """Returns the table as text of any width, with all rows or the first ``most``."""
@@ -83,56 +76,51 @@ class Table:
     def html(self) -> str:
         """Returns the table as self-contained HTML: no script, no style sheet, no network."""
 
-        def row(tag: str, cells: tuple[str, ...], style: str = "") -> str:
-            parts = []
-            for cell, column in zip(cells, self.columns, strict=True):
-                align = "right" if column.number else "left"
-                parts.append(
-                    f'<{tag} style="text-align:{align};padding:.15em .7em;white-space:pre;'
-                    f'font-variant-numeric:tabular-nums;{style}"><bdi>{rendered(cell)}</bdi></{tag}>'
-                )
+        def row(tag: str, cells: Sequence[str], style: str = "") -> str:
+            parts = (
+                f'<{tag} style="text-align:{side};padding:.15em .7em;white-space:pre;'
+                f'font-variant-numeric:tabular-nums;{style}"><bdi>{escape(short(cell))}</bdi></{tag}>'
+                for cell, side in zip(cells, self._sides(), strict=True)
+            )
             return f"<tr>{''.join(parts)}</tr>"
 
-        head = row("th", tuple(column.title for column in self.columns), f"font-weight:600;{_RULE}")
-        body = "".join(row("td", cells) for cells in self.rows[:MOST_ROWS])
-        foot = "".join(
-            row("td", cells, "font-weight:600;" + (_RULE_ABOVE if i == 0 else ""))
-            for i, cells in enumerate(self.totals)
-        )
-        table = (
-            f'<table style="border-collapse:collapse;border:0;margin:.4em 0">'
-            f"<thead>{head}</thead><tbody>{body}{foot}</tbody></table>"
-            if self.rows or self.totals
-            else ""
-        )
-        title = f'<div style="font-weight:600">{rendered(self.title)}</div>' if self.title else ""
-        notes = "".join(
-            f"<div>{rendered(note, NOTE)}</div>" for note in (*self._more(MOST_ROWS), *self.notes)
-        )
+        title = f'<div style="font-weight:600">{escape(short(self.title))}</div>' if self.title else ""
+        table = ""
+        if self.rows or self.totals:
+            head = row("th", self.columns, f"font-weight:600;{_RULE}")
+            body = "".join(row("td", cells) for cells in self.rows[:MOST_ROWS])
+            for i, cells in enumerate(self.totals):
+                body += row("td", cells, "font-weight:600;" + (_RULE_ABOVE if i == 0 else ""))
+            table = (
+                '<table style="border-collapse:collapse;border:0;margin:.4em 0">'
+                f"<thead>{head}</thead><tbody>{body}</tbody></table>"
+            )
+        notes = "".join(f"<div>{escape(note)}</div>" for note in self._notes(MOST_ROWS))
         return (
-            f'<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
+            '<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
             f"{title}{table}{notes}</div>"
         )
 
-    def _more(self, most: int | None) -> list[str]:
+    def _sides(self) -> list[Any]:
+        return ["right" if column in self.numbers else "left" for column in self.columns]
+
+    def _notes(self, most: int | None) -> list[str]:
         more = 0 if most is None else len(self.rows) - most
-        return [f"... and {more:,} more rows; .to_dict() has them all."] if more > 0 else []
-
-
-_RULE = "border-bottom:1px solid rgba(128,128,128,.6);"
-_RULE_ABOVE = "border-top:1px solid rgba(128,128,128,.6);"
+        left_out = [f"... and {more:,} more rows; .to_dict() has them all."] if more > 0 else []
+        return [short(note, NOTE) for note in (*left_out, *self.notes)]
 
 
 class Report(ABC):
-    """The base of what ``summary``, ``stats``, ``diff`` and ``find_nonfinite`` return."""
+    """The base of what ``summary``, ``stats``, ``diff`` and ``find_nonfinite`` return: a dataclass."""
 
     @abstractmethod
     def table(self) -> Table:
         """Returns the report as a table."""
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain Python values."""
+        report: Any = self
+        return asdict(report)
 
     def __repr__(self) -> str:
         return self.table().text()
@@ -147,24 +135,15 @@ class Report(ABC):
         printer.text(repr(self))
 
 
-def rendered(text: str, most: int = CELL) -> str:
-    """Returns a text as escaped, shortened HTML, without control characters.
+def some(names: Sequence[str], most: int) -> str:
+    """Returns the first names, and the number of the others.
 
     Example:
-      >>> rendered("<b>&")
-      '&lt;b&gt;&amp;'
+      >>> some(["a", "b", "c", "d"], 3)
+      'a, b, c and 1 more'
     """
-    return html.escape(short(text, most))
-
-
-def count_text(count: int) -> str:
-    """Returns a count with thousands separators.
-
-    Example:
-      >>> count_text(5376)
-      '5,376'
-    """
-    return f"{count:,}"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(short, names[:most])) + more
 
 
 def plural(count: int, noun: str, nouns: str) -> str:
@@ -174,7 +153,7 @@ def plural(count: int, noun: str, nouns: str) -> str:
       >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
       ('1 leaf', '2,000 leaves')
     """
-    return f"{count_text(count)} {noun if count == 1 else nouns}"
+    return f"{count:,} {noun if count == 1 else nouns}"
 
 
 def bytes_text(size: float) -> str:
@@ -189,13 +168,3 @@ def bytes_text(size: float) -> str:
             break
         size /= 1024
     return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
-
-
-def float_text(value: Any) -> str:
-    """Returns a number with four significant digits.
-
-    Example:
-      >>> float_text(0.01234567), float_text(1234567.0), float_text(float("nan")), float_text(0.0)
-      ('0.01235', '1.235e+06', 'nan', '0')
-    """
-    return f"{value:.4g}"

@@ -6,6 +6,7 @@ Browsers open the levels that hide the target of a link.
 """
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -13,15 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from paramtree.core.structure import HOLE
-from paramtree.core.tree import ParamTree, flatten
+from paramtree.core.arrays import join, short
+from paramtree.core.structure import EMPTY, HOLE
+from paramtree.core.tree import ParamTree, flatten, place_of
 from paramtree.inspect.measure import FIELDS, measure
-from paramtree.inspect.outline import Leaf, Level, as_tree, contents, opened, outline, text, title
-from paramtree.inspect.report import bytes_text, count_text
+from paramtree.inspect.outline import Leaf, Level, as_tree, contents, lines, opened, outline, title
 from paramtree.inspect.stats import MEASURES, measurable, measures, sparkline
-from paramtree.inspect.treescoped import treescoped
 
-__all__ = ["View", "page", "show"]
+__all__ = ["View", "show"]
 
 BINS = 16
 GROUP = 100  # more children than this are grouped
@@ -63,10 +63,9 @@ font-size:11px}
 .paramtree svg{display:block;height:1.3em;width:64px;fill:currentColor;opacity:.65}
 </style>"""
 _GROUP_DEPTH = -1
-_NUMBER = ' class="pt-num"'
-_HEADS = (("shape", False), ("dtype", False), ("count", True), ("bytes", True))
-_STATS_HEADS = (*((field, True) for field in MEASURES), ("min to max", False))
-_ODD = (("nan", "NaN"), ("inf", "infinite"))
+_EMPTY = "<span></span> "
+_HEADS = (("shape", ""), ("dtype", ""), ("count", "pt-num"), ("bytes", "pt-num"))
+_STATS_HEADS = (*((field, "pt-num") for field in MEASURES), ("min to max", ""))
 
 
 @dataclass(frozen=True)
@@ -77,21 +76,21 @@ class View:
     statistics: dict[int, dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
-        if self.statistics is None:
-            return text(outline(self.tree), TEXT_ROWS)
-        cells: dict[int, tuple[str, ...]] = {-1: (*MEASURES, "min to max")}
-        for slot, row in self.statistics.items():
-            cells[slot] = (*measures(row), f"▕{sparkline(row['histogram'])}▏")
-        return text(outline(self.tree), TEXT_ROWS, cells)
+        cells: dict[int, tuple[str, ...]] = {}
+        if self.statistics is not None:
+            cells[-1] = (*MEASURES, "min to max")
+            for slot, row in self.statistics.items():
+                cells[slot] = (*measures(row), f"▕{sparkline(row['histogram'])}▏")
+        return "\n".join(lines(outline(self.tree), TEXT_ROWS, cells))
 
     def _repr_html_(self) -> str:
-        return page(outline(self.tree), self.statistics)
+        return _Writer(outline(self.tree), self.statistics).page()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        return treescoped(self.tree, path, subtree_renderer)
+        return _for_treescope(self.tree).__treescope_repr__(path, subtree_renderer)
 
 
 def show(tree: Any, *, stats: bool = False) -> View:
@@ -122,125 +121,98 @@ def show(tree: Any, *, stats: bool = False) -> View:
     viewed = as_tree(tree)
     if not stats:
         return View(viewed)
-    slots = measurable(viewed)
-    leaves = flatten(viewed)[1]
-    columns = measure([leaves[slot] for slot in slots], BINS)
-    if any(isinstance(column, jax.core.Tracer) for column in columns):
+    slots, leaves = measurable(viewed), flatten(viewed)[1]
+    measured = measure([leaves[slot] for slot in slots], BINS)
+    columns = dict(zip((*FIELDS, "histogram"), measured, strict=True))
+    if any(isinstance(column, jax.core.Tracer) for column in columns.values()):
         raise TypeError(
             "show: values are unknown while a function is traced. Leave out stats=True, or return "
             "pt.stats(tree) from the function."
         )
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    keys = (*FIELDS, "histogram")
-    return View(
-        viewed, {s: dict(zip(keys, row, strict=True)) for s, row in zip(slots, rows, strict=True)}
-    )
-
-
-def page(top: Level, statistics: dict[int, dict[str, Any]] | None = None) -> str:
-    """Returns an outline as HTML, with statistics by slot."""
-    return _Writer(statistics).write(top)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return View(viewed, {slot: dict(zip(columns, next(rows), strict=True)) for slot in slots})
 
 
 class _Writer:
-    """Writes the rows of one outline, with ids that are unique on the page."""
+    """Writes one outline as HTML, with statistics by slot and ids that are unique on the page."""
 
-    def __init__(self, statistics: dict[int, dict[str, Any]] | None) -> None:
-        self.statistics = statistics
+    def __init__(self, top: Level, statistics: dict[int, dict[str, Any]] | None) -> None:
+        self.top, self.open_ids = top, opened(top, OPEN_ROWS)
+        self.wide, self.statistics = statistics is not None, statistics or {}
         self.prefix = f"pt{secrets.token_hex(4)}-"
-        self.skip = "" if statistics is None else "<span></span> " * len(_STATS_HEADS)
+        self.skip = _EMPTY * len(_STATS_HEADS) if self.wide else ""
 
-    def write(self, top: Level) -> str:
-        heads = _HEADS if self.statistics is None else _HEADS + _STATS_HEADS
-        cells = "".join(f"<span{_NUMBER if number else ''}>{head}</span> " for head, number in heads)
+    def page(self) -> str:
         out = [
-            f'<div class="paramtree{"" if self.statistics is None else " pt-wide"}">',
+            f'<div class="paramtree{" pt-wide" if self.wide else ""}">',
             _STYLE,
-            f'<div class="pt-title"><b>{escape(title(top))}</b></div>',
+            f'<div class="pt-title"><b>{escape(title(self.top))}</b></div>',
         ]
-        if top.children:
-            out.append(f'<div class="pt-row pt-head"><span></span> {cells}<span></span></div>')
-        open_ids = opened(top, OPEN_ROWS)
-        stack: list[Level | Leaf | str] = ["</div>"]
-        _push(stack, top)
-        while stack:
-            item = stack.pop()
-            if isinstance(item, str):
-                out.append(item)
-            elif isinstance(item, Leaf):
-                out.append(self._leaf(item))
-            elif not item.children:
-                out.append(self._empty(item))
-            else:
-                out.append(self._summary(item, id(item) in open_ids))
-                stack.append("</details>")
-                _push(stack, item)
-        return "\n".join(out)
+        if self.top.children:
+            heads = _HEADS + _STATS_HEADS if self.wide else _HEADS
+            cells = "".join(_cell(head, kind) for head, kind in heads)
+            out.append(f'<div class="pt-row pt-head">{_EMPTY}{cells}<span></span></div>')
+        return "\n".join([*out, *self.rows(self.top), "</div>"])
 
-    def _summary(self, level: Level, is_open: bool) -> str:
-        sizes = (count_text(level.count), bytes_text(level.nbytes)) if level.count else ("", "")
-        return (
-            f"<details{' open' if is_open else ''}><summary>{_name(level.name, level.full)} "
-            f"<span></span> <span></span> {_number(sizes[0])}{_number(sizes[1])}{self.skip}"
-            f'<span class="pt-note pt-dim">{contents(level)}</span></summary>'
-        )
+    def rows(self, level: Level) -> Iterator[str]:
+        """Yields the rows below a level; many children are grouped."""
+        children: list[Level | Leaf] = level.children
+        if len(children) > GROUP and level.depth != _GROUP_DEPTH:
+            children = [_group(children[i : i + GROUP]) for i in range(0, len(children), GROUP)]
+        for child in children:
+            name = (
+                f'<span class="pt-name" title="{escape(child.full)}">{_isolated(child.name)}</span>'
+            )
+            if isinstance(child, Leaf):
+                yield self.leaf(child, name)
+                continue
+            end = f'{self.skip}<span class="pt-note pt-dim">{contents(child)}</span>'
+            if not child.children:
+                yield f'<div class="pt-row"><b>{name}</b> {_cells(child)}{end}</div>'
+                continue
+            is_open = " open" if id(child) in self.open_ids else ""
+            yield f"<details{is_open}><summary>{name} {_cells(child)}{end}</summary>"
+            yield from self.rows(child)
+            yield "</details>"
 
-    def _empty(self, level: Level) -> str:
-        cells = "<span></span> " * len(_HEADS)
-        return (
-            f'<div class="pt-row"><b>{_name(level.name, level.full)}</b> {cells}{self.skip}'
-            f'<span class="pt-note pt-dim">empty</span></div>'
-        )
-
-    def _leaf(self, leaf: Leaf) -> str:
-        cells, place, more = "<span></span> " * len(_HEADS), "", self.skip
+    def leaf(self, leaf: Leaf, name: str) -> str:
+        place, more = "", self.skip
         if leaf.slot == HOLE:
             note = '<i class="pt-dim">hole</i>'
         elif leaf.tied:
             note = f'= <a href="#{self.prefix}{leaf.slot}">{_isolated(leaf.tied)}</a>'
         else:
             place = f' id="{self.prefix}{leaf.slot}"'
-            note = _isolated(leaf.note) if leaf.note else ""
+            note = _isolated(leaf.note)
             if leaf.state:
                 note = f'<span class="pt-tag">state</span> {note}'
-            if leaf.shape:
-                sizes = ("", "")
-                if leaf.count is not None:
-                    sizes = (count_text(leaf.count), bytes_text(leaf.nbytes or 0))
-                cells = (
-                    f'<span class="pt-dim">{escape(leaf.shape)}</span> '
-                    f'<span class="pt-dim">{escape(leaf.dtype)}</span> '
-                    f"{_number(sizes[0])}{_number(sizes[1])}"
-                )
-            if row := (self.statistics or {}).get(leaf.slot):
-                more = "".join(map(_number, measures(row))) + _bars(row["histogram"])
-                if odd := ", ".join(f"{count_text(row[k])} {word}" for k, word in _ODD if row[k]):
-                    note = f'<span class="pt-bad">{odd}</span> {note}'
+            if row := self.statistics.get(leaf.slot):
+                numbers = "".join(_cell(text, "pt-num") for text in measures(row))
+                more = numbers + _bars(row["histogram"])
+                odd = (("nan", "NaN"), ("inf", "infinite"))
+                if found := ", ".join(f"{row[key]:,} {word}" for key, word in odd if row[key]):
+                    note = f'<span class="pt-bad">{found}</span> {note}'
         return (
-            f'<div class="pt-row"{place}>{_name(leaf.name, leaf.full)} {cells}{more}'
+            f'<div class="pt-row"{place}>{name} {_cells(leaf)}{more}'
             f'<span class="pt-note">{note}</span></div>'
         )
 
 
-def _push(stack: list[Any], level: Level) -> None:
-    """Pushes a level's children onto the stack, first on top, in groups if there are many."""
-    children: list[Level | Leaf] = level.children
-    if len(children) > GROUP and level.depth != _GROUP_DEPTH:
-        children = [_group(children[i : i + GROUP]) for i in range(0, len(children), GROUP)]
-    stack.extend(reversed(children))
-
-
 def _group(children: list[Level | Leaf]) -> Level:
     """Returns a range of children as a closed level."""
-    name = f"{children[0].name} ... {children[-1].name}"
-    group = Level(name, "", _GROUP_DEPTH, children)
+    group = Level(f"{children[0].name} ... {children[-1].name}", "", _GROUP_DEPTH, children)
     for child in children:
         group.add(child)
     return group
 
 
-def _name(name: str, full: str) -> str:
-    return f'<span class="pt-name" title="{escape(full)}">{_isolated(name)}</span>'
+def _cells(item: Level | Leaf) -> str:
+    kinds = ("pt-dim", "pt-dim", "pt-num", "pt-num")
+    return "".join(_cell(text, kind) if text else _EMPTY for text, kind in zip(item.cells(), kinds, strict=True))
+
+
+def _cell(text: str, kind: str) -> str:
+    return f'<span class="{kind}">{escape(text)}</span> ' if kind else f"<span>{text}</span> "
 
 
 def _isolated(name: str) -> str:
@@ -248,18 +220,46 @@ def _isolated(name: str) -> str:
     return escape(name) if name.isascii() else f"<bdi>{escape(name)}</bdi>"
 
 
-def _number(text: str) -> str:
-    return f"<span{_NUMBER}>{text}</span> "
-
-
 def _bars(counts: list[int]) -> str:
     """Returns a histogram as an SVG of one path."""
     most = max(counts, default=0)
     if not most:
         return "<span></span>"
-    heights = [20 - round(20 * count / most) for count in np.asarray(counts).tolist()]
+    heights = 20 - np.rint(20 * np.asarray(counts) / most).astype(int)
     path = "".join(f"V{height}h1" for height in heights)
     return (
         f'<svg viewBox="0 0 {len(counts)} 20" preserveAspectRatio="none" role="img" '
         f'aria-label="histogram"><path d="M0 20{path}V20z"/></svg>'
     )
+
+
+# treescope draws the levels and arrays; ties and holes, which only the tree knows, are remarks.
+
+
+class _Remark(str):
+    __repr__ = str.__str__
+
+
+class _Drawn(dict[str, Any]):
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.repr_lib import render_dictionary_wrapper  # type: ignore[import-untyped]
+
+        return render_dictionary_wrapper(
+            object_type=ParamTree, wrapped_dict=dict(self), path=path, subtree_renderer=subtree_renderer
+        )
+
+
+def _for_treescope(tree: ParamTree) -> _Drawn:
+    (structure, leaves), place = flatten(tree), place_of(tree)
+    top = _Drawn()
+    for entry, slot in zip(structure.paths, structure.slots, strict=True):
+        level, segments = top, [short(segment, 200) for segment in entry]
+        for segment in segments if slot == EMPTY else segments[:-1]:
+            level = level.setdefault(segment, _Drawn())
+        if slot == HOLE or (slot >= 0 and leaves[slot] is None):
+            level[segments[-1]] = _Remark("<hole>")
+        elif slot >= 0:
+            first = structure.canonical[slot]
+            tied = _Remark(f"<tied to {short(join(place + first), 200)}>")
+            level[segments[-1]] = leaves[slot] if first == entry else tied
+    return top

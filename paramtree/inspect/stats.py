@@ -15,7 +15,7 @@ from paramtree.core.rules import Patterns
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.inspect.distance import numeric
 from paramtree.inspect.measure import FIELDS, absent, measure
-from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
+from paramtree.inspect.report import Report, Table, plural
 from paramtree.verbs.collect import collect_matching
 
 __all__ = ["NonFinite", "Stats", "find_nonfinite", "measurable", "measures", "sparkline", "stats"]
@@ -95,44 +95,31 @@ class Stats(Report):
 
     def _rows(self, last: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields a row for each name; its entries are lists if ``scan`` stacked the statistics."""
-        arrays = {field: np.asarray(getattr(self, field)) for field in FIELDS}
+        step = (-1,) * (np.ndim(self.mean) - 1) if last else ()
+        arrays = {field: np.moveaxis(np.asarray(getattr(self, field)), -1, 0) for field in FIELDS}
         if self.histogram is not None:
-            arrays["histogram"] = np.moveaxis(np.asarray(self.histogram), -1, 0)  # bins, ..., names
-        if last:
-            arrays = {field: self._last(field, array) for field, array in arrays.items()}
+            arrays["histogram"] = np.moveaxis(np.asarray(self.histogram), -2, 0)  # names, ..., bins
         for i, name in enumerate(self.names):
-            row = {field: array[..., i] for field, array in arrays.items()}
-            if self.histogram is not None:
-                row["histogram"] = np.moveaxis(row["histogram"], 0, -1)
-            yield name, {field: value.tolist() for field, value in row.items()}
-
-    @staticmethod
-    def _last(field: str, array: Any) -> Any:
-        bins = array.shape[:1] if field == "histogram" else ()
-        return array.reshape(*bins, -1, array.shape[-1])[..., -1, :] if array.size else array
+            yield name, {field: array[i][step].tolist() for field, array in arrays.items()}
 
     def table(self) -> Table:
-        """Returns a table with a row for each name."""
         head = f"Statistics of {plural(len(self.names), 'leaf', 'leaves')}"
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
             return Table(f"{head}, traced", (), [])
-        titles = (*MEASURES, "norm", "not finite")
-        columns = (Column("name"), Column("shape"), *(Column(title, True) for title in titles))
+        numbers = (*MEASURES, "norm", "not finite")
+        columns = ("name", "shape", *numbers, *(() if self.histogram is None else ("min to max",)))
         steps = np.shape(self.mean)[:-1]
         if steps:
             head = f"{head} at {' x '.join(map(str, steps))} steps; the last is shown"
-        rows = []
-        bad = 0
+        rows, bad = [], 0
         for (name, row), shape in zip(self._rows(last=True), self.shapes, strict=True):
             nonfinite = row["nan"] + row["inf"]
             bad += bool(nonfinite)
-            norm = float_text(row["norm"])
-            line = (name, str(shape), *measures(row), norm, count_text(nonfinite) if nonfinite else "")
-            rows.append(line if self.histogram is None else (*line, sparkline(row["histogram"])))
-        if self.histogram is not None:
-            columns = (*columns, Column("min to max"))
+            counts = f"{nonfinite:,}" if nonfinite else ""
+            spark = () if self.histogram is None else (sparkline(row["histogram"]),)
+            rows.append((name, str(shape), *measures(row), f"{row['norm']:.4g}", counts, *spark))
         note = f"{plural(bad, 'leaf holds', 'leaves hold')} non-finite values."
-        return Table(head, columns, rows, notes=[note] if bad else [])
+        return Table(head, columns, rows, numbers, notes=[note] if bad else [])
 
 
 def stats(tree: Any, pattern: Patterns = None, *, kind: str | None = None, bins: int = 0) -> Stats:
@@ -175,10 +162,7 @@ def _stats(verb: str, tree: Any, pattern: Patterns, kind: str | None, bins: int)
     source = open_tree(tree, is_array_or_number)
     named = unflatten(source.structure, source.leaves, source.place)
     flat = collect_matching(verb, named, pattern, kind=kind)
-    structure, all_leaves = flatten(flat)
-    slots = measurable(flat)
-    leaves = [all_leaves[slot] for slot in slots]
-    names = tuple(join(structure.canonical[slot]) for slot in slots)
+    slots, named = measurable(flat), list(flat.items())
     shapes = tuple(shape_of(leaf) or () for leaf in leaves)
     dtypes = tuple(str(dtype_of(leaf) or jnp.result_type(leaf)) for leaf in leaves)
     return Stats(names, shapes, dtypes, *measure(leaves, bins))
@@ -203,8 +187,7 @@ def measurable(tree: ParamTree) -> list[int]:
 
 def measures(row: dict[str, Any]) -> tuple[str, ...]:
     """Returns the ``MEASURES`` of one leaf as text."""
-    share = f"{100 * row['zeros']:.3g}%"
-    return (*(float_text(row[field]) for field in MEASURES[:-1]), share)
+    return (*(f"{row[field]:.4g}" for field in MEASURES[:-1]), f"{100 * row['zeros']:.3g}%")
 
 
 def sparkline(counts: list[int]) -> str:
@@ -238,11 +221,9 @@ class NonFinite(Report):
         return dict(self.found)
 
     def table(self) -> Table:
-        """Returns a table with a row for each name."""
-        columns = (Column("name"), *(Column(title, True) for title in ("size", "nan", "inf")))
-        rows = [(name, *map(count_text, row.values())) for name, row in self.found.items()]
-        leaves = plural(self.searched, "leaf", "leaves")
-        return Table(f"Not finite: {count_text(len(rows))} of {leaves}", columns if rows else (), rows)
+        rows = [(name, *map("{:,}".format, row.values())) for name, row in self.found.items()]
+        title = f"Not finite: {len(rows):,} of {plural(self.searched, 'leaf', 'leaves')}"
+        return Table(title, ("name", "size", "nan", "inf"), rows, numbers=("size", "nan", "inf"))
 
 
 def find_nonfinite(tree: Any, pattern: Patterns = None) -> NonFinite:
@@ -275,8 +256,10 @@ def find_nonfinite(tree: Any, pattern: Patterns = None) -> NonFinite:
             "find_nonfinite reports values, which are unknown while a function is traced. Call it "
             "outside, or return pt.stats(tree) from the function and look at its .nan and .inf."
         )
-    found: dict[str, dict[str, int]] = {}
-    for name, shape, nan, inf in zip(report.names, report.shapes, report.nan, report.inf, strict=True):
-        if nan or inf:
-            found[name] = {"size": int(np.prod(shape)), "nan": int(nan), "inf": int(inf)}
+    rows = zip(report.names, report.shapes, report.nan, report.inf, strict=True)
+    found = {
+        name: {"size": int(np.prod(shape)), "nan": int(nan), "inf": int(inf)}
+        for name, shape, nan, inf in rows
+        if nan or inf
+    }
     return NonFinite(found, len(report.names))

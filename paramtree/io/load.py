@@ -10,6 +10,7 @@ import jax
 from paramtree.core.arrays import dtype_of, join, printable, shape_of
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.rules import Pattern, Rules
+from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.peek import arranged, items_of, open_source
@@ -131,14 +132,12 @@ def load(
       Parameter head_bias (shape=(2,), dtype=float32)
     """
     with open_source(os.fspath(path)) as source:
-        loader = _Loader(source, rename_all(items_of(source), rename), transform, sep)
+        loader = _Loader(source, rename, transform, sep)
         if like is None:
-            exact = rename is None and transform is None
-            result = loader.saved_tree(exact, lambda tree: tree, shardings)
+            result = loader.saved_tree(shardings)
         else:
             lenient = allow_missing or not strict, ignore_extra or not strict
-            ordered = source.ordered and rename is None
-            result = loader.tree_like(like, *lenient, cast_dtype, ordered, shardings)
+            result = loader.tree_like(like, *lenient, cast_dtype, shardings)
     return result if report else result[0]
 
 
@@ -153,25 +152,20 @@ def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamT
       LoadError: the file is damaged.
     """
     with open_source(os.fspath(path)) as source:
-        return _Loader(source, items_of(source), None, ".").saved_tree(True, choose)[0]
-
-
-def _shape(item: Item) -> Any:
-    return jax.ShapeDtypeStruct(item.shape, item.dtype)
+        return _Loader(source, None, None, ".").saved_tree(None, choose)[0]
 
 
 class _Loader:
     """Matches the arrays of a file to leaves, checks them all, then reads them."""
 
     def __init__(
-        self, source: Source, items: Sequence[Item], transform: Rules | None, sep: str
+        self, source: Source, rename: Rename | None, transform: Rules | None, sep: str
     ) -> None:
-        self.source = source
-        self.items = items
-        self.transform = transform
         layout = source.layout
-        self.sep = sep if layout is None else layout.sep
-        self.tags = {} if layout is None else dict(zip(layout.names, layout.tags, strict=True))
+        self.source, self.rename, self.transform = source, rename, transform
+        self.items = rename_all(items_of(source), rename)
+        self.sep, self.tags = (sep, dict[str, str]()) if layout is None else (layout.sep, layout.tags)
+        self.problems = Problems(source.path, source.format == "params", self.sep)
 
     def value(self, item: Item) -> Any:
         """Returns the array of an item."""
@@ -187,121 +181,102 @@ class _Loader:
         """Returns an array of the file, decoded to its leaf."""
         return decode(self.source.get(name), self.tags.get(name, ""))
 
-    # Without ``like``
-
     def saved_tree(
-        self, exact: bool, choose: Callable[[ParamTree], ParamTree], shardings: Any = None
+        self, shardings: Any, choose: Callable[[ParamTree], ParamTree] = lambda tree: tree
     ) -> tuple[ParamTree, LoadReport]:
         """Returns the chosen leaves of the saved tree, or of a tree built from the names."""
         source = self.source
         source.check_expansion({})
-        items = transform_all(self.items, self.transform, self._flat, self.untrusted)
-        chosen: Sequence[Item]
+
+        def shown(name: str, by: str) -> str:
+            return join(segments(source.path, name, self.sep), by)
+
+        items = transform_all(self.items, self.transform, shown, self.untrusted)
+        exact = self.rename is None and self.transform is None
         structure, chosen = flatten(choose(arranged(source, items, self.sep, exact)))
-        like = unflatten(structure, tuple(map(_shape, chosen)))
-        placements = self._placements(shardings, like)
-        self._prepare([[item] for item in chosen], placements)
-        placing = Placing()
-        for item, sharding in zip(chosen, placements, strict=True):
-            self._add(placing, item, None, sharding)
-        paired = zip(structure.canonical, chosen, strict=True)
-        loaded = {join(path): [item.origin] for path, item in paired}
-        tree = unflatten(structure, placing.done())
-        return tree, LoadReport(source.path, source.format, loaded, [], self._dropped(chosen), {})
-
-    def _flat(self, name: str) -> str:
-        return join(segments(self.source.path, name, self.sep))
-
-    def _dropped(self, items: Sequence[Item]) -> list[str]:
-        used = {origin for item in items for origin in item.origin.split(", ")}
-        return [name for name in self.source.arrays if name not in used]
-
-    # Onto devices
-
-    def _placements(self, shardings: Any, like: Any) -> list[Any]:
-        """Returns the sharding of each leaf, None for the default."""
-        if shardings is not None:
-            return spread(shardings, like, "the shardings for load")
-        leaves = open_tree(like, is_array_or_number).leaves
-        return [getattr(leaf, "sharding", None) for leaf in leaves]
-
-    def _prepare(self, matches: Sequence[Sequence[Item]], placements: Sequence[Any]) -> None:
-        """Tells the source which arrays will be read."""
-        pairs = zip(matches, placements, strict=True)
-        read_by_source = ((item, s) for items, s in pairs for item in items if item.read is None)
-        self.source.prepare({item.origin: sharding for item, sharding in read_by_source})
-
-    def _add(self, placing: Placing, item: Item, like: Any, sharding: Any) -> None:
-        """Reads an array, or only the slices that this process holds, and adds it to ``placing``."""
-        direct = item.read is None
-        stored = self.source.arrays[item.origin] if direct and not self.tags.get(item.origin) else None
-        dtype = item.dtype if like is None else dtype_of(like)
-        if stored and stored.read_slice and dtype is not None and divides(sharding, dtype):
-            placing.add_sharded(stored.read_slice, stored.shape, dtype, sharding)
-        else:
-            placing.add(self.value(item), like, sharding, copy=not direct)
-
-    # With ``like``
+        shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in chosen]
+        placements = self.placements(shardings, unflatten(structure, shapes), shapes)
+        groups = [[item] for item in chosen]
+        leaves, loaded, _ = self.read(structure, [None] * len(chosen), groups, placements)
+        report = LoadReport(source.path, source.format, loaded, [], self.dropped(chosen), {})
+        return unflatten(structure, leaves), report
 
     def tree_like(
-        self,
-        like: Any,
-        allow_missing: Any,
-        ignore_extra: Any,
-        cast: bool,
-        ordered: bool,
-        shardings: Any,
+        self, like: Any, allow_missing: Any, ignore_extra: Any, cast: bool, shardings: Any
     ) -> tuple[Any, LoadReport]:
         """Returns ``like`` with the values of the file."""
-        source = self.source
+        source, problems = self.source, self.problems
         target = open_tree(like, is_array_or_number)
         structure, leaves = target.structure, target.leaves
         lookup = Lookup(structure, self.sep)
         shapes = [shape_of(leaf) for leaf in leaves]
-
-        def shown(name: str) -> str:
-            path = lookup.find(name)
-            return name.replace("/", "_").replace(self.sep or "/", "_") if path is None else join(path)
-
-        items = transform_all(self.items, self.transform, shown, self.untrusted)
+        items = transform_all(self.items, self.transform, lookup.shown, self.untrusted)
         items = restack(items, lookup, shapes, self.value)
+        ordered = source.ordered and self.rename is None
         paths = lookup.assign(items, shapes, ordered, source.nameless)
-        matches: list[list[Item]] = [[] for _ in leaves]
-        extra = []
+        groups: list[list[Item]] = [[] for _ in leaves]
         for item, item_paths in zip(items, paths, strict=True):
             for slot in dict.fromkeys(lookup.slot_of[path] for path in item_paths):
-                matches[slot].append(item)
-            if not item_paths:
-                extra.append(item)
-        problems = Problems(source.path, source.format == "params")
-        missing = problems.missing(structure, leaves, matches, extra, allow_missing)
-        ignored = problems.extra(extra, ignore_extra)
-        for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
-            for item in matches[slot]:
-                problems.compare(join(path), leaves[slot], item, cast)
+                groups[slot].append(item)
+        extra = [item for item, item_paths in zip(items, paths, strict=True) if not item_paths]
+        missing = problems.missing(structure, leaves, groups, extra, allow_missing)
+        ignored = problems.extra(extra, ignore_extra) + self.dropped(items)
+        for path, leaf, group in zip(structure.canonical, leaves, groups, strict=True):
+            for item in group:
+                problems.compare(join(path), leaf, item, cast)
         problems.check()
-        source.check_expansion({item.origin: item.shape for group in matches for item in group})
-        placements = self._placements(shardings, like)
-        self._prepare(matches, placements)
+        source.check_expansion({item.origin: item.shape for group in groups for item in group})
+        placements = self.placements(shardings, like, leaves)
+        values, loaded, casts = self.read(structure, leaves, groups, placements)
+        report = LoadReport(source.path, source.format, loaded, missing, ignored, casts)
+        return target.restore(values), report
+
+    def placements(self, shardings: Any, like: Any, leaves: Sequence[Any]) -> list[Any]:
+        """Returns the sharding of each leaf, None for the default."""
+        if shardings is not None:
+            return spread(shardings, like, "the shardings for load")
+        return [getattr(leaf, "sharding", None) for leaf in leaves]
+
+    def read(
+        self,
+        structure: Structure,
+        leaves: Sequence[Any],
+        groups: list[list[Item]],
+        placements: list[Any],
+    ) -> tuple[tuple[Any, ...], dict[str, list[str]], dict[str, str]]:
+        """Returns the leaves with the values of their items, and what a report says of these."""
+        each = [
+            (item, sharding)
+            for group, sharding in zip(groups, placements, strict=True)
+            for item in group
+        ]
+        self.source.prepare({item.origin: sharding for item, sharding in each if item.read is None})
         placing = Placing()
         loaded: dict[str, list[str]] = {}
         casts: dict[str, str] = {}
-        for slot, (leaf, group) in enumerate(zip(leaves, matches, strict=True)):
+        every = zip(structure.canonical, leaves, groups, placements, strict=True)
+        for path, leaf, group, sharding in every:
             if not group:
                 placing.keep(leaf)
                 continue
-            name = join(structure.canonical[slot])
-            if len(group) == 1:
-                self._add(placing, group[0], leaf, placements[slot])
+            name, first = join(path), group[0]
+            whole = len(group) > 1 or first.read is not None or first.origin in self.tags
+            stored = None if whole else self.source.arrays[first.origin]
+            dtype = first.dtype if leaf is None else dtype_of(leaf)
+            if stored and stored.read_slice and dtype is not None and divides(sharding, dtype):
+                # Only the slices that this process holds.
+                placing.add_sharded(stored.read_slice, stored.shape, dtype, sharding)
             else:
-                value = self.value(group[0])
+                value = self.value(first)
                 for alias in group[1:]:
-                    problems.equal(name, group[0], value, alias, self.value(alias))
-                placing.add(value, leaf, placements[slot], copy=group[0].read is not None)
+                    self.problems.equal(name, first, value, alias, self.value(alias))
+                placing.add(value, leaf, sharding, copy=first.read is not None)
             loaded[name] = [item.origin for item in group]
-            if dtype_of(leaf) not in (None, group[0].dtype):
-                casts[name] = str(group[0].dtype)
-        problems.check()
-        ignored += [name for name in self._dropped(items) if name not in ignored]
-        report = LoadReport(source.path, source.format, loaded, missing, ignored, casts)
-        return target.restore(placing.done()), report
+            if dtype not in (None, first.dtype):
+                casts[name] = str(first.dtype)
+        self.problems.check()
+        return placing.done(), loaded, casts
+
+    def dropped(self, items: Sequence[Item]) -> list[str]:
+        used = {name for item in items for name in (item.origin, *item.origin.split(", "))}
+        return [name for name in self.source.arrays if name not in used]

@@ -5,18 +5,18 @@ A name matches a path joined with ".", "/" or "_", or one with positions in plac
 as ``net_dense7_weight``, are also matched by order.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import close_names
+from paramtree.core.errors import RuleError, close_names
+from paramtree.core.rules import compiled, pattern_text
 from paramtree.core.structure import Path, Structure
 from paramtree.verbs.restructure import rewriter
 
-__all__ = ["Item", "Lookup", "Rename", "rename_all"]
+__all__ = ["Item", "Lookup", "Rename", "closest", "name_pattern", "rename_all"]
 
 Rename = Sequence[tuple[Any, str | None]] | Callable[[str], str | None]
 
@@ -59,11 +59,26 @@ def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
     return out
 
 
+def name_pattern(pattern: Any) -> tuple[re.Pattern[str], str]:
+    """Returns a compiled pattern, and what joins the segments of the names that it matches.
+
+    Raises:
+      RuleError: it is not a regular expression in a string.
+    """
+    if callable(pattern):
+        raise RuleError(
+            f"{pattern_text(pattern)} cannot select arrays of a file, which are read later: use a "
+            "regular expression, as in '.*weight'."
+        )
+    regex = compiled(pattern)
+    return regex, "/" if "/" in regex.pattern else "_"
+
+
 class Lookup:
     """Finds the path in a structure that a name in a file refers to."""
 
     def __init__(self, structure: Structure, sep: str) -> None:
-        self.structure = structure
+        self.structure, self.sep = structure, sep
         self.slot_of = dict(structure.entries())
         self._spelled: dict[str, Path | None] = {}
         for by in dict.fromkeys((sep, ".", "/", "_")):  # the file's own separator comes first
@@ -78,6 +93,11 @@ class Lookup:
         if name in self._spelled:
             return self._spelled[name]
         return self._by_position(re.split("[./]", name))
+
+    def shown(self, name: str, by: str) -> str:
+        """Returns what patterns match: the path that a name refers to, or its own levels, joined."""
+        path = self.find(name)
+        return name.replace("/", by).replace(self.sep or "/", by) if path is None else join(path, by)
 
     def _by_position(self, parts: Sequence[str]) -> Path | None:
         path: list[str] = []
@@ -107,8 +127,10 @@ class Lookup:
         """
         spellings: list[Callable[[str], str]] = [] if nameless else [lambda name: name]
         if ordered and not nameless:
-            shared = os.path.commonprefix([name for item in items for name in item.names])
-            network = shared[: shared.rfind("_") + 1]  # Gluon's name of it
+            names = sorted(name for item in items for name in item.names) or [""]
+            both = enumerate(zip(names[0], names[-1], strict=False))
+            common = next((i for i, (a, b) in both if a != b), len(names[0]))
+            network = names[0][: names[0].rfind("_", 0, common) + 1]  # Gluon's name of the network
             spellings += [_unfused, lambda name: name.removeprefix(network)]
         attempts = [
             [[path for name in item.names if (path := self.find(spell(name)))] for item in items]

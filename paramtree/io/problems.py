@@ -9,9 +9,9 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, printable, shape_of
 from paramtree.core.errors import LoadError
-from paramtree.core.rules import compiled
 from paramtree.core.structure import Path, Structure
-from paramtree.io.matching import Item, closest
+from paramtree.io.matching import Item, closest, name_pattern
+from paramtree.io.source import shortened
 from paramtree.verbs.cast import casts
 
 __all__ = ["Problems"]
@@ -20,9 +20,8 @@ __all__ = ["Problems"]
 class Problems:
     """Collects the mismatches between a file and a tree, to raise them as one error."""
 
-    def __init__(self, path: str, deduplicated: bool) -> None:
-        self.path = path
-        self.deduplicated = deduplicated
+    def __init__(self, path: str, deduplicated: bool, sep: str) -> None:
+        self.path, self.deduplicated, self.sep = path, deduplicated, sep
         self.lines: list[str] = []
         self.advice: dict[str, None] = {}
 
@@ -47,6 +46,7 @@ class Problems:
     ) -> list[str]:
         """Returns the missing names that are allowed, and records the others as problems."""
         accepted = []
+        pattern, sep = _allowed(allowed)
         unexpected = {item.names[0]: item for item in extra}
         aliases: dict[int, list[Path]] = {}
         for path, slot in structure.entries():
@@ -55,28 +55,29 @@ class Problems:
         for slot, (leaf, items) in enumerate(zip(leaves, matches, strict=True)):
             if items or shape_of(leaf) is None:
                 continue
-            names = [join(path) for path in aliases[slot]]
-            if not any(_allows(allowed, name) for name in names):
-                name = join(structure.canonical[slot], ".")
-                near = closest(name, shape_of(leaf), unexpected) if hints else ""
+            path = structure.canonical[slot]
+            if not any(pattern.fullmatch(join(alias, sep)) for alias in aliases[slot]):
+                near = closest(join(path, "."), shape_of(leaf), unexpected) if hints else ""
                 hints -= bool(hints)
                 hint = f"; the closest unexpected name is `{_printable(near)}`" if near else ""
-                self.add(f"`{names[0]}` is missing{hint}.", _MISSING)
+                self.add(f"`{join(path)}` is missing{hint}.", _MISSING)
                 if self.deduplicated:
                     self.advice[_DEDUPLICATED] = None
             elif isinstance(leaf, jax.ShapeDtypeStruct):
-                self.add(f"`{names[0]}` is missing, and `like` has no value for it.", _NO_VALUE)
+                self.add(f"`{join(path)}` is missing, and `like` has no value for it.", _NO_VALUE)
             else:
-                accepted.append(names[0])
+                accepted.append(join(path))
         return accepted
 
     def extra(self, extra: Sequence[Item], allowed: Any) -> list[str]:
         """Returns the extra names that are allowed, and records the others as problems."""
         accepted = []
+        pattern, sep = _allowed(allowed)
+        levels = "[./]" if sep == "_" else re.escape(self.sep or "/")
         for item in extra:
             spelled = {item.origin, *item.names}
-            spelled |= {re.sub("[./]", "_", name) for name in spelled}
-            if any(_allows(allowed, name) for name in spelled):
+            spelled |= {re.sub(levels, sep, name) for name in spelled}
+            if any(map(pattern.fullmatch, spelled)):
                 accepted.append(item.origin)
             else:
                 renamed = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
@@ -123,20 +124,19 @@ _CAST = "Floats are not cast to integers, nor complex numbers to real ones: use 
 _TIED = "A tied leaf has one value: drop one name with rename=, or load into pt.untie(like)."
 
 
-def _allows(allowed: Any, name: str) -> bool:
-    return bool(allowed) if isinstance(allowed, bool) else bool(compiled(allowed).fullmatch(name))
+def _allowed(names: Any) -> tuple[re.Pattern[str], str]:
+    """Returns ``name_pattern`` of an option, in which True means all names, and False none."""
+    return name_pattern(({True: ".*", False: "(?!)"}[names]) if isinstance(names, bool) else names)
 
 
 def _printable(name: str) -> str:
-    text = printable(name)
-    return text if len(text) <= 200 else text[:197] + "..."
+    return shortened(printable(name), 200)
 
 
 def _same(a: Any, b: Any) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    x, y = (np.asarray(v) if isinstance(v, np.ndarray) else v for v in (a, b))
-    return bool(np.array_equal(x, y) or (isinstance(x, np.ndarray) and x.tobytes() == y.tobytes()))
+    return np.array_equal(a, b) or (isinstance(a, np.ndarray) and a.tobytes() == b.tobytes())
 
 
 def _distance(a: Any, b: Any) -> str:

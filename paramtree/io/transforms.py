@@ -9,14 +9,17 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.errors import RuleError
-from paramtree.core.rules import Rules, compiled, no_match
-from paramtree.io.matching import Item
+from paramtree.core.rules import Rules, no_match
+from paramtree.io.matching import Item, name_pattern
 
 __all__ = ["natural", "transform_all"]
 
 
 def transform_all(
-    items: Sequence[Item], table: Rules | None, shown: Callable[[str], str], read: Callable[[str], Any]
+    items: Sequence[Item],
+    table: Rules | None,
+    shown: Callable[[str, str], str],
+    read: Callable[[str], Any],
 ) -> list[Item]:
     r"""Returns the items with the functions of a rule table applied.
 
@@ -25,7 +28,7 @@ def transform_all(
       table: a rule table from full names to functions. A function takes the array, or the arrays in
         natural order of their names in the file. It returns an array, or a mapping of names to arrays
         in which ``\1`` is the first group of the pattern.
-      shown: returns the name to match the patterns against, for a name of an item.
+      shown: returns what patterns match for a name of an item: its levels, joined with "_" or "/".
       read: reads an array by its name in the file.
 
     Raises:
@@ -35,16 +38,19 @@ def transform_all(
         return list(items)
     if not isinstance(table, Mapping) or not all(map(callable, table.values())):
         raise RuleError(f"transform is {table!r}; expected a mapping of patterns to functions.")
-    rules = [(compiled(pattern), fn) for pattern, fn in table.items()]
+    rules = [(*name_pattern(pattern), fn) for pattern, fn in table.items()]
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(item.names[0], []).append(item)
-    known = [shown(name) for item in items for name in item.names]
-    if unused := [p.pattern for p, _ in rules if not any(map(p.fullmatch, known))]:
-        raise RuleError(f"transform: {'; '.join(no_match(pattern, known) for pattern in unused)}.")
+    seps = {sep for _, sep, _ in rules}
+    known = {sep: [shown(name, sep) for item in items for name in item.names] for sep in seps}
+    unused = [(p, known[sep]) for p, sep, _ in rules if not any(map(p.fullmatch, known[sep]))]
+    if unused:
+        raise RuleError(f"transform: {'; '.join(no_match(*pair) for pair in unused)}.")
     out: list[Item] = []
     for group in groups.values():
-        matches = ((p.fullmatch(shown(name)), fn) for p, fn in rules for name in group[0].names)
+        names = group[0].names
+        matches = ((p.fullmatch(shown(name, sep)), fn) for p, sep, fn in rules for name in names)
         match, fn = next(((match, fn) for match, fn in matches if match), (None, None))
         if match is None or fn is None:
             out += group

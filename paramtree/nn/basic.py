@@ -55,15 +55,19 @@ def as_activation(activation: Any) -> Callable[..., Any]:
     return _ACTIVATIONS[activation]
 
 
-def activation_text(activation: Any) -> str:
-    return (
-        activation if isinstance(activation, str) else getattr(activation, "__name__", repr(activation))
-    )
+def is_integer(value: Any, minimum: int) -> bool:
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return integer and int(value) >= minimum
 
 
-def as_size(layer: str, setting: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{layer}: {setting} must be a non-negative integer, but found {value!r}.")
+def check_integers(layer: Any, minimum: int, *settings: str) -> None:
+    """Raises ValueError unless the settings are integers of at least ``minimum``, 0 or 1."""
+    for setting in settings:
+        if not is_integer(value := getattr(layer, setting), minimum):
+            sign = "positive" if minimum else "non-negative"
+            raise ValueError(
+                f"{type(layer).__name__}: {setting} must be a {sign} integer, but found {value!r}."
+            )
 
 
 def _flat(x: Any) -> Any:
@@ -96,7 +100,8 @@ class Activation(Layer):
         return self.activation if isinstance(self.activation, str) else "activation"
 
     def __repr__(self) -> str:
-        return f"Activation({activation_text(self.activation)})"
+        text = getattr(self.activation, "__name__", self.activation)
+        return f"Activation({text})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,8 +141,7 @@ class Dense(Layer):
     in_units: int = 0
 
     def __post_init__(self) -> None:
-        as_size("Dense", "units", self.units)
-        as_size("Dense", "in_units", self.in_units)
+        check_integers(self, 0, "units", "in_units")
         if self.activation is not None:
             as_activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -164,9 +168,7 @@ class Dense(Layer):
         return y if self.activation is None else as_activation(self.activation)(y)
 
     def __repr__(self) -> str:
-        last = (
-            "linear" if self.activation is None else f"Activation({activation_text(self.activation)})"
-        )
+        last = "linear" if self.activation is None else Activation(self.activation)
         return f"Dense({self.in_units or None} -> {self.units}, {last})"
 
 
@@ -197,8 +199,7 @@ class Embedding(Layer):
     weight_initializer: Initializer | str | None = None
 
     def __post_init__(self) -> None:
-        as_size("Embedding", "input_dim", self.input_dim)
-        as_size("Embedding", "output_dim", self.output_dim)
+        check_integers(self, 0, "input_dim", "output_dim")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         weight = get(self.weight_initializer or Uniform())
         object.__setattr__(self, "weight_initializer", weight)

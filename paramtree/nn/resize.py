@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 
-from paramtree.nn.layer import Layer
-from paramtree.nn.spatial import Sizes, check_layout, on_axes, sizes_of, spatial_axes
+from paramtree.nn.spatial import Sizes, Spatial
 
 __all__ = ["Bilinear"]
 
 
 @dataclass(frozen=True, repr=False)
-class Bilinear(Layer):
+class Bilinear(Spatial):
     """Upsamples images by an integer factor with bilinear interpolation.
 
     It maps (batch, height, width, channels) to (batch, scale · height, scale · width, channels),
@@ -38,13 +37,13 @@ class Bilinear(Layer):
     layout: str = "NHWC"
 
     def __post_init__(self) -> None:
-        rank = check_layout(self)
-        object.__setattr__(self, "scale", on_axes(self, "scale", self.scale, rank))
+        self._check_layout()
+        self._spread("scale")
 
     def __call__(self, p: Any, x: Any) -> Any:
         scale: Any = self.scale
         shape = list(x.shape)
-        for axis, size, factor in zip(spatial_axes(self.layout), sizes_of(self, x), scale, strict=True):
+        for axis, size, factor in zip(self._axes, self._sizes(x), scale, strict=True):
             shape[axis] = size * factor
         return jax.image.resize(x, shape, "bilinear")
 
