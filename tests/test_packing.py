@@ -15,6 +15,7 @@ import paramtree as pt
 from paramtree.core.tree import flatten
 from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
+from tests.helpers import quick_compilation  # noqa: F401  # a fixture of the module
 from tests.nn.test_layers import TABLE, setup
 
 
@@ -288,8 +289,7 @@ def test_for_every_layer_gradients_and_states_are_packed(row: str) -> None:
     trained = pt.select(packed, kind="param")
     assert pt.unpack(trained) is not trained
     same(pt.unpack(trained), pt.select(params, kind="param"))
-    grads = jax.jit(pt.grad(loss))(packed)
-    expected = jax.jit(pt.grad(loss))(params)
+    grads, expected = jax.jit(lambda *trees: tuple(map(pt.grad(loss), trees)))(packed, params)
     floats = [
         p
         for p in pt.collect(params, sep="/", kind="param").values()

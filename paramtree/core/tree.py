@@ -78,17 +78,16 @@ class ParamTree(_Fields):
     def __getattr__(self, name: str) -> Any:
         if name in _OF_SCOPES:
             return getattr(_lazy._scope(self), name)
-        structure = self._structure
-        child = (structure._children or structure.children()).get(name)
+        child = self._structure.children().get(name)
         if type(child) is int and child >= 0:
             return self._leaves[child]
-        if child is None or child == HOLE:
-            if name.startswith("__"):  # a protocol that Python probes for
-                raise AttributeError(name)
-            if name in ("key", "update"):
-                return getattr(_lazy._scope(self), name)
-            raise self._missing(name, child)
-        return self._level(name)
+        if type(child) is tuple or type(child) is slice:
+            return self._level(name)
+        if name.startswith("__"):  # a protocol that Python probes for
+            raise AttributeError(name)
+        if name in ("key", "update"):
+            return getattr(_lazy._scope(self), name)
+        raise self._missing(name, child)
 
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, str):

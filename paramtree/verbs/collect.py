@@ -8,7 +8,7 @@ from typing import Any
 from paramtree.core.errors import NameCollisionError
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Pattern, Patterns, check_kind, hits, select_slots
-from paramtree.core.structure import Path, Picker, Structure, picker
+from paramtree.core.structure import Path, Picker, Stack, Structure, picker
 from paramtree.core.tree import ParamTree, unflatten
 
 __all__ = ["check_unique", "collect", "collect_matching", "flat_tree"]
@@ -67,24 +67,27 @@ def _flat(
     source: Opened, pattern: Any, sep: str, kind: str | None, aliases: bool
 ) -> tuple[Structure, Picker]:
     """Returns the structure of the names that match, and what takes their leaves."""
-    structure = source.structure
-    stacks = structure.stacks or ((),) * len(structure.paths)
-    present = [stack for stack, slot in zip(stacks, structure.slots, strict=True) if slot >= 0]
-    rows = zip(structure.entries(), structure.names(sep), present, strict=True)
-    chosen: dict[Any, tuple[str, Path, int, Any]] = {}
-    for (path, slot), name, stack in compress(rows, hits(source, pattern)):
-        if kind in (None, structure.kinds[slot]):
-            chosen.setdefault(path if aliases else slot, (name, path, slot, stack))
-    check_unique((name, path) for name, path, _, _ in chosen.values())
-    slots: dict[int, int] = {}
+    structure, matches = source.structure, hits(source, pattern)
+    if kind is not None:
+        of_kind = (structure.kinds[slot] == kind for _, slot in structure.entries())
+        matches = tuple(hit and fits for hit, fits in zip(matches, of_kind, strict=True))
+    names = list(compress(structure.names(sep), matches))
+    taken = [slot for _, slot in compress(structure.entries(), matches)]
+    if not aliases and len(structure.names(sep)) > len(structure.kinds):  # each leaf by its first name
+        first = list(dict(zip(reversed(taken), reversed(range(len(taken))), strict=True)).values())
+        names, taken = ([row[i] for i in sorted(first)] for row in (names, taken))
+    if len(set(names)) < len(names):
+        paths = [path for path, _ in compress(structure.entries(), matches)]
+        check_unique(zip(compress(structure.names(sep), matches), paths, strict=True))
+    slots = {slot: i for i, slot in enumerate(dict.fromkeys(taken))}
+    stacks: tuple[Stack, ...] = ()
+    if structure.stacks:  # a flat name has no place for the number of a copy but before it
+        stacks = tuple(tuple((0, size) for _, size in structure.stack_of(slot)) for slot in taken)
     flat = Structure.intern(
-        tuple((name,) for name, _, _, _ in chosen.values()),
-        tuple(slots.setdefault(slot, len(slots)) for _, _, slot, _ in chosen.values()),
-        tuple(structure.kinds[slot] for slot in slots),
-        # A flat name has no place for the number of a copy, so it would stand before the name.
-        tuple(tuple((0, size) for _, size in stack) for _, _, _, stack in chosen.values())
-        if any(stack for _, _, _, stack in chosen.values())
-        else (),
+        tuple(zip(names, strict=True)),
+        tuple(map(slots.__getitem__, taken)),
+        tuple(map(structure.kinds.__getitem__, slots)),
+        stacks,
     )
     return flat, picker([*slots])
 

@@ -54,14 +54,15 @@ def mask(
         check_values("mask", rules, default, lambda value: isinstance(value, bool), "True or False")
 
     def values(source: Opened) -> tuple[Any, ...]:
-        chosen = set(select_slots(source, None, kind, "mask")[0].slots)
+        kinds = source.structure.kinds
         if isinstance(rules, Mapping):
             table: Any = _values(source, "mask", rules, default)
-            return tuple(value and slot in chosen for slot, value in enumerate(table))
-        matched = set(
-            select_slots(source, rules, None, "the rules of mask do not fit the tree")[0].slots
-        )
-        return tuple(slot in matched and slot in chosen for slot in range(len(source.leaves)))
+        else:
+            chosen, _ = select_slots(source, rules, None, "the rules of mask do not fit the tree")
+            table = map(set(chosen.slots).__contains__, range(len(kinds)))
+        if kind is None:
+            return tuple(table)
+        return tuple(value and own == kind for value, own in zip(table, kinds, strict=True))
 
     return _kept(tree, ("mask", _key(rules), repr(default), kind), values, False)
 

@@ -90,9 +90,9 @@ def _find(structure: Structure, wanted: Iterable[str]) -> dict[str, int]:
     def index() -> dict[str, dict[int, Path]]:
         slots: dict[str, dict[int, Path]] = {}
         for path, slot in structure.entries():
-            for name in (join(path), join(path, "/")):
-                slots.setdefault(name, {})[slot] = path
-        return slots
+            slots.setdefault(join(path), {})[slot] = path
+        # A path is never ambiguous: "a_b" is the leaf of that path, also where it is the name of a/b.
+        return {**slots, **{join(path, "/"): {slot: path} for path, slot in structure.entries()}}
 
     by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
     wanted = list(wanted)
@@ -134,23 +134,31 @@ def fitted(value: Any, leaf: Any) -> Any:
         if dtype is not None and casts(array.dtype, dtype):
             with np.errstate(all="ignore"):
                 cast = array.astype(dtype)
-            if (
-                array.dtype.kind in "iu"
-                and jnp.issubdtype(dtype, jnp.integer)
-                and (cast != array).any()
-            ):
-                limits: Any = jnp.iinfo(dtype)  # type: ignore[no-untyped-call]
-                problem = f" with values outside of {limits.min} to {limits.max}"
+            problem = _overflow(array, cast)
             value = cast if isinstance(leaf, np.ndarray) else jnp.asarray(cast)
         elif dtype is not None:
             have = None
     if have != expected or problem:
         shown = f"is a {type(value).__name__}" if have is None else f"has shape {have}{problem}"
+        advice = f"reshape or cast it, or fill with jnp.full({expected}, value)"
+        if problem:
+            advice = "give a jax array of a wider dtype, which replaces the leaf's"
         raise MismatchError(
-            f"has shape {expected} and dtype {dtype}, and the new value {shown}: reshape or cast it, "
-            f"or fill with jnp.full({expected}, value)"
+            f"has shape {expected} and dtype {dtype}, and the new value {shown}: {advice}"
         )
     return value
+
+
+def _overflow(array: Any, cast: Any) -> str:
+    """Returns what to say of values that a dtype cannot hold."""
+    integers = jnp.issubdtype(cast.dtype, jnp.integer)
+    if integers or cast.dtype == np.bool_:
+        limits: Any = jnp.iinfo(cast.dtype) if integers else None  # type: ignore[no-untyped-call]
+        low, high = (int(limits.min), int(limits.max)) if integers else (0, 1)
+        outside = array.size and (array.min() < low or array.max() > high)
+        return f" with values outside of {low} to {high}" if outside else ""
+    lost = np.isfinite(array) & ~np.isfinite(cast)
+    return f" with values outside of the range of {cast.dtype}" if lost.any() else ""
 
 
 def map_named(

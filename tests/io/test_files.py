@@ -447,6 +447,95 @@ def test_transforms_transpose_split_and_stack(tmp_path: Path) -> None:
         pt.load(file, transform={"kernel": lambda a: {r"\3": a}})
 
 
+@pytest.mark.parametrize("sep", [".", "/", ":"])
+def test_a_pattern_with_a_slash_matches_whole_paths(tmp_path: Path, sep: str) -> None:
+    file = tmp_path / "a.safetensors"
+    tree = pt.from_tree(
+        {"encoder": {"w": leaf(1), "inner": {"w": leaf(2)}}, "encoder_head": {"w": leaf(3)}}
+    )
+    pt.save(file, tree, sep=sep)
+
+    def double(array: Any) -> Any:
+        return array * 2
+
+    for like in (tree, None):
+        found = pt.load(file, like=like, transform={"encoder/.*": double})
+        assert [found.encoder.w[0], found.encoder.inner.w[0], found.encoder_head.w[0]] == [2, 4, 3]
+        found = pt.load(file, like=like, transform={"encoder/w": double, ".*_w": np.negative})
+        assert [found.encoder.w[0], found.encoder.inner.w[0], found.encoder_head.w[0]] == [2, -2, -3]
+        found = pt.load(
+            file, like=like, transform={re.compile("(.*)/inner/w"): lambda a: {r"\1/inner/w": -a}}
+        )
+        assert found.encoder.inner.w[0] == -2
+        with pytest.raises(pt.RuleError, match="transform: 'encoder/v' matches no name; .*encoder/w"):
+            pt.load(file, like=like, transform={"encoder/v": double})
+
+    more = pt.insert(tree, {"head": {"w": leaf(4)}, "head_old": {"w": leaf(5)}})
+    found, report = pt.load(file, like=more, allow_missing="head/.*|head_old/w", report=True)
+    assert same(found, more) and report.missing == ["head_w", "head_old_w"]
+    assert same(pt.load(file, like=more, allow_missing="head_.*"), more)
+    with pytest.raises(pt.LoadError) as caught:
+        pt.load(file, like=more, allow_missing="head/.*")
+    assert "`head_old_w` is missing" in str(caught.value) and "`head_w`" not in str(caught.value)
+    tied = pt.tie(pt.from_tree({"a": {"w": leaf(1)}, "b": {"w": leaf(1)}}), {"b": "a"})
+    assert same(pt.load(file, like=tied, allow_missing="b/w", ignore_extra=True), tied)  # an alias
+
+    less = pt.drop(tree, "encoder/.*")
+    found, report = pt.load(file, like=less, ignore_extra="encoder/.*", report=True)
+    assert same(found, less)
+    assert report.ignored == [f"encoder{sep}w", f"encoder{sep}inner{sep}w"]
+    assert same(pt.load(file, like=less, ignore_extra="encoder/w|encoder/inner/w"), less)
+    with pytest.raises(pt.LoadError) as caught:
+        pt.load(file, like=pt.drop(tree, ".*"), ignore_extra="encoder/.*")
+    assert f"`encoder_head{sep}w` is unexpected" in str(caught.value)
+    assert f"`encoder{sep}w`" not in str(caught.value)
+
+
+def test_patterns_of_names_in_a_file_without_levels(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, **{"a.b": leaf(1), "c:d": leaf(2), "e": leaf(3)})
+    like = pt.from_tree({"e": leaf(3)})
+    with pytest.raises(pt.LoadError, match="`c:d` is unexpected"):
+        pt.load(file, like=like, ignore_extra="a/b|c/d")
+    with pytest.raises(pt.LoadError, match="`a.b` is unexpected"):
+        pt.load(file, like=like, ignore_extra="a/b|c/d", sep=":")
+    for sep in (":", ""):
+        assert same(pt.load(file, like=like, ignore_extra=r"a\.b|c[:/]d", sep=sep), like)
+    assert pt.load(file, transform={"c/d": np.negative}, sep=":").c.d[0] == -2
+
+
+def test_patterns_for_a_file_are_not_predicates(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    pt.save(file, pt.from_tree({"a": leaf(1)}))
+    like = pt.from_tree({"a": leaf(1), "b": leaf(2)})
+
+    def is_wide(name: str, leaf: Any) -> bool:
+        return True
+
+    text = "the predicate is_wide cannot select arrays of a file.*use a regular expression"
+    for options in (
+        {"allow_missing": is_wide},
+        {"ignore_extra": is_wide},
+        {"transform": {is_wide: abs}},
+    ):
+        with pytest.raises(pt.RuleError, match=text):
+            pt.load(file, like=like, **options)
+    with pytest.raises(pt.RuleError, match=text):
+        pt.load(file, transform={is_wide: abs})
+    with pytest.raises(pt.RuleError, match="a pattern is a regular expression .*found 3 of type int"):
+        pt.load(file, like=like, allow_missing=3)  # type: ignore[arg-type]
+    assert same(pt.load(file, like=like, allow_missing=".*"), like)  # the suggested fix
+
+
+def test_keys_under_two_names_of_a_tied_leaf_are_compared(tmp_path: Path) -> None:
+    pt.save(tmp_path / "a.npz", pt.from_tree({"a": jax.random.key(1), "b": jax.random.key(1)}))
+    like = pt.tie(pt.load(tmp_path / "a.npz"), {"b": "a"})
+    assert pt.load(tmp_path / "a.npz", like=like).b == jax.random.key(1)
+    pt.save(tmp_path / "a.npz", pt.from_tree({"a": jax.random.key(1), "b": jax.random.key(2)}))
+    with pytest.raises(pt.LoadError, match="tied to one leaf, `a`, but differ in 1 of 2 elements"):
+        pt.load(tmp_path / "a.npz", like=like)
+
+
 def test_casting_only_where_nothing_else_is_lost(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, a=np.float32([1.5]), b=np.int32([2]), c=np.array([1j], np.complex64))
