@@ -13,7 +13,8 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from paramtree.core.arrays import clip, printable
@@ -115,6 +116,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         help="write the output as a self-contained HTML page instead; - prints the page",
     )
     arguments = parser.parse_args(argv)
+    arguments.inputs = [path for path in (arguments.file, arguments.diff) if path is not None]
     if arguments.convert is not None and arguments.html is not None:
         parser.error("argument --html: not allowed with argument --convert, which has no output")
     return arguments
@@ -128,18 +130,16 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    out = arguments.html if arguments.convert is None else arguments.convert
-    if out is not None:
-        _check_apart(out, [path for path in (arguments.file, arguments.diff) if path is not None])
+    for out in (arguments.html, arguments.convert):
+        if out is not None and os.path.exists(out):
+            _check_apart(out, arguments.inputs)
     if arguments.convert is not None:
         _convert(arguments)
         return _OK
-    status = _OK
     if arguments.diff is not None:
         from paramtree.inspect.diff import diff
 
         report: Any = diff(*_both(arguments))
-        status = _DIFFERENT if report else _OK
     elif arguments.stats:
         from paramtree.inspect.stats import stats
 
@@ -147,7 +147,8 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         from paramtree.io.peek import peek
 
-        report = _matched(_selecting(arguments.match)(peek(arguments.file)), arguments.match)
+        report = _matched(_selected(peek(arguments.file), arguments.match), arguments.match)
+    status = _DIFFERENT if arguments.diff is not None and report else _OK
     if arguments.html is None:
         lines = _lines(report)
         del report  # frees a large tree, which the lines no longer need
@@ -164,21 +165,16 @@ def _values(path: str, pattern: re.Pattern[str] | None) -> ParamTree:
     """Reads the matching leaves of a file, and no others."""
     from paramtree.io.load import load_part
 
-    return _matched(load_part(path, _selecting(pattern)), pattern)
+    return _matched(load_part(path, partial(_selected, pattern=pattern)), pattern)
 
 
-def _selecting(pattern: re.Pattern[str] | None) -> Callable[[ParamTree], ParamTree]:
+def _selected(tree: ParamTree, pattern: re.Pattern[str] | None) -> ParamTree:
     from paramtree.verbs.split import select
 
-    def choose(tree: ParamTree) -> ParamTree:
-        if pattern is None:
-            return tree
-        try:
-            return select(tree, pattern)
-        except RuleError as error:
-            raise _NoMatchError(str(error).removeprefix("select: ")) from None
-
-    return choose
+    try:
+        return tree if pattern is None else select(tree, pattern)
+    except RuleError as error:
+        raise _NoMatchError(str(error).removeprefix("select: ")) from None
 
 
 def _matched(tree: ParamTree, pattern: re.Pattern[str] | None) -> ParamTree:
@@ -191,9 +187,8 @@ def _matched(tree: ParamTree, pattern: re.Pattern[str] | None) -> ParamTree:
 
 def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
     """Returns the trees to compare. A pattern that matches in only one of them is a difference."""
-    trees = []
-    unmatched = []
-    for path in (arguments.file, arguments.diff):
+    trees, unmatched = [], []
+    for path in arguments.inputs:
         try:
             trees.append(_values(path, arguments.match))
         except _NoMatchError as error:
@@ -211,8 +206,6 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
     """Raises ParamTreeError if writing a file would overwrite an input."""
     from paramtree.io.peek import open_source
 
-    if not os.path.exists(out):
-        return
     target = pathlib.Path(out).resolve()
     for path in inputs:
         with open_source(path) as source:
@@ -222,8 +215,9 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
             read = pathlib.Path(part).resolve()
             nested = read.is_relative_to(target) or target.is_relative_to(read)
             if nested or os.path.samefile(out, part):
-                problem = f"it is or contains the input {part}"
-                raise ParamTreeError(f"{out} was not written: {problem}. Write to another file.")
+                raise ParamTreeError(
+                    f"{out} was not written: it is or contains the input {part}. Write to another file."
+                )
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -233,7 +227,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     with open_source(arguments.file) as source:
         sep = "." if source.layout is None else source.layout.sep  # keeps the names
-    tree = load_part(arguments.file, _selecting(arguments.match))
+    tree = load_part(arguments.file, partial(_selected, pattern=arguments.match))
     with _writing(arguments.convert):
         save(arguments.convert, tree, sep=sep)
 
@@ -272,8 +266,7 @@ def _page(arguments: argparse.Namespace, report: Any) -> str:
     """Returns an HTML page with the report as in a notebook. It has no scripts and fetches nothing."""
     from paramtree.inspect.show import show
 
-    files = [arguments.file, *([] if arguments.diff is None else [arguments.diff])]
-    title = html.escape(printable(" and ".join(files)))
+    title = html.escape(printable(" and ".join(arguments.inputs)))
     body = (show(report) if isinstance(report, ParamTree) else report)._repr_html_()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

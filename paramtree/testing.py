@@ -8,15 +8,14 @@ chex and numpy.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jax.numpy as jnp  # noqa: F401  # in the examples
 import numpy as np
 
 from paramtree.core.arrays import describe, dtype_of, join, short
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots
-from paramtree.inspect.diff import check_readable, check_tolerances, only_shape
-from paramtree.inspect.distance import Distance, comparable, distances, numeric
-from paramtree.inspect.report import float_text
+from paramtree.inspect.diff import check_tolerances, measured, only_shape
+from paramtree.inspect.distance import Distance, is_key, numeric
 from paramtree.inspect.stats import find_nonfinite
 from paramtree.verbs.collect import collect_matching
 from paramtree.verbs.compare import Pair, compare, differences, lines
@@ -205,15 +204,12 @@ def _compared(
 ) -> list[tuple[Pair, Distance | None]]:
     """Returns the comparable pairs with their distances; fails if a leaf is only a shape."""
     __tracebackhide__ = True
-    check_readable(verb, [(pair.name, leaf) for pair in pairs for leaf in (pair.first, pair.second)])
-    shapes = [pair.name for pair in pairs if only_shape(pair)]
+    compared = measured(verb, pairs, rtol, atol)
     _fail(
         f"{verb}: some leaves are only shapes; pt.testing.assert_shapes_match compares those",
-        [f"  {_name(name)} has no values." for name in shapes],
+        [f"  {_name(pair.name)} has no values." for pair in pairs if only_shape(pair)],
     )
-    pairs = [pair for pair in pairs if comparable(pair.first, pair.second)]
-    measured = distances([(pair.first, pair.second) for pair in pairs], float(rtol), float(atol))
-    return list(zip(pairs, measured, strict=True))
+    return compared
 
 
 def _chex() -> Any:
@@ -242,11 +238,7 @@ def _traced(*trees: Any) -> bool:
 
 
 def _array(leaf: Any) -> Any:
-    """Returns a leaf as an array that chex can compare: for a PRNG key, its data."""
-    dtype = dtype_of(leaf)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _name(name: str) -> str:
@@ -254,9 +246,8 @@ def _name(name: str) -> str:
 
 
 def _off(distance: Distance) -> str:
-    count = f"{distance.differing} of {distance.size} elements"
-    largest = distance.largest
-    return f"{count} off" + ("" if largest is None else f", largest difference {float_text(largest)}")
+    largest = "" if distance.largest is None else f", largest difference {distance.largest:.4g}"
+    return f"{distance.differing} of {distance.size} elements off{largest}"
 
 
 def _worst(pair: Pair, rtol: float) -> str:

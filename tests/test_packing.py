@@ -357,7 +357,7 @@ def test_threads_that_pack_one_tree_get_one_treedef() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     barrier = threading.Barrier(8)
-    tree = pt.from_tree({f"only_in_this_test{i}": jnp.ones(i + 1) for i in range(200)})
+    tree = pt.from_tree({f"only_in_this_test{i}": np.ones(i + 1, np.float32) for i in range(200)})
 
     def packed(_: int) -> Any:
         barrier.wait()

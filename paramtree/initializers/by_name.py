@@ -10,23 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.errors import ParamTreeError, RuleError
-from paramtree.initializers.values import (
-    Bilinear,
-    Constant,
-    Initializer,
-    LSTMBias,
-    MSRAPrelu,
-    Normal,
-    One,
-    Orthogonal,
-    Shape,
-    TruncNorm,
-    Uniform,
-    Xavier,
-    Zero,
-)
-
-__all__ = ["Load", "Mixed", "get"]
+from paramtree.initializers import values
+from paramtree.initializers.values import Constant, Initializer, Normal, Shape, Zero
 
 
 class _ByName:
@@ -121,15 +106,15 @@ class _Loaded(Constant):
 
 _BY_NAME: dict[str, Callable[[], Initializer]] = {
     "zeros": Zero,
-    "ones": One,
-    "uniform": Uniform,
+    "ones": values.One,
+    "uniform": values.Uniform,
     "normal": Normal,
-    "truncnorm": TruncNorm,
-    "orthogonal": Orthogonal,
-    "xavier": Xavier,
-    "msraprelu": MSRAPrelu,
-    "bilinear": Bilinear,
-    "lstmbias": LSTMBias,
+    "truncnorm": values.TruncNorm,
+    "orthogonal": values.Orthogonal,
+    "xavier": values.Xavier,
+    "msraprelu": values.MSRAPrelu,
+    "bilinear": values.Bilinear,
+    "lstmbias": values.LSTMBias,
 }
 
 

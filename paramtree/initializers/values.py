@@ -14,21 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = [
-    "Bilinear",
-    "Constant",
-    "Initializer",
-    "LSTMBias",
-    "MSRAPrelu",
-    "Normal",
-    "One",
-    "Orthogonal",
-    "TruncNorm",
-    "Uniform",
-    "Xavier",
-    "Zero",
-]
-
 Shape = tuple[int, ...]
 Initializer = Callable[[jax.Array, Shape, Any], jax.Array]
 
@@ -188,12 +173,10 @@ class Xavier:
         if 0 in shape:
             return jnp.zeros(shape, dtype)  # variance_scaling would divide by a fan of 0
         # jax draws from U[-s, s] with s = √(3 scale / fan), or normally with variance scale / fan.
-        uniform = self.rnd_type == "uniform"
-        scale = self.magnitude / 3 if uniform else self.magnitude
-        mode: Any = f"fan_{self.factor_type}"
-        draw = jax.nn.initializers.variance_scaling(
-            scale, mode, "uniform" if uniform else "normal", in_axis=1, out_axis=0
-        )
+        scale = self.magnitude / 3 if self.rnd_type == "uniform" else self.magnitude
+        kind: Any = self.rnd_type.replace("gaussian", "normal")
+        fan: Any = f"fan_{self.factor_type}"
+        draw = jax.nn.initializers.variance_scaling(scale, fan, kind, in_axis=1, out_axis=0)
         return draw(key, shape, dtype)
 
 

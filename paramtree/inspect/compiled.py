@@ -26,7 +26,6 @@ __all__ = ["collectives", "facts", "facts_elsewhere"]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _FLAG = "--xla_force_host_platform_device_count"
-_BYTES = {"pred": 1, "c64": 8, "c128": 16}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$", re.MULTILINE)
 _EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 _CALLED = re.compile(
@@ -69,10 +68,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
                 total["runs"] += times
                 total["bytes"] += times * _nbytes(exchange[1])
             trips = _TRIPS.search(line)
-            for single, several in _CALLED.findall(line):
-                for called in (single, *re.findall(r"[\w.-]+", several)):
-                    if called:
-                        walk(called, times * (int(trips[1]) if trips and " while(" in line else 1))
+            repeats = int(trips[1]) if trips and " while(" in line else 1
+            for names in _CALLED.findall(line):
+                for called in re.findall(r"[\w.-]+", " ".join(names)):
+                    walk(called, times * repeats)
         seen.add(name)
 
     walk(entry, 1)
@@ -83,8 +82,8 @@ def _nbytes(shapes: str) -> int:
     """Returns the size in bytes of an array type or a tuple type in HLO text."""
     size = 0
     for kind, dimensions in _ARRAY.findall(shapes):
-        bits = re.search(r"\d+", kind)
-        itemsize = _BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
+        bits = re.search(r"\d+", kind)  # "pred", a boolean, has none
+        itemsize = max(1, int(bits[0]) // 8) if bits else 1
         size += itemsize * math.prod(int(n) for n in dimensions.split(",") if n)
     return size
 
@@ -106,11 +105,7 @@ def facts(compiled: Any) -> dict[str, Any]:
 
 
 def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict[str, Any]:
-    """Returns ``facts`` of a program, compiled in a subprocess that has enough CPU devices.
-
-    Args:
-      exported: the program, exported for CPU.
-      axes: the names and sizes of the mesh axes.
+    """Returns ``facts`` of a program for CPU, compiled in a subprocess that has enough devices.
 
     Raises:
       ParamTreeError: the program cannot be compiled.
@@ -138,8 +133,7 @@ def facts_elsewhere(exported: jax.export.Exported, axes: dict[str, int]) -> dict
         raise ParamTreeError(
             f"plan: the program for {count} devices cannot be compiled: {error[:1000].strip()}"
         )
-    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return result
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def _main() -> None:

@@ -6,6 +6,7 @@ compared with a nested dict or a file, by name.
 
 import math
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,12 @@ import numpy as np
 
 from paramtree.core.arrays import describe, dtype_of, shape_of, short
 from paramtree.core.errors import ParamTreeError
-from paramtree.inspect.distance import comparable, distances
+from paramtree.inspect.distance import Distance, comparable, distances
 from paramtree.inspect.measure import absent
-from paramtree.inspect.report import Column, Report, Table, count_text, float_text, plural
+from paramtree.inspect.report import Report, Table, plural
 from paramtree.verbs.compare import Difference, Pair, compare, sides
 
-__all__ = ["Change", "Diff", "check_readable", "check_tolerances", "diff", "only_shape"]
+__all__ = ["Change", "Diff", "check_tolerances", "diff", "measured", "only_shape"]
 
 
 class Change(NamedTuple):
@@ -67,45 +68,36 @@ class Diff(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the structural differences as a list and the changed values by name."""
-        values = {change.name: change._asdict() for change in self.changes}
-        for row in values.values():
-            del row["name"]
+        rows = [change._asdict() for change in self.changes]
         return {
             "structure": [difference._asdict() for difference in self.differences],
-            "values": values,
+            "values": {row.pop("name"): row for row in rows},
             "compared": self.compared,
             "shapes_only": self.shapes_only,
         }
 
     def table(self) -> Table:
-        """Returns a table with a row for each difference."""
-        columns = (
-            Column("name"),
-            Column("difference"),
-            Column("a"),
-            Column("b"),
-            *(Column(title, number=True) for title in ("elements", "largest", "relative")),
-        )
+        numbers = ("elements", "largest", "relative")
+        columns = ("name", "difference", "a", "b", *numbers)
         rows = [(d.name or "(the tree)", d.what, *sides(d), "", "", "") for d in self.differences] + [
             (
                 change.name,
                 "value",
                 change.a or "",
                 change.b or "",
-                f"{count_text(change.differing)} of {count_text(change.size)}",
-                *("" if v is None else float_text(v) for v in (change.largest, change.relative)),
+                f"{change.differing:,} of {change.size:,}",
+                *("" if v is None else f"{v:.4g}" for v in (change.largest, change.relative)),
             )
             for change in self.changes
         ]
-        filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-        notes = []
-        if self.shapes_only:
-            notes = [f"Values were not compared for {_leaves(self.shapes_only)} with only a shape."]
+        filled = [any(column) for column in zip(*rows, strict=True)]
+        note = f"Values were not compared for {_leaves(self.shapes_only)} with only a shape."
         return Table(
             self._title(),
-            tuple(columns[i] for i in filled),
-            [tuple(row[i] for i in filled) for row in rows],
-            notes=notes,
+            list(compress(columns, filled)),
+            [tuple(compress(row, filled)) for row in rows],
+            numbers,
+            notes=[note] if self.shapes_only else [],
         )
 
     def _title(self) -> str:
@@ -113,9 +105,9 @@ class Diff(Report):
             return f"No difference in {_leaves(self.compared + self.shapes_only)}"
         parts = []
         if self.differences:
-            parts.append(f"{count_text(len(self.differences))} in structure, shapes and dtypes")
+            parts.append(f"{len(self.differences):,} in structure, shapes and dtypes")
         if self.compared:
-            parts.append(f"{count_text(len(self.changes))} of {_leaves(self.compared)} in value")
+            parts.append(f"{len(self.changes):,} of {_leaves(self.compared)} in value")
         return f"Differences: {', '.join(parts)}"
 
 
@@ -162,18 +154,12 @@ def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
     """
     check_tolerances(rtol, atol)
     differences, pairs = compare(a, b)
-    check_readable("diff", [(pair.name, leaf) for pair in pairs for leaf in (pair.first, pair.second)])
-    readable = [pair for pair in pairs if comparable(pair.first, pair.second)]
-    measured = distances([(pair.first, pair.second) for pair in readable], float(rtol), float(atol))
-    changes = [
-        Change(pair.name, *distance, *_shown(pair))
-        for pair, distance in zip(readable, measured, strict=True)
-        if distance is not None
-    ]
+    compared = measured("diff", pairs, rtol, atol)
+    changes = [Change(pair.name, *far, *_shown(pair)) for pair, far in compared if far is not None]
     return Diff(
         tuple(difference for difference in differences if difference.what != "container"),
         tuple(sorted(changes, key=_rank)),
-        len(readable),
+        len(compared),
         sum(only_shape(pair) for pair in pairs),
     )
 
@@ -185,8 +171,9 @@ def check_tolerances(rtol: Any, atol: Any) -> None:
             raise ValueError(f"{name} must be a non-negative number, but found {value!r}.")
 
 
-def check_readable(verb: str, leaves: list[tuple[str, Any]]) -> None:
-    """Raises if values are traced, donated or deleted."""
+def measured(verb: str, pairs: list[Pair], rtol: Any, atol: Any) -> list[tuple[Pair, Distance | None]]:
+    """Returns the comparable pairs with their distances; raises if values are traced or gone."""
+    leaves = [(pair.name, leaf) for pair in pairs for leaf in pair[1:]]
     if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
         raise TypeError(
             f"{verb} compares values, which are unknown while a function is traced. "
@@ -201,25 +188,26 @@ def check_readable(verb: str, leaves: list[tuple[str, Any]]) -> None:
             f"{verb}: the values of {shown} are gone: they were donated to a jitted function or "
             "deleted. Compare before that call, or do not donate them."
         )
+    pairs = [pair for pair in pairs if comparable(pair.first, pair.second)]
+    far = distances([(pair.first, pair.second) for pair in pairs], float(rtol), float(atol))
+    return list(zip(pairs, far, strict=True))
 
 
 def only_shape(pair: Pair) -> bool:
     """Whether one of two leaves is only a shape."""
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (pair.first, pair.second))
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in pair[1:])
 
 
-def _rank(change: Change) -> tuple[bool, bool, float]:
-    relative = change.relative
-    unknown = relative is None or math.isnan(relative)
-    return not unknown, relative is not None, 0.0 if unknown or relative is None else -relative
+def _rank(change: Change) -> tuple[int, float]:
+    if change.relative is None or math.isnan(change.relative):
+        return int(change.relative is not None), 0.0
+    return 2, -change.relative
 
 
 def _shown(pair: Pair) -> tuple[str | None, str | None]:
     """Returns the values of two single-element leaves as text; None for larger leaves."""
-    if math.prod(shape_of(pair.first) or ()) != 1:
-        return None, None
-    first, second = (_value(leaf) for leaf in (pair.first, pair.second))
-    return first, second
+    single = math.prod(shape_of(pair.first) or ()) == 1
+    return (_value(pair.first), _value(pair.second)) if single else (None, None)
 
 
 def _value(leaf: Any) -> str | None:

@@ -16,22 +16,14 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, shape_of
 
-__all__ = ["Distance", "comparable", "distances", "numeric"]
+__all__ = ["Distance", "comparable", "distances", "is_key", "numeric"]
 
 BLOCK = 1 << 16  # elements; the intermediate results stay in cache
 LARGE = 1 << 20  # elements from which a leaf is measured on its device
 
 
 class Distance(NamedTuple):
-    """How far apart two leaves are.
-
-    Attributes:
-      differing: the number of elements that differ by more than the tolerance.
-      size: the number of elements.
-      largest: the largest absolute difference; NaN if exactly one side is NaN somewhere, None if the
-        leaf is not numeric.
-      relative: the Euclidean norm of the difference over that of the first leaf's finite elements.
-    """
+    """How far apart two leaves are: the attributes of a ``Change`` that are numbers."""
 
     differing: int
     size: int
@@ -41,9 +33,7 @@ class Distance(NamedTuple):
 
 def comparable(a: Any, b: Any) -> bool:
     """Whether the values of two leaves can be compared element by element."""
-    if isinstance(a, jax.ShapeDtypeStruct) or isinstance(b, jax.ShapeDtypeStruct):
-        return False
-    if shape_of(a) != shape_of(b):
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (a, b)) or shape_of(a) != shape_of(b):
         return False
     return bool(dtype_of(a) == dtype_of(b)) or (numeric(a) and numeric(b))
 
@@ -71,6 +61,12 @@ def numeric(leaf: Any) -> bool:
     if dtype is None:
         return isinstance(leaf, bool | int | float | complex) and np.asarray(leaf).dtype != object
     return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
+    dtype = dtype_of(leaf)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def _on_host(a: Any, b: Any) -> bool:
@@ -116,22 +112,20 @@ def _parts(xp: Any, x: Any, y: Any, rtol: Any, atol: Any) -> tuple[Any, Any, Any
 
 def _widened(x: Any) -> Any:
     """Returns booleans and small integers as 32-bit integers."""
-    if jnp.issubdtype(x.dtype, jnp.signedinteger) and x.dtype.itemsize < 4:
-        return x.astype(np.int32)
-    if (jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4) or x.dtype == np.bool_:
-        return x.astype(np.uint32)
-    return x
+    small = x.dtype == np.bool_ or (jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4)
+    signed = jnp.issubdtype(x.dtype, jnp.signedinteger)
+    return x.astype(np.int32 if signed else np.uint32) if small else x
 
 
 def _wide(xp: Any, *arrays: Any) -> Any:
     """Returns the dtype to compute in: float64, or in jax float32 unless an input has 64 bits."""
-    kinds = {x.dtype.kind for x in arrays}
     if xp is np:
         return np.result_type(np.float64, *(x.dtype for x in arrays if x.dtype.kind in "fc"))
     long = any(x.dtype in (np.float64, np.complex128, np.int64, np.uint64) for x in arrays)
-    if "c" in kinds:
-        return np.dtype(np.complex128 if long else np.complex64)
-    return np.dtype(np.float64 if long else np.float32)
+    is_complex = any(x.dtype.kind == "c" for x in arrays)
+    return np.result_type(
+        np.float64 if long else np.float32, np.complex64 if is_complex else np.float32
+    )
 
 
 def _of_arrays(x: np.ndarray, y: np.ndarray, rtol: float, atol: float) -> Distance | None:
@@ -190,7 +184,7 @@ def _of_objects(a: Any, b: Any) -> Distance | None:
     dtype = dtype_of(a)
     if dtype is None:
         return None if _same(a, b) else Distance(1, 1, None, None)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(a):
         x, y = (np.asarray(jax.random.key_data(leaf)) for leaf in (a, b))
         unequal = np.any(x != y, axis=-1)
     elif dtype == jax.dtypes.float0:

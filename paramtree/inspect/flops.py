@@ -19,17 +19,9 @@ from paramtree.model.observe import call_of
 
 __all__ = ["Work", "calls_in", "count_flops", "split_by_call"]
 
-# Primitives that wrap a jaxpr, and the parameter that holds it; names of new and old jax versions.
-_WRAPPERS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+# Primitives that wrap one jaxpr; names of new and old jax versions.
+_WRAPPERS = ("jit", "pjit", "checkpoint", "remat2", "closed_call", "core_call", "custom_jvp_call",
+             "custom_vjp_call")  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -63,7 +55,7 @@ def split_by_call(jaxpr: Any) -> tuple[list[bool], list[Work]]:
 
 class _Splitter:
     def __init__(self) -> None:
-        self._opened: dict[int, tuple[Any, bool]] = {}  # keyed by id; the value keeps the jaxpr alive
+        self._opened: dict[Any, bool] = {}  # by jaxpr: whether it contains calls or scans
 
     def split(self, jaxpr: Any, wanted: Sequence[bool], call: int) -> tuple[list[bool], list[Work]]:
         """Splits a jaxpr, given which outputs are needed; unmarked equations belong to ``call``."""
@@ -89,18 +81,15 @@ class _Splitter:
     def _opens(self, equation: Any) -> bool:
         """Whether to look inside an equation: it is a scan, or contains calls or scans."""
         name = equation.primitive.name
-        if name == "scan":
-            return True
-        opened = name in _WRAPPERS or name in ("cond", "while")
-        return opened and any(map(self._has_calls, _inner_jaxprs(equation)))
+        opened = name in (*_WRAPPERS, "cond", "while")
+        return name == "scan" or (opened and any(map(self._has_calls, _inner_jaxprs(equation))))
 
     def _has_calls(self, jaxpr: Any) -> bool:
-        if id(jaxpr) not in self._opened:
-            has_calls = any(
-                call_of(equation) is not None or self._opens(equation) for equation in jaxpr.eqns
+        if jaxpr not in self._opened:
+            self._opened[jaxpr] = any(
+                call_of(eqn) is not None or self._opens(eqn) for eqn in jaxpr.eqns
             )
-            self._opened[id(jaxpr)] = jaxpr, has_calls
-        return self._opened[id(jaxpr)][1]
+        return self._opened[jaxpr]
 
     def _open_equation(
         self, equation: Any, outputs: list[bool], call: int
@@ -118,7 +107,7 @@ class _Splitter:
             bodies = [_open(params["cond_jaxpr"]), _open(params["body_jaxpr"])]
             work = [w for body in bodies for w in self.split(body, [True] * len(body.outvars), call)[1]]
             return [True] * len(equation.invars), work
-        return self.split(_open(params[_WRAPPERS[name]]), outputs, call)
+        return self.split(_inner_jaxprs(equation)[0], outputs, call)
 
 
 def count_flops(work: Sequence[Work], known: dict[Hashable, float]) -> dict[int, float]:
@@ -153,12 +142,10 @@ def _analysed(equations: Any) -> float:
         # The CPU backend analyses without compiling; those of accelerators do not.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             analysis: Any = jax.jit(run).lower(*inputs).cost_analysis()
-    except Exception:  # from any backend; only this count becomes unknown
+        # XLA reports a negative count for custom calls it does not know.
+        return max(0.0, float(analysis.get("flops", 0.0)))
+    except Exception:  # from any backend, or without an analysis; only this count becomes unknown
         return math.nan
-    if isinstance(analysis, list):
-        analysis = analysis[0] if analysis else None
-    # XLA reports a negative count for custom calls it does not know.
-    return math.nan if analysis is None else max(0.0, float(analysis.get("flops", 0.0)))
 
 
 def _sub_jaxpr(jaxpr: Any, reverse: Sequence[Any]) -> Any:

@@ -18,7 +18,9 @@ import numpy as np
 
 __all__ = ["absent", "CHUNK", "FIELDS", "measure"]
 
-FIELDS = ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf")
+_FLOATS = ("mean", "std", "min", "max", "norm", "zeros")
+_COUNTS = ("nan", "inf")
+FIELDS = (*_FLOATS, *_COUNTS)
 
 # Leaves of four chunks or more are read chunk by chunk. A chunk and its accumulators fit in cache.
 CHUNK = 16384
@@ -26,8 +28,6 @@ CHUNK = 16384
 # loading and storing the accumulators takes most of the time.
 _LANES, _PARTS = 1024, 8
 _THREADS = 4  # more do not read memory any faster
-_FLOATS = ("mean", "std", "min", "max", "norm", "zeros")
-_COUNTS = ("nan", "inf")
 _Sums = tuple[Any, ...]  # of offsets, of their squares; min, max; counts of zeros, NaN, infinities
 
 
@@ -46,8 +46,8 @@ def measure(leaves: list[Any], bins: int = 0) -> list[Any]:
     widest = max((floats.dtype for floats, _ in rows), key=lambda dtype: dtype.itemsize)
     floats = xp.stack([row.astype(widest) for row, _ in rows])[: len(leaves)].T
     counts = xp.stack([row for _, row in rows])[: len(leaves)]
-    columns = dict(zip((*_FLOATS, *_COUNTS), (*floats, *counts[:, : len(_COUNTS)].T), strict=True))
-    return [*(columns[field] for field in FIELDS), counts[:, len(_COUNTS) :] if bins else None]
+    not_finite, histograms = xp.split(counts, [len(_COUNTS)], axis=1)
+    return [*floats, *not_finite.T, histograms if bins else None]
 
 
 def _rows(leaves: list[Any], bins: int) -> list[tuple[Any, Any]]:
@@ -131,40 +131,25 @@ def _middle(x: jax.Array) -> jax.Array:
 def _sums(x: jax.Array, shift: jax.Array, chunked: bool, fast: bool) -> _Sums:
     if not chunked:
         return _reduced(_terms(x, shift))
-    if fast:
-        lanes = _fast_lanes(x, shift)
-        return _add(_reduced(lanes), _reduced(_terms(_tail(x, _LANES * _PARTS), shift)))
-    first = _terms(_chunk(x, 0), shift)
-    lanes = jax.lax.fori_loop(
-        1, x.size // CHUNK, lambda i, sums: _add(sums, _terms(_chunk(x, i), shift)), first
-    )
-    return _add(_reduced(lanes), _reduced(_terms(_tail(x), shift)))
+    size, not_finite = (_LANES * _PARTS, [jnp.zeros(1, jnp.int32)] * 2) if fast else (CHUNK, [])
+
+    def sums(i: Any) -> _Sums:
+        return _fast_terms(x, i, shift) if fast else _terms(_chunk(x, i), shift)
+
+    lanes = jax.lax.fori_loop(1, x.size // size, lambda i, lanes: _add(lanes, sums(i)), sums(0))
+    return _add(_reduced((*lanes, *not_finite)), _reduced(_terms(_tail(x, size), shift)))
 
 
-def _fast_lanes(x: jax.Array, shift: jax.Array) -> _Sums:
-    """Returns the sums of each lane over all chunks, for finite values."""
-
-    def terms(chunk: Any, part: int) -> _Sums:
+def _fast_terms(x: jax.Array, chunk: Any, shift: jax.Array) -> _Sums:
+    """Returns the sums of each lane over the parts of a chunk, for finite values."""
+    parts: list[_Sums] = []
+    for part in range(_PARTS):
         value = _chunk(x, chunk * _PARTS + part, _LANES)
         offset = value - shift
-        return offset, offset * offset, value, value, (value == 0).astype(jnp.int32)
-
-    def chunk_sums(chunk: Any) -> _Sums:
-        parts = [terms(chunk, part) for part in range(_PARTS)]
-        while len(parts) > 1:
-            parts = [_fast_add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
-
-    last = x.size // (_LANES * _PARTS)
-    lanes = jax.lax.fori_loop(1, last, lambda i, sums: _fast_add(sums, chunk_sums(i)), chunk_sums(0))
-    none = jnp.zeros(1, jnp.int32)
-    return (*lanes, none, none)
-
-
-def _fast_add(a: _Sums, b: _Sums) -> _Sums:
-    # jnp.where is one instruction; jnp.minimum takes several, to propagate NaN.
-    low, high = jnp.where(b[2] < a[2], b[2], a[2]), jnp.where(b[3] > a[3], b[3], a[3])
-    return a[0] + b[0], a[1] + b[1], low, high, a[4] + b[4]
+        parts.append((offset, offset * offset, value, value, (value == 0).astype(jnp.int32)))
+    while len(parts) > 1:
+        parts = [_add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def _terms(x: jax.Array, shift: jax.Array) -> _Sums:
@@ -182,7 +167,8 @@ def _terms(x: jax.Array, shift: jax.Array) -> _Sums:
 
 
 def _add(a: _Sums, b: _Sums) -> _Sums:
-    ends = jnp.minimum(a[2], b[2]), jnp.maximum(a[3], b[3])
+    # jnp.where is one instruction; jnp.minimum takes several, to propagate NaN.
+    ends = jnp.where(b[2] < a[2], b[2], a[2]), jnp.where(b[3] > a[3], b[3], a[3])
     return (a[0] + b[0], a[1] + b[1], *ends, *(i + j for i, j in zip(a[4:], b[4:], strict=True)))
 
 
@@ -222,14 +208,9 @@ def _histogram(x: jax.Array, low: Any, high: Any, bins: int, chunked: bool) -> j
 
 
 def absent(leaf: Any) -> str:
-    """Returns why a leaf has no values to read, or an empty string if it has; tracers have values.
-
-    Example:
-      >>> absent(jax.ShapeDtypeStruct((2,), "float32")), absent(jax.numpy.ones(2))
-      ('is only a shape', '')
-    """
+    """Returns why a leaf has no values to read, or an empty string if it has; tracers have values."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return "is only a shape"
-    traced = isinstance(leaf, jax.core.Tracer)
-    gone = not traced and isinstance(leaf, jax.Array) and leaf.is_deleted()
+    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    gone = is_array and leaf.is_deleted()
     return "was donated to a jitted function, or deleted" if gone else ""

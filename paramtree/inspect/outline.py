@@ -38,7 +38,7 @@ class Leaf:
     shape: str = ""
     dtype: str = ""
     count: int | None = None
-    nbytes: int | None = None
+    nbytes: int = 0
     leaves: int = 0
     state: bool = False
     tied: str = ""
@@ -46,9 +46,8 @@ class Leaf:
 
     def cells(self) -> tuple[str, str, str, str]:
         """Returns the shape, the dtype, the count and the bytes as text."""
-        count = "" if self.count is None else f"{self.count:,}"
-        size = "" if self.nbytes is None else bytes_text(self.nbytes)
-        return self.shape, self.dtype, count, size
+        sizes = ("", "") if self.count is None else (f"{self.count:,}", bytes_text(self.nbytes))
+        return self.shape, self.dtype, *sizes
 
 
 @dataclass(slots=True)
@@ -70,7 +69,7 @@ class Level:
         """Adds a child to the totals of this level."""
         self.leaves += child.leaves
         self.count += child.count or 0
-        self.nbytes += child.nbytes or 0
+        self.nbytes += child.nbytes
         self.state += child.state if isinstance(child, Level) else child.state * (child.count or 0)
         self.holes += child.holes if isinstance(child, Level) else child.slot == HOLE
         self.tied += child.tied if isinstance(child, Level) else bool(child.tied)
@@ -197,13 +196,7 @@ def opened(top: Level, most: int | None) -> set[int]:
 def lines(
     top: Level, most: int | None = None, measures: Mapping[int, tuple[str, ...]] | None = None
 ) -> Iterator[str]:
-    """Yields the lines of an outline as text, which may be large.
-
-    Args:
-      top: the outline.
-      most: the approximate number of lines; None for all.
-      measures: extra cells by slot, the same number for each; slot -1 holds their headings.
-    """
+    """Yields about ``most`` lines of an outline, with extra cells by slot; -1 has their headings."""
     measures, open_ids = measures or {}, opened(top, most)
     heading = measures.get(-1, ())
     blank = ("",) * len(heading)

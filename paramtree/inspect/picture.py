@@ -16,13 +16,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    Formatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from paramtree.inspect.tiling import arranged, extremes, tiled
 
-__all__ = [
-    "BLUE", "VERMILION", "Picture", "grid", "heat", "histogram", "proportion", "ratios", "wrapped",
-]  # fmt: skip
+__all__ = ["Picture", "grid", "heat", "histogram", "proportion", "ratios", "wrapped"]
 
 SMALL, NORMAL = 6, 7  # points
 # The palette of Okabe and Ito, safe for colour-blind readers. Yellow marks non-finite cells in a heat
@@ -67,11 +72,14 @@ def grid(columns: int, width: float, heights: Sequence[float]) -> tuple[Picture,
 
 def _style(axes: Axes, size: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_linewidth(0.5)
-    axes.tick_params(which="both", labelsize=size, width=0.5, length=2, pad=2)
+    _thin(axes, size)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set_fontsize(size)
+
+
+def _thin(axes: Axes, size: float = SMALL) -> None:
+    axes.spines[:].set_linewidth(0.5)
+    axes.tick_params(which="both", labelsize=size, width=0.5, length=2, pad=2)
 
 
 def _literal(text: Text, content: str) -> None:
@@ -104,8 +112,7 @@ def _head(axes: Axes, title: str, note: str, problem: str = "") -> None:
 
 
 def _blank(axes: Axes, text: str) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=SMALL, color=GREY)
 
 
@@ -185,8 +192,7 @@ def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) ->
         axes.imshow(np.ma.masked_array(where, ~where), cmap=ListedColormap([YELLOW]), **style)
     axes.spines[:].set_visible(True)
     if tiles.tile:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         for line, size, step in zip(
             (axes.axhline, axes.axvline), (rows, columns), tiles.tile, strict=True
         ):
@@ -194,17 +200,13 @@ def heat(axes: Axes, values: Any, title: str, note: str, limit: float | None) ->
                 for at in range(step, size, step):
                     line(at - 0.5, color=GREY, linewidth=0.3)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        for size, ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
-            if size == 1:
-                ticks([])
+        for size, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
+            axis.set_major_locator(MaxNLocator(4, integer=True) if size != 1 else NullLocator())
     scale = axes.inset_axes((1.03, 0, 0.04, 1))  # keeps the height of the map at any aspect
     bar = axes.figure.colorbar(image, cax=scale, extend="both" if largest > top else "neither")
     marks = (-top, top) if rows == 1 else (-top, 0, top)
     bar.set_ticks(marks, labels=[Formatter.fix_minus(f"{value:.2g}") for value in marks])
-    scale.tick_params(labelsize=SMALL, width=0.5, length=2, pad=2)
-    scale.spines[:].set_linewidth(0.5)
+    _thin(scale)
 
 
 def ratios(steps: Any, names: Sequence[str], table: Any) -> Picture:
@@ -263,6 +265,5 @@ def _order_bar(picture: Picture, axes: Axes, labels: Sequence[str]) -> None:
         at: Any = ("axes fraction", "data")
         text = bar.ax.annotate("", (1, i), (4, 0), at, "offset points", fontsize=SMALL, va="center")
         _literal(text, labels[i])
-    bar.ax.tick_params(width=0.5, length=2)
-    bar.ax.spines[:].set_linewidth(0.5)
+    _thin(bar.ax)
     bar.ax.invert_yaxis()  # first at the top, as in a legend

@@ -7,7 +7,7 @@ run. Nothing is allocated.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from paramtree.core.arrays import describe, shape_of
 from paramtree.core.errors import ParamTreeError
 from paramtree.core.rules import UNSET, Rules
 from paramtree.inspect.compiled import facts, facts_elsewhere
-from paramtree.inspect.report import Column, Report, Table, bytes_text, count_text, plural
+from paramtree.inspect.report import Report, Table, bytes_text, plural, some
 from paramtree.inspect.show_sharding import places
 from paramtree.inspect.size import count
 from paramtree.model.grad import value_and_grad
@@ -55,42 +55,27 @@ class Plan(Report):
     backend: str
     large: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain values.
-
-        Example:
-          >>> Plan({"data": 2}, 9, {"total": 36}, {}, {}, "cpu", []).to_dict()["per_device"]
-          {'total': 36}
-        """
-        return asdict(self)
-
     def table(self) -> Table:
-        """Returns a table of the bytes, with the collectives as notes."""
         shape = ", ".join(f"{name}={size}" for name, size in self.axes.items())
         devices = plural(math.prod(self.axes.values()), "device", "devices")
         rows: list[tuple[str, ...]] = [
-            (
-                name,
-                bytes_text(size),
-                bytes_text(self.whole[name]) if name in self.whole else "",
-            )
+            (name, bytes_text(size), bytes_text(self.whole[name]) if name in self.whole else "")
             for name, size in self.per_device.items()
-            if name != "total"
         ]
         notes = [
-            f"{name}: {count_text(total['ops'])} in the program, {count_text(total['runs'])} a step, "
+            f"{name}: {total['ops']:,} in the program, {total['runs']:,} a step, "
             f"{bytes_text(total['bytes'])} to each device"
             for name, total in self.collectives.items()
         ] or ["The devices do not communicate."]
         if self.large:
-            more = f" and {len(self.large) - 3} more" if len(self.large) > 3 else ""
-            notes.append(f"Large and replicated on every device: {', '.join(self.large[:3])}{more}.")
+            notes.append(f"Large and replicated on every device: {some(self.large, 3)}.")
         notes.append(f"Activations and collectives come from a step compiled for {self.backend}.")
         return Table(
-            title=f"{count_text(self.count)} parameters on {devices} ({shape})",
-            columns=(Column(""), Column("per device", True), Column("on one device", True)),
-            rows=rows,
-            totals=[("total", bytes_text(self.per_device.get("total", 0)), "")],
+            title=f"{self.count:,} parameters on {devices} ({shape})",
+            columns=("", "per device", "on one device"),
+            rows=rows[:-1],
+            numbers=("per device", "on one device"),
+            totals=rows[-1:],
             notes=notes,
         )
 
@@ -151,10 +136,9 @@ def plan(
         )
     axis_sizes = {str(name): int(size) for name, size in mesh_shape.items()}
     mesh = _mesh(axis_sizes)
-    options: dict[str, Any] = {"axes": axes, "default": default, "uneven": uneven}
 
     def sharded(tree: Any) -> Any:
-        return shardings(tree, mesh, rules, **options)
+        return shardings(tree, mesh, rules, axes=axes, default=default, uneven=uneven)
 
     params = abstract(f, *inputs, ties=ties)
     measure = loss or _mean_square(f)
@@ -164,15 +148,12 @@ def plan(
     step = value_and_grad(measure)
     _, grads = jax.eval_shape(step, params, *inputs)
     state = jax.eval_shape((tx or _adam()).init, grads)
-    sizes = {
-        "parameters": places(params, sharded(params)),
-        "gradients": places(grads, sharded(grads)),
-        "optimiser": places(state, sharded(state)),
-    }
+    trees = {"parameters": params, "gradients": grads, "optimiser": state}
+    sizes = {name: places(tree, sharded(tree)) for name, tree in trees.items()}
     spec = P(next(iter(axis_sizes))) if batch is UNSET else batch
-    data = tuple(_input_shardings(a, mesh, spec, uneven) for a in inputs)
+    data = jax.tree.map(lambda leaf: _input_sharding(leaf, mesh, spec, uneven), inputs)
     ins, outs = (sharded(params), *data), sharded(grads)
-    compiled = _facts(step, (params, *inputs), ins, outs, mesh, axis_sizes)
+    compiled = _facts(step, (params, *inputs), ins, outs, mesh)
     per_device = {name: size.total for name, size in sizes.items()}
     per_device["activations"] = compiled["temporaries"]
     per_device["total"] = sum(per_device.values())
@@ -195,17 +176,12 @@ def _mesh(axes: dict[str, int]) -> Any:
     return Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), tuple(axes))
 
 
-def _input_shardings(value: Any, mesh: Any, spec: Any, uneven: str) -> Any:
-    """Returns the shardings of an input, which may be any pytree; scalars are replicated."""
-
-    def of_leaf(leaf: Any) -> Any:
-        rules = {".*": spec if leaf.shape else None}
-        return shardings({"input": leaf}, mesh, rules, uneven=uneven)["input"]
-
-    return jax.tree.map(of_leaf, value)
+def _input_sharding(leaf: Any, mesh: Any, spec: Any, uneven: str) -> Any:
+    rules = {".*": spec if leaf.shape else None}  # scalars are replicated
+    return shardings({"input": leaf}, mesh, rules, uneven=uneven)["input"]
 
 
-def _facts(step: Any, args: Any, ins: Any, grads: Any, mesh: Any, axes: dict[str, int]) -> Any:
+def _facts(step: Any, args: Any, ins: Any, grads: Any, mesh: Any) -> Any:
     """Returns the compiler's facts about the step, as a program of flat leaves."""
     flat, treedef = jax.tree.flatten(args)
 
@@ -216,7 +192,7 @@ def _facts(step: Any, args: Any, ins: Any, grads: Any, mesh: Any, axes: dict[str
     jitted = jax.jit(leaves, in_shardings=tuple(jax.tree.leaves(ins)), out_shardings=outs)
     if isinstance(mesh, Mesh):
         return facts(jitted.lower(*flat).compile())
-    return facts_elsewhere(jax.export.export(jitted, platforms=["cpu"])(*flat), axes)
+    return facts_elsewhere(jax.export.export(jitted, platforms=["cpu"])(*flat), dict(mesh.shape))
 
 
 def _mean_square(f: Callable[..., Any]) -> Callable[..., Any]:

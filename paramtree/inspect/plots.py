@@ -18,7 +18,7 @@ from paramtree.core.arrays import describe, dtype_of, join, shape_of, short
 from paramtree.core.errors import MismatchError, RuleError, suggest
 from paramtree.core.rules import Patterns
 from paramtree.core.tree import ParamTree, place_of
-from paramtree.inspect.distance import numeric
+from paramtree.inspect.distance import is_key, numeric
 from paramtree.inspect.measure import absent
 from paramtree.verbs.collect import collect, collect_matching, flat_tree
 from paramtree.verbs.from_tree import from_tree
@@ -267,19 +267,15 @@ def _leaves(
 
 def _with_values(verb: str, selected: Mapping[str, Any] | ParamTree) -> dict[str, Any]:
     """Returns the leaves except PRNG keys; raises MismatchError if one cannot be drawn."""
+    leaves = {name: leaf for name, leaf in selected.items() if not is_key(leaf)}
     problems = []
-    leaves = {}
-    for name, leaf in selected.items():
-        dtype = dtype_of(leaf)
-        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            continue
+    for name, leaf in leaves.items():
         if isinstance(leaf, jax.core.Tracer):
             problems.append(f"`{short(name)}` is traced: draw it outside of jit")
         elif why := absent(leaf):
             problems.append(f"`{short(name)}` {why}: draw the result of pt.init or of the step")
         elif not numeric(leaf):
             problems.append(f"`{short(name)}` is not an array of numbers: {describe(leaf)}")
-        leaves[name] = leaf
     if problems:
         raise MismatchError(f"{verb}: some leaves have no values. {'; '.join(problems)}.")
     return leaves
@@ -287,8 +283,7 @@ def _with_values(verb: str, selected: Mapping[str, Any] | ParamTree) -> dict[str
 
 def _gradients(tree: Any, leaves: Mapping[str, Any], grads: Any, sep: str) -> dict[str, Any]:
     """Returns the gradients of the leaves that have one."""
-    params = dict(collect(tree, sep=sep, aliases=True).items())
-    gradients = dict(collect(grads, sep=sep, aliases=True).items())
+    params, gradients = (collect(each, sep=sep, aliases=True) for each in (tree, grads))
     problems = []
     for name, gradient in gradients.items():
         if name not in params:

@@ -13,7 +13,7 @@ from typing import Any
 
 from paramtree.core.arrays import short
 
-__all__ = ["Report", "Table", "bytes_text", "plural", "some"]
+__all__ = ["Report", "Table", "bytes_text", "plural", "some", "with_unit"]
 
 MOST_ROWS = 1000  # rich takes half a millisecond per row
 NOTE = 400  # characters
@@ -24,23 +24,14 @@ _RULE_ABOVE = "border-top:1px solid rgba(128,128,128,.6);"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-      title: a line above the table.
-      columns: the headings of the columns.
-      rows: rows of text, one cell per column.
-      numbers: the headings of the columns that are right-aligned.
-      totals: rows below a rule.
-      notes: sentences below the table.
-    """
+    """A table of text."""
 
     title: str
     columns: Sequence[str]
     rows: list[tuple[str, ...]]
-    numbers: Collection[str] = ()
-    totals: list[tuple[str, ...]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    numbers: Collection[str] = ()  # the columns that are right-aligned
+    totals: list[tuple[str, ...]] = field(default_factory=list)  # rows below a rule
+    notes: list[str] = field(default_factory=list)  # sentences below the table
 
     def rich(self, most: int | None = MOST_ROWS) -> Any:
         """Returns a rich renderable of all rows, or of the first ``most``."""
@@ -136,35 +127,30 @@ class Report(ABC):
 
 
 def some(names: Sequence[str], most: int) -> str:
-    """Returns the first names, and the number of the others.
-
-    Example:
-      >>> some(["a", "b", "c", "d"], 3)
-      'a, b, c and 1 more'
-    """
+    """Returns the first names, and the number of the others, as in a, b, c and 2 more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(short, names[:most])) + more
 
 
 def plural(count: int, noun: str, nouns: str) -> str:
-    """Returns a count with its noun.
-
-    Example:
-      >>> plural(1, "leaf", "leaves"), plural(2000, "leaf", "leaves")
-      ('1 leaf', '2,000 leaves')
-    """
+    """Returns a count with its noun, as in 1 leaf or 2,000 leaves."""
     return f"{count:,} {noun if count == 1 else nouns}"
 
 
 def bytes_text(size: float) -> str:
-    """Returns a number of bytes in a suitable unit.
+    """Returns a number of bytes in a suitable unit, as in 320 B or 21.0 KiB."""
+    return with_unit(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def with_unit(number: float, step: int, units: Sequence[str]) -> str:
+    """Returns a number in the largest unit in which it is at least 1; each is ``step`` of the last.
 
     Example:
-      >>> bytes_text(320), bytes_text(21504), bytes_text(4 * 2**20)
-      ('320 B', '21.0 KiB', '4.0 MiB')
+      >>> with_unit(320, 1000, ("", "k", "M")), with_unit(8192, 1000, ("", "k", "M"))
+      ('320', '8.2 k')
     """
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
+    for unit in units:
+        if number < step or unit == units[-1]:
             break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+        number /= step
+    return f"{number:,.1f} {unit}" if unit != units[0] else f"{number:.0f} {unit}".rstrip()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.structure import PARAM, Path
 from paramtree.core.tree import ParamTree, flatten, place_of
@@ -14,42 +16,26 @@ from paramtree.model.observe import Call
 from paramtree.model.training import TrainingModel
 from paramtree.nn import Activation, Lambda, Repeat
 
-__all__ = ["Row", "arrays_text", "count_leaves", "flops_text", "rows_of", "title", "unwrapped"]
+__all__ = ["Row", "arrays_text", "count_leaves", "rows_of", "title", "unwrapped"]
 
 
 @dataclass
 class Row:
-    """One call of a layer.
+    """One call of a layer."""
 
-    Attributes:
-      name: the layer's name in the tree; empty for the model itself.
-      label: the name relative to the enclosing row.
-      layer: the type of the layer, as text.
-      depth: the number of enclosing rows.
-      inputs: the shapes of the arguments that are arrays.
-      outputs: the shapes of the results that are arrays.
-      params: the number of scalars in its own parameters.
-      trained: the number of these that are trained.
-      state: the number of scalars in its own state.
-      bytes: the bytes of both.
-      flops: its own floating-point operations; None if unknown.
-      tied: its aliases, each with the name under which the leaf is counted.
-      shared: whether an earlier row has counted some of its leaves under the same names.
-    """
-
-    name: str
-    label: str
-    layer: str
-    depth: int
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-    params: int = 0
-    trained: int = 0
-    state: int = 0
-    bytes: int = 0
-    flops: int | None = None
-    tied: dict[str, str] = field(default_factory=dict)
-    shared: bool = False
+    name: str  # the layer's name in the tree; empty for the model itself
+    label: str  # the name relative to the enclosing row
+    layer: str  # the type of the layer, as text
+    depth: int  # the number of enclosing rows
+    inputs: tuple[Any, ...]  # the shapes of the arguments that are arrays
+    outputs: tuple[Any, ...]  # the shapes of the results that are arrays
+    params: int = 0  # the number of scalars in its own parameters
+    trained: int = 0  # the number of these that are trained
+    state: int = 0  # the number of scalars in its own state
+    bytes: int = 0  # the bytes of both
+    flops: int | None = None  # its own floating-point operations; None if unknown
+    tied: dict[str, str] = field(default_factory=dict)  # its aliases, each with the name that counts
+    shared: bool = False  # whether an earlier row has counted some of its leaves under the same names
 
 
 def unwrapped(f: Any) -> Any:
@@ -185,32 +171,5 @@ def arrays_text(arrays: Sequence[Any]) -> str:
     """Returns the type of the first array, as in jaxprs, and the number of further arrays."""
     if not arrays:
         return ""
-    sizes = ",".join(map(str, arrays[0].shape))
-    more = f" +{len(arrays) - 1}" if len(arrays) > 1 else ""
-    return f"{_dtype_text(str(arrays[0].dtype))}[{sizes}]{more}"
-
-
-def _dtype_text(name: str) -> str:
-    """Returns a dtype as jaxprs print it.
-
-    Example:
-      >>> _dtype_text("bfloat16"), _dtype_text("uint8"), _dtype_text("bool")
-      ('bf16', 'u8', 'bool')
-    """
-    for long, brief in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
-        name = name.replace(long, brief)
-    return name
-
-
-def flops_text(count: float) -> str:
-    """Returns a number of operations with a unit of thousands, millions, ...
-
-    Example:
-      >>> flops_text(320), flops_text(8192), flops_text(1.7e9)
-      ('320', '8.2 k', '1.7 G')
-    """
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000 or unit == "P":
-            break
-        count /= 1000
-    return f"{count:.0f}" if not unit else f"{count:,.1f} {unit}"
+    first = jax.core.ShapedArray(arrays[0].shape, arrays[0].dtype).str_short(short_dtypes=True)
+    return f"{first} +{len(arrays) - 1}" if len(arrays) > 1 else first

@@ -64,8 +64,9 @@ font-size:11px}
 </style>"""
 _GROUP_DEPTH = -1
 _EMPTY = "<span></span> "
-_HEADS = (("shape", ""), ("dtype", ""), ("count", "pt-num"), ("bytes", "pt-num"))
-_STATS_HEADS = (*((field, "pt-num") for field in MEASURES), ("min to max", ""))
+_NUMBER = ' class="pt-num"'
+_HEADS = (("shape", ""), ("dtype", ""), ("count", _NUMBER), ("bytes", _NUMBER))
+_STATS_HEADS = (*((field, _NUMBER) for field in MEASURES), ("min to max", ""))
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,15 @@ def show(tree: Any, *, stats: bool = False) -> View:
     viewed = as_tree(tree)
     if not stats:
         return View(viewed)
-    slots, leaves = measurable(viewed), flatten(viewed)[1]
-    measured = measure([leaves[slot] for slot in slots], BINS)
-    columns = dict(zip((*FIELDS, "histogram"), measured, strict=True))
+    leaves = measurable(viewed)
+    columns = dict(zip((*FIELDS, "histogram"), measure(list(leaves.values()), BINS), strict=True))
     if any(isinstance(column, jax.core.Tracer) for column in columns.values()):
         raise TypeError(
             "show: values are unknown while a function is traced. Leave out stats=True, or return "
             "pt.stats(tree) from the function."
         )
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return View(viewed, {slot: dict(zip(columns, next(rows), strict=True)) for slot in slots})
+    return View(viewed, {slot: dict(zip(columns, next(rows), strict=True)) for slot in leaves})
 
 
 class _Writer:
@@ -150,7 +150,7 @@ class _Writer:
         ]
         if self.top.children:
             heads = _HEADS + _STATS_HEADS if self.wide else _HEADS
-            cells = "".join(_cell(head, kind) for head, kind in heads)
+            cells = "".join(f"<span{kind}>{head}</span> " for head, kind in heads)
             out.append(f'<div class="pt-row pt-head">{_EMPTY}{cells}<span></span></div>')
         return "\n".join([*out, *self.rows(self.top), "</div>"])
 
@@ -160,9 +160,7 @@ class _Writer:
         if len(children) > GROUP and level.depth != _GROUP_DEPTH:
             children = [_group(children[i : i + GROUP]) for i in range(0, len(children), GROUP)]
         for child in children:
-            name = (
-                f'<span class="pt-name" title="{escape(child.full)}">{_isolated(child.name)}</span>'
-            )
+            name = f'<span class="pt-name" title="{escape(child.full)}">{_isolated(child.name)}</span>'
             if isinstance(child, Leaf):
                 yield self.leaf(child, name)
                 continue
@@ -187,7 +185,7 @@ class _Writer:
             if leaf.state:
                 note = f'<span class="pt-tag">state</span> {note}'
             if row := self.statistics.get(leaf.slot):
-                numbers = "".join(_cell(text, "pt-num") for text in measures(row))
+                numbers = "".join(f"<span{_NUMBER}>{text}</span> " for text in measures(row))
                 more = numbers + _bars(row["histogram"])
                 odd = (("nan", "NaN"), ("inf", "infinite"))
                 if found := ", ".join(f"{row[key]:,} {word}" for key, word in odd if row[key]):
@@ -207,12 +205,10 @@ def _group(children: list[Level | Leaf]) -> Level:
 
 
 def _cells(item: Level | Leaf) -> str:
-    kinds = ("pt-dim", "pt-dim", "pt-num", "pt-num")
-    return "".join(_cell(text, kind) if text else _EMPTY for text, kind in zip(item.cells(), kinds, strict=True))
-
-
-def _cell(text: str, kind: str) -> str:
-    return f'<span class="{kind}">{escape(text)}</span> ' if kind else f"<span>{text}</span> "
+    shape, dtype, count, size = item.cells()
+    types = f'<span class="pt-dim">{escape(shape)}</span> <span class="pt-dim">{escape(dtype)}</span> '
+    sizes = f"<span{_NUMBER}>{count}</span> <span{_NUMBER}>{size}</span> "
+    return (types if shape else _EMPTY * 2) + (sizes if count else _EMPTY * 2)
 
 
 def _isolated(name: str) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, Sharding
 
-from paramtree.core.arrays import dtype_of, join, shape_of, short
+from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.errors import MismatchError
 from paramtree.core.pytrees import is_array_or_number, open_tree
-from paramtree.inspect.report import Column, Report, Table, bytes_text, plural
+from paramtree.inspect.report import Report, Table, bytes_text, plural, some
 from paramtree.sharding.place import spread
 
 __all__ = ["Place", "Places", "places", "show_sharding"]
@@ -20,23 +20,14 @@ LARGE = 2**20  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """How one leaf is sharded.
-
-    Attributes:
-      name: the name of the leaf.
-      shape: its global shape.
-      dtype: its dtype.
-      spec: its partition spec, as text.
-      bytes_per_device: the bytes that each device holds.
-      replicated: whether it is large and fully replicated over several devices.
-    """
+    """How one leaf is sharded."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the global shape
     dtype: str
-    spec: str
+    spec: str  # the partition spec, as text
     bytes_per_device: int
-    replicated: bool
+    replicated: bool  # whether it is large and fully replicated over several devices
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +61,6 @@ class Places(Report):
         return {"leaves": leaves, "total": self.total, "whole": self.whole, "above": self.above}
 
     def table(self) -> Table:
-        """Returns a table of the leaves and the total."""
         rows: list[tuple[str, ...]] = [
             (
                 leaf.name,
@@ -83,21 +73,16 @@ class Places(Report):
             for leaf in self.leaves
         ]
         large = [leaf.name for leaf in self.leaves if leaf.replicated]
-        notes = []
-        if large:
-            more = f" and {len(large) - 3} more" if len(large) > 3 else ""
-            notes.append(
-                f"Replicated on every device, and above {bytes_text(self.above)}: "
-                f"{', '.join(map(short, large[:3]))}{more}."
-            )
-        numbers = {"bytes per device"}
-        titles = ("name", "shape", "dtype", "spec", "bytes per device", "")
+        above = bytes_text(self.above)
         return Table(
             title="",
-            columns=tuple(Column(title, number=title in numbers) for title in titles),
+            columns=("name", "shape", "dtype", "spec", "bytes per device", ""),
             rows=rows,
+            numbers=("bytes per device",),
             totals=[("total per device", "", "", "", bytes_text(self.total), "")],
-            notes=notes,
+            notes=[f"Replicated on every device, and above {above}: {some(large, 3)}."]
+            if large
+            else [],
         )
 
     def __str__(self) -> str:
@@ -121,20 +106,17 @@ def places(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Places:
             "show_sharding takes a tree of arrays or shapes, but found one of shardings: pass both, as "
             "in pt.show_sharding(params, shardings)."
         )
-    leaves, total, full = [], 0, 0
+    leaves, total, whole = [], 0, 0
     for path, leaf, sharding in zip(source.structure.canonical, source.leaves, by_leaf, strict=True):
         shape, dtype = shape_of(leaf), dtype_of(leaf)
         if shape is None or dtype is None:
             continue
-        full_size = math.prod(shape) * dtype.itemsize
-        size = full_size
-        if sharding is not None:
-            size = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
-        several = sharding is not None and _devices(sharding) > 1
-        large = several and size == full_size > above
+        full = math.prod(shape) * dtype.itemsize
+        size = full if sharding is None else math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+        large = sharding is not None and sharding.num_devices > 1 and size == full > above
         leaves.append(Place(join(path), shape, str(dtype), _spec(sharding), size, large))
-        total, full = total + size, full + full_size
-    return Places(leaves, total, full, above)
+        total, whole = total + size, whole + full
+    return Places(leaves, total, whole, above)
 
 
 def show_sharding(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Places:
@@ -170,11 +152,6 @@ def show_sharding(tree: Any, shardings: Any = None, *, above: int = LARGE) -> Pl
     report = places(tree, shardings, above=above)
     print(report)
     return report
-
-
-def _devices(sharding: Any) -> int:
-    size = sharding.mesh.size if isinstance(sharding, NamedSharding) else sharding.num_devices
-    return int(size)
 
 
 def _spec(sharding: Any) -> str:

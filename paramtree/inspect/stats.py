@@ -23,7 +23,6 @@ __all__ = ["NonFinite", "Stats", "find_nonfinite", "measurable", "measures", "sp
 MEASURES = ("mean", "std", "min", "max", "zeros")
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, repr=False, eq=False)
 class Stats(Report):
     """Statistics of the leaves of a tree; a pytree, so a jitted function can return it.
@@ -68,29 +67,13 @@ class Stats(Report):
     inf: Any
     histogram: Any = None
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns the arrays and the static fields."""
-        arrays = (*(getattr(self, field) for field in FIELDS), self.histogram)
-        return arrays, (self.names, self.shapes, self.dtypes)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Any) -> "Stats":
-        """Returns the statistics of flattened parts."""
-        return cls(*static, *arrays)
-
     def __getitem__(self, name: str) -> dict[str, Any]:
         if name not in self.names:
             raise RuleError(f"stats: `{name}` is not among the names.{suggest(name, self.names)}")
         return next(row for row_name, row in self._rows() if row_name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the statistics of each name as numbers.
-
-        Example:
-          >>> import paramtree as pt
-          >>> pt.stats(pt.from_tree({"w": np.ones(2)})).to_dict()["w"]["mean"]
-          1.0
-        """
+        """Returns the statistics of each name as numbers."""
         return dict(self._rows())
 
     def _rows(self, last: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,6 +103,16 @@ class Stats(Report):
             rows.append((name, str(shape), *measures(row), f"{row['norm']:.4g}", counts, *spark))
         note = f"{plural(bad, 'leaf holds', 'leaves hold')} non-finite values."
         return Table(head, columns, rows, numbers, notes=[note] if bad else [])
+
+
+jax.tree_util.register_pytree_node(
+    Stats,
+    lambda made: (
+        [getattr(made, field) for field in (*FIELDS, "histogram")],
+        (made.names, made.shapes, made.dtypes),
+    ),
+    lambda static, arrays: Stats(*static, *arrays),
+)
 
 
 def stats(tree: Any, pattern: Patterns = None, *, kind: str | None = None, bins: int = 0) -> Stats:
@@ -162,27 +155,28 @@ def _stats(verb: str, tree: Any, pattern: Patterns, kind: str | None, bins: int)
     source = open_tree(tree, is_array_or_number)
     named = unflatten(source.structure, source.leaves, source.place)
     flat = collect_matching(verb, named, pattern, kind=kind)
-    slots, named = measurable(flat), list(flat.items())
-    shapes = tuple(shape_of(leaf) or () for leaf in leaves)
-    dtypes = tuple(str(dtype_of(leaf) or jnp.result_type(leaf)) for leaf in leaves)
-    return Stats(names, shapes, dtypes, *measure(leaves, bins))
+    leaves = measurable(flat)
+    names = tuple(join(flatten(flat)[0].canonical[slot]) for slot in leaves)
+    shapes = tuple(shape_of(leaf) or () for leaf in leaves.values())
+    dtypes = tuple(str(dtype_of(leaf) or jnp.result_type(leaf)) for leaf in leaves.values())
+    return Stats(names, shapes, dtypes, *measure(list(leaves.values()), bins))
 
 
-def measurable(tree: ParamTree) -> list[int]:
-    """Returns the slots of a complete tree that hold numbers; raises if any has no values."""
+def measurable(tree: ParamTree) -> dict[int, Any]:
+    """Returns the leaves of a complete tree that are numbers, by slot; raises if any has no values."""
     structure, leaves = flatten(tree)
-    slots = [slot for slot, leaf in enumerate(leaves) if numeric(leaf)]
+    numbers = {slot: leaf for slot, leaf in enumerate(leaves) if numeric(leaf)}
     missing = [
         f"`{short(join((*place_of(tree), *structure.canonical[slot])))}` {why}"
-        for slot in slots
-        if (why := absent(leaves[slot]))
+        for slot, leaf in numbers.items()
+        if (why := absent(leaf))
     ]
     if missing:
         raise MismatchError(
             f"statistics need values, but {', '.join(missing)}: pass the tree from pt.init or pt.load, "
             "or the one that the jitted function returned."
         )
-    return slots
+    return numbers
 
 
 def measures(row: dict[str, Any]) -> tuple[str, ...]:
@@ -191,12 +185,7 @@ def measures(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def sparkline(counts: list[int]) -> str:
-    """Returns a histogram as one character per bin.
-
-    Example:
-      >>> sparkline([0, 1, 4, 8, 2])
-      ' ▁▄█▂'
-    """
+    """Returns a histogram as one character per bin, as in ▂▁▄█▂."""
     most = max(counts, default=0)
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // most) if most else 0] for count in counts)
 

@@ -7,30 +7,29 @@ no earlier row and no row within it counts, so each column adds up.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
-from paramtree.core.arrays import dtype_of, join, short
+from paramtree.core.arrays import dtype_of, join
 from paramtree.core.errors import ParamTreeError
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots
 from paramtree.core.structure import HOLE, PARAM
 from paramtree.core.tree import ParamTree, unflatten
 from paramtree.inspect.flops import calls_in, count_flops, split_by_call
-from paramtree.inspect.report import Column, Report, Table, bytes_text, count_text
-from paramtree.inspect.rows import Row, arrays_text, count_leaves, flops_text, rows_of, title, unwrapped
+from paramtree.inspect.report import Report, Table, bytes_text, some, with_unit
+from paramtree.inspect.rows import Row, arrays_text, count_leaves, rows_of, title, unwrapped
 from paramtree.model.observe import Observer
 
 __all__ = ["Summary", "summary"]
 
-_NUMBERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("params", "params", count_text),
-    ("trained", "trained", count_text),
-    ("state", "state", count_text),
-    ("bytes", "bytes", bytes_text),
-    ("FLOPs", "flops", flops_text),
-)
+_NUMBERS: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("params", "trained", "state"), "{:,}".format),
+    "bytes": bytes_text,
+    "FLOPs": partial(with_unit, step=1000, units=("", "k", "M", "G", "T", "P")),
+}
 
 
 @dataclass(repr=False)
@@ -69,7 +68,6 @@ class Summary(Report):
         return {"rows": rows, "totals": totals, "unused": list(self.unused)}
 
     def table(self) -> Table:
-        """Returns a table of the rows and the totals, without empty columns."""
         totals = {name: total for name, total in self.totals.items() if any(total.values())}
         blank = [""] * len(totals)
         cells = {
@@ -77,25 +75,20 @@ class Summary(Report):
             "input": [*(arrays_text(row.inputs) for row in self.rows), *blank],
             "output": [*(arrays_text(row.outputs) for row in self.rows), *blank],
         }
-        for heading, key, text in _NUMBERS:
+        for heading, text in _NUMBERS.items():
+            key = heading.lower()
             values = [getattr(row, key) for row in self.rows]
             values += [total.get(key, 0) for total in totals.values()]
             if any(values) and (key != "trained" or "frozen" in totals):
                 cells[heading] = ["?" if v is None else text(v) if v else "" for v in values]
-        numbers = [heading for heading, *_ in _NUMBERS]
         lines = list(zip(*cells.values(), strict=True))
-        notes = []
-        if self.unused:
-            more = f" and {len(self.unused) - 2} more" if len(self.unused) > 2 else ""
-            notes.append(
-                f"The output does not depend on {', '.join(map(short, self.unused[:2]))}{more}."
-            )
         return Table(
             title="",
-            columns=tuple(Column(heading, number=heading in numbers) for heading in cells),
+            columns=list(cells),
             rows=lines[: len(self.rows)],
+            numbers=_NUMBERS,
             totals=lines[len(self.rows) :],
-            notes=notes,
+            notes=[f"The output does not depend on {some(self.unused, 2)}."] if self.unused else [],
         )
 
 
@@ -155,25 +148,19 @@ def summary(
     source = open_tree(params)
     structure, tree_leaves, place = source.structure, source.leaves, source.place
     flat, treedef = jax.tree.flatten((inputs, kwargs))
-    array_inputs = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
-    array_leaves = [i for i, leaf in enumerate(tree_leaves) if dtype_of(leaf) is not None]
+    # Other leaves and inputs, such as flags, are not traced.
+    arrays = {i: leaf for i, leaf in enumerate((*tree_leaves, *flat)) if dtype_of(leaf) is not None}
     observer = Observer()
-    model = unwrapped(f)
 
-    def call(traced_leaves: list[Any], traced_inputs: list[Any]) -> Any:
-        leaves, values = list(tree_leaves), list(flat)  # non-arrays, such as flags, are not traced
-        for i, leaf in zip(array_leaves, traced_leaves, strict=True):
-            leaves[i] = leaf
-        for i, value in zip(array_inputs, traced_inputs, strict=True):
-            values[i] = value
-        args, keywords = jax.tree.unflatten(treedef, values)
-        scope = observer.scope(unflatten(structure, leaves, place))
+    def call(traced: dict[int, Any]) -> Any:
+        values = [traced.get(i, value) for i, value in enumerate((*tree_leaves, *flat))]
+        args, keywords = jax.tree.unflatten(treedef, values[len(tree_leaves) :])
+        scope = observer.scope(unflatten(structure, values[: len(tree_leaves)], place))
         in_order = {name: keywords[name] for name in kwargs}
-        outputs = observer.call(model, place, f, scope, *args, **in_order)
+        outputs = observer.call(unwrapped(f), place, f, scope, *args, **in_order)
         return [leaf for leaf in jax.tree.leaves(outputs) if dtype_of(leaf) is not None]
 
-    arrays = [tree_leaves[i] for i in array_leaves], [flat[i] for i in array_inputs]
-    jaxpr = jax.make_jaxpr(call)(*arrays).jaxpr
+    jaxpr = jax.make_jaxpr(call)(arrays).jaxpr
     uses, work = split_by_call(jaxpr)
     rows = rows_of(observer.calls, calls_in(jaxpr), place)
     if flops:
@@ -183,11 +170,10 @@ def summary(
             row.flops = None if math.isnan(count) else round(count)
     trained = set(select_slots(source, trainable, PARAM, "summary")[0].slots)
     totals = count_leaves(unflatten(structure, tree_leaves, place), observer.calls, rows, trained)
-    kinds, canonical = structure.kinds, structure.canonical
     unused = [
-        join(canonical[slot])
-        for slot, used in zip(array_leaves, uses, strict=False)
-        if not used and kinds[slot] == PARAM
+        join(structure.canonical[i])
+        for i, used in zip(arrays, uses, strict=True)
+        if not used and i < len(tree_leaves) and structure.kinds[i] == PARAM
     ]
     return Summary(list(rows.values()), totals, unused)
 

@@ -12,17 +12,11 @@ MOST = 256  # cells along an axis: about the number of pixels in a panel
 
 
 class Tiles(NamedTuple):
-    """A matrix of cells.
+    """A matrix of cells."""
 
-    Attributes:
-      cells: (rows, columns).
-      there: a mask of the cells that hold a value, of the same shape; None if all do.
-      tile: the (height, width) of the tiles; None for a single matrix.
-    """
-
-    cells: Any
-    there: Any = None
-    tile: tuple[int, int] | None = None
+    cells: Any  # (rows, columns)
+    there: Any = None  # a mask of the cells that hold a value, of the same shape; None if all do
+    tile: tuple[int, int] | None = None  # the (height, width) of the tiles; None for a single matrix
 
 
 def arranged(shape: Sequence[int]) -> tuple[int, int, int]:

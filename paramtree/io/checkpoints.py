@@ -160,8 +160,7 @@ class Checkpoints:
         if self._best is None:
             return None
         self.wait()
-        step: int | None = self._manager.best_step()
-        return step
+        return self._manager.best_step()
 
     def wait(self) -> None:
         """Blocks until all checkpoints are on disk."""

@@ -84,7 +84,8 @@ def load(
     Reads safetensors, MXNet's ``.params``, numpy's ``.npz`` and Orbax checkpoints, never a pickle.
     Names in the file match leaves of ``like`` if joined with ".", "/" or "_", with positions in place
     of layer names (``0.weight``), under any name of a tied leaf, and in ``.params`` also by order.
-    If anything does not fit, nothing is loaded.
+    If anything does not fit, nothing is loaded. A pattern of names matches a whole name, or a whole
+    path if it contains "/", as ``"encoder/.*"``; only those of ``rename`` match parts of names.
 
     Args:
       path: a file, an Orbax folder, or the ``.index.json`` of a model split into several files.
@@ -117,7 +118,8 @@ def load(
       LoadError: the file is damaged or does not fit ``like``; all missing and unexpected names and
         mismatched shapes and dtypes are listed.
       MismatchError: the shardings do not fit the tree.
-      RuleError: ``rename`` or ``transform`` has a pattern that matches nothing.
+      RuleError: ``rename`` or ``transform`` has a pattern that matches nothing, or a pattern is not a
+        regular expression.
       FileNotFoundError: the file does not exist.
 
     Example:
@@ -169,17 +171,15 @@ class _Loader:
 
     def value(self, item: Item) -> Any:
         """Returns the array of an item."""
-        return self.stored(item.origin) if item.read is None else item.read()
+        if item.read is not None:
+            return item.read()
+        return decode(self.source.get(item.origin), self.tags.get(item.origin, ""))
 
-    def untrusted(self, name: str) -> Any:
+    def untrusted(self, item: Item) -> Any:
         """Returns an array for a transform, whose shape ``like`` cannot vouch for."""
-        if self.source.arrays[name].expands:
+        if self.source.arrays[item.origin].expands:
             self.source.check_expansion({})
-        return self.stored(name)
-
-    def stored(self, name: str) -> Any:
-        """Returns an array of the file, decoded to its leaf."""
-        return decode(self.source.get(name), self.tags.get(name, ""))
+        return self.value(item)
 
     def saved_tree(
         self, shardings: Any, choose: Callable[[ParamTree], ParamTree] = lambda tree: tree
@@ -195,9 +195,8 @@ class _Loader:
         exact = self.rename is None and self.transform is None
         structure, chosen = flatten(choose(arranged(source, items, self.sep, exact)))
         shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in chosen]
-        placements = self.placements(shardings, unflatten(structure, shapes), shapes)
-        groups = [[item] for item in chosen]
-        leaves, loaded, _ = self.read(structure, [None] * len(chosen), groups, placements)
+        like, groups = unflatten(structure, shapes), [[item] for item in chosen]
+        leaves, loaded, _ = self.read(like, shardings, structure, [None] * len(chosen), groups)
         report = LoadReport(source.path, source.format, loaded, [], self.dropped(chosen), {})
         return unflatten(structure, leaves), report
 
@@ -226,31 +225,20 @@ class _Loader:
                 problems.compare(join(path), leaf, item, cast)
         problems.check()
         source.check_expansion({item.origin: item.shape for group in groups for item in group})
-        placements = self.placements(shardings, like, leaves)
-        values, loaded, casts = self.read(structure, leaves, groups, placements)
+        values, loaded, casts = self.read(like, shardings, structure, leaves, groups)
         report = LoadReport(source.path, source.format, loaded, missing, ignored, casts)
         return target.restore(values), report
 
-    def placements(self, shardings: Any, like: Any, leaves: Sequence[Any]) -> list[Any]:
-        """Returns the sharding of each leaf, None for the default."""
-        if shardings is not None:
-            return spread(shardings, like, "the shardings for load")
-        return [getattr(leaf, "sharding", None) for leaf in leaves]
-
     def read(
-        self,
-        structure: Structure,
-        leaves: Sequence[Any],
-        groups: list[list[Item]],
-        placements: list[Any],
+        self, like: Any, shardings: Any, structure: Structure, leaves: Any, groups: list[list[Item]]
     ) -> tuple[tuple[Any, ...], dict[str, list[str]], dict[str, str]]:
         """Returns the leaves with the values of their items, and what a report says of these."""
-        each = [
-            (item, sharding)
-            for group, sharding in zip(groups, placements, strict=True)
-            for item in group
-        ]
-        self.source.prepare({item.origin: sharding for item, sharding in each if item.read is None})
+        placements = [getattr(leaf, "sharding", None) for leaf in leaves]
+        if shardings is not None:
+            placements = spread(shardings, like, "the shardings for load")
+        pairs = zip(groups, placements, strict=True)
+        wanted = ((item, sharding) for group, sharding in pairs for item in group if item.read is None)
+        self.source.prepare({item.origin: sharding for item, sharding in wanted})
         placing = Placing()
         loaded: dict[str, list[str]] = {}
         casts: dict[str, str] = {}
@@ -264,7 +252,6 @@ class _Loader:
             stored = None if whole else self.source.arrays[first.origin]
             dtype = first.dtype if leaf is None else dtype_of(leaf)
             if stored and stored.read_slice and dtype is not None and divides(sharding, dtype):
-                # Only the slices that this process holds.
                 placing.add_sharded(stored.read_slice, stored.shape, dtype, sharding)
             else:
                 value = self.value(first)
@@ -278,5 +265,6 @@ class _Loader:
         return placing.done(), loaded, casts
 
     def dropped(self, items: Sequence[Item]) -> list[str]:
+        """Returns the names in the file that no item came from."""
         used = {name for item in items for name in (item.origin, *item.origin.split(", "))}
         return [name for name in self.source.arrays if name not in used]

@@ -119,11 +119,7 @@ class Lookup:
     ) -> list[list[Path]]:
         """Returns for each item the paths that its names refer to.
 
-        Args:
-          items: the arrays to match.
-          shapes: the shape of each leaf.
-          ordered: whether to match by order if the names do not match, as for Gluon files.
-          nameless: whether to match by order only, as the file has no names.
+        Names in ``ordered`` files, as Gluon's, also match by order; ``nameless`` files only do so.
         """
         spellings: list[Callable[[str], str]] = [] if nameless else [lambda name: name]
         if ordered and not nameless:
@@ -166,5 +162,4 @@ def _unfused(name: str) -> str:
 def closest(name: str, shape: tuple[int, ...] | None, items: Mapping[str, Item]) -> str:
     """Returns the name of the array closest to a missing leaf, or an empty string."""
     near = close_names(name, [n for n in items if items[n].shape == shape]) if shape else []
-    near = near or close_names(name, list(items))
-    return near[0] if near else ""
+    return next(iter(near or close_names(name, list(items))), "")

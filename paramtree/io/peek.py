@@ -115,11 +115,7 @@ def items_of(source: Source) -> list[Item]:
 def arranged(source: Source, items: Sequence[Item], sep: str, exact: bool = True) -> ParamTree:
     """Returns the tree of a file, with an item in place of each array.
 
-    Args:
-      source: the file.
-      items: the leaves of the tree.
-      sep: the separator of levels in names.
-      exact: whether the items are the file's own, so that its recorded layout applies.
+    ``exact`` says that the items are the file's own, so that its recorded layout applies.
     """
     layout, kinds = source.layout, dict(source.kinds)
     if layout is not None:

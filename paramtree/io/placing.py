@@ -31,11 +31,8 @@ class Placing:
     def add(self, value: Any, like: Any = None, sharding: Any = None, copy: bool = False) -> None:
         """Adds an array, with the type and dtype of ``like``; without it as a jax array if possible.
 
-        Args:
-          value: a numpy array, or a jax array that is already on its devices.
-          like: an array, a shape with a dtype, or a number.
-          sharding: a sharding; None for the default device, or numpy if ``like`` is a numpy array.
-          copy: whether to copy, as the memory may be shared, for example by a user's function.
+        Without a sharding it goes to the default device, or stays on the host if ``like`` is a numpy
+        array. ``copy`` is for memory that may be shared, for example by a user's function.
         """
         dtype = getattr(like, "dtype", None)
         if not is_key(value) and dtype is not None and value.dtype != dtype:

@@ -12,6 +12,7 @@ from paramtree.core.errors import LoadError
 from paramtree.core.structure import Path, Structure
 from paramtree.io.matching import Item, closest, name_pattern
 from paramtree.io.source import shortened
+from paramtree.io.wire import is_key
 from paramtree.verbs.cast import casts
 
 __all__ = ["Problems"]
@@ -104,11 +105,9 @@ class Problems:
 
     def equal(self, name: str, item: Item, value: Any, alias: Item, alias_value: Any) -> None:
         """Records two names of a tied leaf that have different values."""
-        if item.origin == alias.origin or _same(value, alias_value):
-            return
-        both = f"`{_printable(item.origin)}` and `{_printable(alias.origin)}`"
-        distance = _distance(value, alias_value)
-        self.add(f"{both} are tied to one leaf, `{name}`, but differ{distance}.", _TIED)
+        if item.origin != alias.origin and (difference := _difference(value, alias_value)):
+            both = f"`{_printable(item.origin)}` and `{_printable(alias.origin)}`"
+            self.add(f"{both} are tied to one leaf, `{name}`, but differ in {difference}.", _TIED)
 
 
 _MISSING = "allow_missing=True keeps the values of `like`; rename= rewrites the names in the file."
@@ -126,27 +125,26 @@ _TIED = "A tied leaf has one value: drop one name with rename=, or load into pt.
 
 def _allowed(names: Any) -> tuple[re.Pattern[str], str]:
     """Returns ``name_pattern`` of an option, in which True means all names, and False none."""
-    return name_pattern(({True: ".*", False: "(?!)"}[names]) if isinstance(names, bool) else names)
+    if isinstance(names, bool):
+        names = ".*" if names else "(?!)"
+    return name_pattern(names)
 
 
 def _printable(name: str) -> str:
     return shortened(printable(name), 200)
 
 
-def _same(a: Any, b: Any) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return np.array_equal(a, b) or (isinstance(a, np.ndarray) and a.tobytes() == b.tobytes())
-
-
-def _distance(a: Any, b: Any) -> str:
+def _difference(a: Any, b: Any) -> str:
+    """Returns what two arrays differ in, or an empty string."""
     if a.shape != b.shape:
-        return f" in shape: {a.shape} and {b.shape}"
+        return f"shape: {a.shape} and {b.shape}"
     if a.dtype != b.dtype:
-        return f" in dtype: {a.dtype} and {b.dtype}"
-    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+        return f"dtype: {a.dtype} and {b.dtype}"
+    x, y = (np.asarray(jax.random.key_data(array) if is_key(array) else array) for array in (a, b))
+    if np.array_equal(x, y) or x.tobytes() == y.tobytes():
+        return ""
+    wide = np.complex128 if x.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
-        x, y = (np.asarray(v).astype(wide) for v in (a, b))
-        far = np.abs(x - y)
+        far = np.abs(x.astype(wide) - y.astype(wide))
     most = np.max(far, initial=0, where=~np.isnan(far))
-    return f" in {np.count_nonzero(x != y)} of {x.size} elements, by at most {most:.3g}"
+    return f"{np.count_nonzero(x != y)} of {x.size} elements, by at most {most:.3g}"

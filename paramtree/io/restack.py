@@ -27,10 +27,7 @@ Index = tuple[int, ...]
 def restack(
     items: Sequence[Item], lookup: Lookup, shapes: Sequence[Any], read: Callable[[Item], Any]
 ) -> list[Item]:
-    """Returns the items, stacked or unstacked where only that makes their names match the tree.
-
-    ``shapes`` are those of the leaves.
-    """
+    """Returns the items, stacked or unstacked where only that makes their names match the tree."""
     structure = lookup.structure
     stacks = dict(zip(structure.paths, structure.stacks, strict=True)) if structure.stacks else {}
     out: list[Item] = []
@@ -52,15 +49,15 @@ def restack(
     for (path, axes), group in groups.items():
         first = next(iter(group.values()))
         sizes = tuple(max(numbers) + 1 for numbers in zip(*group, strict=True))
-        like = {(item.shape, item.dtype) for item in group.values()} == {(first.shape, first.dtype)}
-        complete = len(group) == np.prod(sizes) and like
-        if not complete or shapes[lookup.slot_of[path]] != _inserted(first.shape, axes, sizes):
+        shape = shapes[lookup.slot_of[path]]
+        alike = len({(item.shape, item.dtype) for item in group.values()}) == 1
+        complete = len(group) == np.prod(sizes) and alike
+        if not complete or shape != _inserted(first.shape, axes, sizes):
             out += group.values()
             continue
         layers = [group[index] for index in np.ndindex(sizes)]
         origin = ", ".join(item.origin for item in layers)
         stacked = partial(_stack, read, layers, axes, sizes)
-        shape = shapes[lookup.slot_of[path]]
         out.append(replace(first, origin=origin, names=(".".join(path),), shape=shape, read=stacked))
     return out
 

@@ -95,10 +95,8 @@ def _check_names(structure: Structure, sep: str) -> None:
         raise ParamTreeError(f"sep={sep!r} cannot separate names in a file: use '.' or '/'.")
     check_unique((join(path, sep), path) for path in structure.paths)
     if odd := odd_parts(structure.paths):
-        paths = [path for path in structure.paths if odd[0] in path]
-        name = join(paths[0], "/")[:200]
+        name = join(next(path for path in structure.paths if odd[0] in path), "/")[:200]
         raise ParamTreeError(f"`{name}` has the segment {odd[0]!r}, which is not allowed in a file.")
-    for path in structure.paths:
-        if len(path) > DEEPEST:
-            name = join(path, "/")[:200]
-            raise ParamTreeError(f"`{name}` is nested deeper than the {DEEPEST} levels of a file.")
+    if deep := [path for path in structure.paths if len(path) > DEEPEST]:
+        name = join(deep[0], "/")[:200]
+        raise ParamTreeError(f"`{name}` is nested deeper than the {DEEPEST} levels of a file.")

@@ -160,11 +160,7 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
 def read_span(
     path: str, file: BufferedReader, offset: int, dtype: Any, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Reads an array from a file into memory that jax can use without a copy.
-
-    Raises:
-      LoadError: the file was truncated.
-    """
+    """Reads an array from a file into memory that jax can use without a copy."""
     return read_into(path, _reader(file, offset), dtype, shape)
 
 
@@ -181,11 +177,7 @@ def read_into(
 def read_part(
     path: str, file: BufferedReader, offset: int, dtype: Any, shape: tuple[int, ...], index: Slices
 ) -> np.ndarray:
-    """Reads a slice, without steps, of an array in a file. It skips any gap of a page or more.
-
-    Raises:
-      LoadError: the file was truncated.
-    """
+    """Reads a slice, without steps, of an array in a file. It skips any gap of a page or more."""
     if not shape:
         return read_span(path, file, offset, dtype, shape)
     bounds = [dim.indices(n)[:2] for dim, n in zip(index, shape, strict=True)]
@@ -242,6 +234,7 @@ def _aligned(size: int) -> np.ndarray:
 
 
 def _fill(path: str, readinto: Callable[[memoryview], int], span: np.ndarray) -> None:
+    """Reads into the whole of a buffer. Raises LoadError if the file was truncated."""
     done, size = 0, len(span)
     while done < size:
         count = readinto(span.data[done:])

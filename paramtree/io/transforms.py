@@ -16,10 +16,7 @@ __all__ = ["natural", "transform_all"]
 
 
 def transform_all(
-    items: Sequence[Item],
-    table: Rules | None,
-    shown: Callable[[str, str], str],
-    read: Callable[[str], Any],
+    items: Sequence[Item], table: Rules | None, shown: Callable[..., str], get: Callable[[Item], Any]
 ) -> list[Item]:
     r"""Returns the items with the functions of a rule table applied.
 
@@ -29,7 +26,7 @@ def transform_all(
         natural order of their names in the file. It returns an array, or a mapping of names to arrays
         in which ``\1`` is the first group of the pattern.
       shown: returns what patterns match for a name of an item: its levels, joined with "_" or "/".
-      read: reads an array by its name in the file.
+      get: reads an item.
 
     Raises:
       RuleError: a pattern matches nothing, a value is not a function, or a result is not an array.
@@ -44,8 +41,7 @@ def transform_all(
         groups.setdefault(item.names[0], []).append(item)
     seps = {sep for _, sep, _ in rules}
     known = {sep: [shown(name, sep) for item in items for name in item.names] for sep in seps}
-    unused = [(p, known[sep]) for p, sep, _ in rules if not any(map(p.fullmatch, known[sep]))]
-    if unused:
+    if unused := [(p, known[sep]) for p, sep, _ in rules if not any(map(p.fullmatch, known[sep]))]:
         raise RuleError(f"transform: {'; '.join(no_match(*pair) for pair in unused)}.")
     out: list[Item] = []
     for group in groups.values():
@@ -58,7 +54,7 @@ def transform_all(
         group = sorted(group, key=lambda item: natural(item.origin))
         origin = ", ".join(item.origin for item in group)
         try:
-            result = fn(*(read(item.origin) for item in group))
+            result = fn(*map(get, group))
         except Exception as error:
             error.add_note(f"in the transform {match.re.pattern!r} of {origin}")
             raise

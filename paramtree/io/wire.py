@@ -32,9 +32,8 @@ _KEY = "key:"  # prefix of the name of a PRNG implementation
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     dtype = dtype_of(leaf)
-    if dtype is None or isinstance(dtype, np.dtype):
-        return False
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    known = dtype is None or isinstance(dtype, np.dtype)
+    return not known and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_savable(leaf: Any) -> str:
@@ -80,12 +79,7 @@ def encode(leaf: Any, native: Container[str]) -> tuple[Any, str]:
 def dtype_name(leaf: Any) -> str:
     """Returns the name of the dtype of an array or a number."""
     dtype = getattr(leaf, "dtype", None)
-    return _name_of(np.asarray(leaf).dtype if dtype is None else np.dtype(dtype))
-
-
-@functools.cache
-def _name_of(dtype: np.dtype[Any]) -> str:
-    return dtype.name  # numpy builds the string on each access
+    return (np.asarray(leaf).dtype if dtype is None else np.dtype(dtype)).name
 
 
 def logical(shape: tuple[int, ...], dtype: Any, tag: str) -> tuple[tuple[int, ...], Any]:

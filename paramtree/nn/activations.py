@@ -1,6 +1,6 @@
 """Activations with settings or a parameter; ``Activation`` provides the others by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -8,12 +8,10 @@ import jax.numpy as jnp
 
 from paramtree.initializers import Constant, Initializer, get
 from paramtree.model.scope import check_scope
+from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
-from paramtree.nn.spatial import check_integer
 
 __all__ = ["ELU", "GELU", "SELU", "LeakyReLU", "PReLU", "SiLU", "Swish"]
-
-_QUARTER = Constant(0.25)  # Gluon's default; immutable, so safe to share
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,13 +64,13 @@ class PReLU(Layer):
       Array([-0.25, -0.25, -0.25], dtype=float32)
     """
 
-    alpha_initializer: Initializer | str = _QUARTER
+    alpha_initializer: Initializer | str = field(default=Constant(0.25))
     in_channels: int = 1
     axis: int = -1
     dtype: Any = "float32"
 
     def __post_init__(self) -> None:
-        check_integer(self, "in_channels", self.in_channels, 1)
+        check_integers(self, 1, "in_channels")
         object.__setattr__(self, "alpha_initializer", get(self.alpha_initializer))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, Zero, get
 from paramtree.model.scope import check_scope, child
-from paramtree.nn.basic import Dense, as_size
+from paramtree.nn.basic import Dense, check_integers
 from paramtree.nn.layer import Layer
 
 __all__ = ["MultiHeadAttention", "rotate"]
@@ -35,9 +35,8 @@ def rotate(x: Any, positions: Any, base: float = 10_000.0) -> Any:
     half = x.shape[-1] // 2
     rates = jnp.power(jnp.float32(base), -jnp.arange(half, dtype=jnp.float32) / half)
     angles = (positions.astype(jnp.float32)[:, None] * rates[None, :])[:, None, :]
+    angles = angles.reshape((1,) * (x.ndim - 3) + angles.shape)
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    shape = (1,) * (x.ndim - 3) + cos.shape
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -99,8 +98,7 @@ class MultiHeadAttention(Layer):
     bias_initializer: Initializer | str = "zeros"
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "units", "num_kv_heads", "cache"):
-            as_size("MultiHeadAttention", name, getattr(self, name))
+        check_integers(self, 0, "num_heads", "units", "num_kv_heads", "cache")
         if not self.num_heads or self.units % self.num_heads:
             raise ValueError(
                 "MultiHeadAttention: num_heads must be positive and divide units, but found "
@@ -129,9 +127,11 @@ class MultiHeadAttention(Layer):
             heads = f"{self.num_heads} heads{' of an even size' if self.rotary else ''}"
             raise ValueError(f"{self!r} cannot divide {units} units into {heads}.")
         kv_heads = self.num_kv_heads or self.num_heads
-        query = self._heads(p, "query", x, self.num_heads, size)
-        key = self._heads(p, "key", source, kv_heads, size)
-        value = self._heads(p, "value", source, kv_heads, size)
+        query = self._dense(p, "query", x, units).reshape(*x.shape[:2], self.num_heads, size)
+        key, value = (
+            self._dense(p, name, source, kv_heads * size).reshape(*source.shape[:2], kv_heads, size)
+            for name in ("key", "value")
+        )
         mask = self._mask(mask, x, source)
         causal = self.causal
         if self.cache:
@@ -144,10 +144,10 @@ class MultiHeadAttention(Layer):
         # dot_product_attention promotes dtypes internally, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
-        return self._dense(units)(child(p, "out"), y.reshape(*x.shape[:2], units))
+        return self._dense(p, "out", y.reshape(*x.shape[:2], units), units)
 
-    def _dense(self, units: int) -> Dense:
-        return Dense(
+    def _dense(self, p: Any, name: str, x: Any, units: int) -> Any:
+        layer = Dense(
             units,
             use_bias=self.use_bias,
             flatten=False,
@@ -155,10 +155,7 @@ class MultiHeadAttention(Layer):
             weight_initializer=self.weight_initializer,
             bias_initializer=self.bias_initializer,
         )
-
-    def _heads(self, p: Any, name: str, x: Any, heads: int, size: int) -> Any:
-        y = self._dense(heads * size)(child(p, name), x)
-        return y.reshape(*x.shape[:2], heads, size)
+        return layer(child(p, name), x)
 
     def _mask(self, mask: Any, x: Any, source: Any) -> Any:
         if mask is None:
@@ -184,16 +181,13 @@ class MultiHeadAttention(Layer):
         keys = p.state("cache_key", shape, Zero(), key.dtype)
         values = p.state("cache_value", shape, Zero(), value.dtype)
         index = p.state("cache_index", (), Zero(), jnp.int32)
-        if not p.training:
-            positions = jnp.arange(length)
-            if self.rotary:
-                query, key = rotate(query, positions), rotate(key, positions)
-            return query, key, value, mask, self.causal
-        if mask is not None:
+        if p.training and mask is not None:
             raise ValueError(f"{self!r} has a cache, which does not support padding: pass no mask.")
-        positions = index + jnp.arange(length, dtype=jnp.int32)
+        positions = (index if p.training else 0) + jnp.arange(length, dtype=jnp.int32)
         if self.rotary:
             query, key = rotate(query, positions), rotate(key, positions)
+        if not p.training:
+            return query, key, value, mask, self.causal
         at = (0, index, 0, 0)
         keys = jax.lax.dynamic_update_slice(keys, key, at)
         values = jax.lax.dynamic_update_slice(values, value, at)
@@ -202,8 +196,7 @@ class MultiHeadAttention(Layer):
         p.update("cache_index", index + jnp.int32(length))
         last = positions if self.causal else jnp.full_like(positions, positions[-1])
         mask = jnp.arange(self.cache)[None, :] <= last[:, None]
-        overflow = positions[-1] >= self.cache
-        query = jnp.where(overflow, jnp.full_like(query, jnp.nan), query)
+        query = jnp.where(positions[-1] >= self.cache, jnp.nan, query)
         return query, keys, values, mask[None, None], False
 
     def __repr__(self) -> str:

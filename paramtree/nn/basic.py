@@ -100,8 +100,10 @@ class Activation(Layer):
         return self.activation if isinstance(self.activation, str) else "activation"
 
     def __repr__(self) -> str:
-        text = getattr(self.activation, "__name__", self.activation)
-        return f"Activation({text})"
+        name = self.activation
+        if not isinstance(name, str):
+            name = getattr(name, "__name__", repr(name))
+        return f"Activation({name})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,8 +147,7 @@ class Dense(Layer):
         if self.activation is not None:
             as_activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        weight = get(self.weight_initializer or Uniform())
-        object.__setattr__(self, "weight_initializer", weight)
+        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:
@@ -201,16 +202,14 @@ class Embedding(Layer):
     def __post_init__(self) -> None:
         check_integers(self, 0, "input_dim", "output_dim")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        weight = get(self.weight_initializer or Uniform())
-        object.__setattr__(self, "weight_initializer", weight)
+        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
 
     def __call__(self, p: Any, x: Any) -> Any:
         check_scope(p)
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
-        weight = p.param("weight", shape, self.weight_initializer, self.dtype)
-        return jnp.take(weight, x, axis=0)
+        return jnp.take(p.param("weight", shape, self.weight_initializer, self.dtype), x, axis=0)
 
     def __repr__(self) -> str:
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"

@@ -8,14 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer
-from paramtree.nn.norm import (
-    Norm,
-    broadcast_along,
-    moments_of,
-    scaled_and_shifted,
-    standardized,
-    widened,
-)
+from paramtree.nn.norm import Norm, broadcast_along, moments_of, widened
 
 __all__ = ["BatchNorm"]
 
@@ -103,9 +96,7 @@ class BatchNorm(Norm):
         else:
             mean, variance = (broadcast_along(s, wide, axis) for s in (old_mean, old_variance))
             deviations = wide - mean
-        return scaled_and_shifted(
-            standardized(deviations, variance, self.epsilon), gamma, beta, axis, x.dtype
-        )
+        return self._scaled(x, deviations, variance, axis, gamma, beta)
 
     def _batch_moments(self, x: Any, axis: int) -> tuple[Any, Any, Any]:
         axes = [i for i in range(x.ndim) if i != axis]
@@ -126,13 +117,9 @@ class BatchNorm(Norm):
         return (self.momentum * wide + (1 - self.momentum) * new).astype(old.dtype)
 
     def __repr__(self) -> str:
-        settings = [
-            f"axis={self.axis}",
-            f"eps={self.epsilon}",
-            f"momentum={self.momentum}",
-            f"fix_gamma={not self.scale}",
-            f"use_global_stats={self.use_global_stats}",
-            f"in_channels={self.in_channels or None}",
-            *([] if self.axis_name is None else [f"axis_name={self.axis_name!r}"]),
-        ]
-        return f"BatchNorm({', '.join(settings)})"
+        text = f"axis={self.axis}, eps={self.epsilon}, momentum={self.momentum}"
+        text += f", fix_gamma={not self.scale}, use_global_stats={self.use_global_stats}"
+        text += f", in_channels={self.in_channels or None}"
+        if self.axis_name is not None:
+            text += f", axis_name={self.axis_name!r}"
+        return f"BatchNorm({text})"

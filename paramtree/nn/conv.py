@@ -9,68 +9,39 @@ from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import activation_text, as_activation
-from paramtree.nn.layer import Layer
-from paramtree.nn.spatial import (
-    Padding,
-    Sizes,
-    check_integer,
-    check_layout,
-    on_axes,
-    padding_of,
-    pairs_for,
-    shown_padding,
-    sizes_of,
-    spatial_axes,
-)
+from paramtree.nn.basic import Activation, as_activation, check_integers
+from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
 
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
 
 
-class Convolution(Layer):
-    """Base of convolutions and transposed convolutions: everything except the operation itself.
+class Convolution(Spatial):
+    """Base of convolutions and transposed ones; subclasses declare the fields in Gluon's order."""
 
-    Not a dataclass: the subclasses declare the fields, because Gluon puts ``output_padding`` in the
-    middle of a transposed convolution's arguments.
-    """
+    alias = "conv"  # as in Gluon, all convolutions in a `Sequential` share one counter
+    _letters = "OI"  # the first two axes of the weight; the second one is divided by groups
 
-    channels: int
-    kernel_size: Sizes
-    strides: Sizes
-    padding: Padding
-    dilation: Sizes
-    groups: int
-    layout: str
-    activation: str | Callable[..., Any] | None
-    use_bias: bool
-    weight_initializer: Initializer | str | None
-    bias_initializer: Initializer | str
-    in_channels: int
-    dtype: Any
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        rank = check_layout(self)
-        for setting, minimum in (("channels", 1), ("groups", 1), ("in_channels", 0)):
-            check_integer(self, setting, getattr(self, setting), minimum)
+    def __post_init__(self: Any) -> None:
+        self._check_layout()
+        check_integers(self, 1, "channels", "groups")
+        check_integers(self, 0, "in_channels")
         for setting in ("channels", "in_channels"):
             if (size := getattr(self, setting)) % self.groups:
                 raise ValueError(
-                    f"{name}: {setting} must be divisible by groups={self.groups}, but found {size}."
+                    f"{type(self).__name__}: {setting} must be divisible by groups={self.groups}, but "
+                    f"found {size}."
                 )
         if self.activation is not None:
             as_activation(self.activation)
-        for setting in ("kernel_size", "strides", "dilation"):
-            object.__setattr__(self, setting, on_axes(self, setting, getattr(self, setting), rank))
-        object.__setattr__(self, "padding", padding_of(self, self.padding, rank))
+        self._spread("kernel_size", "strides", "dilation")
+        self._spread_padding()
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        weight = get(self.weight_initializer or Uniform())
-        object.__setattr__(self, "weight_initializer", weight)
+        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self: Any, p: Any, x: Any) -> Any:
         check_scope(p)
-        sizes = sizes_of(self, x)
+        sizes = self._sizes(x)
         axis = self.layout.index("C")
         size = x.shape[axis]
         if self.in_channels and size != self.in_channels:
@@ -83,41 +54,39 @@ class Convolution(Layer):
                 f"{self!r} needs a positive number of channels divisible by groups={self.groups}, but "
                 f"found {size} on axis {axis} of shape {x.shape} with layout {self.layout}."
             )
-        weight = p.param("weight", self._weight_shape(size), self.weight_initializer, self.dtype)
+        first, second = (self.channels if letter == "O" else size for letter in self._letters)
+        shape = first, second // self.groups, *self.kernel_size
+        weight = p.param("weight", shape, self.weight_initializer, self.dtype)
         # Promote as x @ weight would; lax.conv_general_dilated requires equal dtypes.
         x, weight = jnp.asarray(x), jnp.asarray(weight)
         dtype = jnp.result_type(x, weight)
-        x, weight = lax.convert_element_type(x, dtype), lax.convert_element_type(weight, dtype)
-        y = self._convolve(x, weight, sizes)
+        y = self._convolve(x.astype(dtype), weight.astype(dtype), sizes)
         if self.use_bias:
             bias = p.param("bias", (self.channels,), self.bias_initializer, self.dtype)
             y = y + jnp.expand_dims(bias, [i for i in range(y.ndim) if i != axis])
         return y if self.activation is None else as_activation(self.activation)(y)
 
-    def _weight_shape(self, size: int) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def _convolve(self, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
-        raise NotImplementedError
-
-    def _windows(self) -> list[int]:
+    def _windows(self: Any) -> list[int]:
         """Returns the size of the dilated kernel along each axis."""
-        kernel: Any = self.kernel_size
-        dilation: Any = self.dilation
-        return [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        return [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
 
-    def _weight_layout(self, channels: str) -> str:
-        return channels + "".join(self.layout[axis] for axis in spatial_axes(self.layout))
+    def _apply(self: Any, x: Any, weight: Any, strides: Any, pads: Any, dilation: Any = None) -> Any:
+        """Convolves x with the weight; ``dilation`` is that of x."""
+        kernel = self._letters + "".join(self.layout[axis] for axis in self._axes)
+        return lax.conv_general_dilated(
+            x,
+            weight,
+            strides,
+            pads,
+            dilation,
+            self.dilation,
+            dimension_numbers=(self.layout, kernel, self.layout),
+            feature_group_count=self.groups,
+        )
 
-    @property
-    def alias(self) -> str:
-        """The name "conv": all convolutions in a ``Sequential`` share one counter, as in Gluon."""
-        return "conv"
-
-    def __repr__(self) -> str:
-        kernel: Any = self.kernel_size
-        rank = len(kernel)
-        text = f"{self.in_channels or None} -> {self.channels}, kernel_size={kernel}"
+    def __repr__(self: Any) -> str:
+        rank = len(self.kernel_size)
+        text = f"{self.in_channels or None} -> {self.channels}, kernel_size={self.kernel_size}"
         text += f", stride={self.strides}"
         if self.padding != ((0, 0),) * rank:
             text += f", padding={shown_padding(self.padding)}"
@@ -130,7 +99,7 @@ class Convolution(Layer):
         if not self.use_bias:
             text += ", bias=False"
         if self.activation is not None:
-            text += f", Activation({activation_text(self.activation)})"
+            text += f", {Activation(self.activation)}"
         return f"{type(self).__name__}({text})"
 
 
@@ -150,43 +119,24 @@ class _Conv(Convolution):
     in_channels: int = 0
     dtype: Any = "float32"
 
-    def _weight_shape(self, size: int) -> tuple[int, ...]:
-        kernel: Any = self.kernel_size
-        return (self.channels, size // self.groups, *kernel)
-
-    def _convolve(self, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
-        strides: Any = self.strides
+    def _convolve(self: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
         windows = self._windows()
-        pads = pairs_for(self.padding, sizes, windows, strides)
+        pads = self._pads(sizes, windows)
         for size, (low, high), window in zip(sizes, pads, windows, strict=True):
             if size + low + high < window:
                 raise ValueError(
                     f"{self!r}: the dilated kernel {tuple(windows)} is larger than an input of shape "
                     f"{x.shape} with padding {shown_padding(pads)} and layout {self.layout}."
                 )
-        dilation: Any = self.dilation
-        return lax.conv_general_dilated(
-            x,
-            weight,
-            strides,
-            pads,
-            rhs_dilation=dilation,
-            dimension_numbers=(self.layout, self._weight_layout("OI"), self.layout),
-            feature_group_count=self.groups,
-        )
+        return self._apply(x, weight, self.strides, pads)
 
 
 @dataclass(frozen=True, repr=False)
 class Conv1D(_Conv):
     """A convolution over sequences (batch, width, channels): ``Conv2D`` with one spatial axis.
 
-    Its parameters are ``weight``, (out, in / groups, width), and ``bias``, (out,).
-
-    Args:
-      layout: "NWC" or "NCW". All other settings are as for ``Conv2D``.
-
-    Raises:
-      ValueError: as for ``Conv2D``.
+    Its parameters are ``weight``, (out, in / groups, width), and ``bias``, (out,). The layout is "NWC"
+    or "NCW". All other settings and the errors are as for ``Conv2D``.
 
     Example:
       >>> import jax
@@ -250,13 +200,8 @@ class Conv2D(_Conv):
 class Conv3D(_Conv):
     """A convolution over volumes or videos (batch, depth, height, width, channels), as ``Conv2D``.
 
-    Its parameters are ``weight``, (out, in / groups, depth, height, width), and ``bias``, (out,).
-
-    Args:
-      layout: "NDHWC" or "NCDHW". All other settings are as for ``Conv2D``.
-
-    Raises:
-      ValueError: as for ``Conv2D``.
+    Its parameters are ``weight``, (out, in / groups, depth, height, width), and ``bias``, (out,). The
+    layout is "NDHWC" or "NCDHW". All other settings and the errors are as for ``Conv2D``.
 
     Example:
       >>> import jax

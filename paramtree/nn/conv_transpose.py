@@ -9,7 +9,7 @@ from jax import lax
 
 from paramtree.initializers import Initializer
 from paramtree.nn.conv import Convolution
-from paramtree.nn.spatial import Padding, Sizes, on_axes, pairs_for, shown_padding
+from paramtree.nn.spatial import Padding, Sizes, shown_padding
 
 __all__ = ["Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"]
 
@@ -31,12 +31,13 @@ class _ConvTranspose(Convolution):
     in_channels: int = 0
     dtype: Any = "float32"
 
-    def __post_init__(self) -> None:
+    _letters = "IO"
+
+    def __post_init__(self: Any) -> None:
         super().__post_init__()
-        strides: Any = self.strides
-        dilation: Any = self.dilation
-        name = type(self).__name__
-        extras = on_axes(self, "output_padding", self.output_padding, len(strides), minimum=0)
+        self._spread("output_padding", minimum=0)
+        name, strides, dilation = type(self).__name__, self.strides, self.dilation
+        extras = self.output_padding
         if any(extra >= max(pair) for extra, *pair in zip(extras, strides, dilation, strict=True)):
             raise ValueError(
                 f"{name}: output_padding must be less than the strides or the dilation, but found "
@@ -47,24 +48,16 @@ class _ConvTranspose(Convolution):
                 f"{name}: padding='same' fixes the output size at strides times the input size: leave "
                 f"out output_padding={extras}."
             )
-        object.__setattr__(self, "output_padding", extras)
 
-    def _weight_shape(self, size: int) -> tuple[int, ...]:
-        kernel: Any = self.kernel_size
-        return (size, self.channels // self.groups, *kernel)
-
-    def _convolve(self, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
+    def _convolve(self: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
         # The gradient of a convolution with respect to its input: dilate the input by the strides,
         # convolve it with the flipped kernel, and crop the padding.
-        strides: Any = self.strides
-        extras: Any = self.output_padding
-        windows = self._windows()
+        windows, strides, extras = self._windows(), self.strides, self.output_padding
         if self.padding == "same":  # the padding of the convolution that maps the output to this input
-            output_sizes = [size * stride for size, stride in zip(sizes, strides, strict=True)]
-            pads = pairs_for("same", output_sizes, windows, strides)
+            pads = self._pads([n * stride for n, stride in zip(sizes, strides, strict=True)], windows)
             extras = [max(s - w, 0) for s, w in zip(strides, windows, strict=True)]
         else:
-            pads = pairs_for(self.padding, sizes, windows, strides)
+            pads = self._pads(sizes, windows)
         input_pads = []
         for size, stride, window, (low, high), extra in zip(
             sizes, strides, windows, pads, extras, strict=True
@@ -81,30 +74,15 @@ class _ConvTranspose(Convolution):
             inputs, outputs, *kernel = weight.shape
             weight = weight.reshape(self.groups, inputs // self.groups, outputs, *kernel)
             weight = jnp.moveaxis(weight, 0, 1).reshape(inputs // self.groups, self.channels, *kernel)
-        dilation: Any = self.dilation
-        return lax.conv_general_dilated(
-            x,
-            weight,
-            (1,) * len(sizes),
-            input_pads,
-            lhs_dilation=strides,
-            rhs_dilation=dilation,
-            dimension_numbers=(self.layout, self._weight_layout("IO"), self.layout),
-            feature_group_count=self.groups,
-        )
+        return self._apply(x, weight, (1,) * len(sizes), input_pads, strides)
 
 
 @dataclass(frozen=True, repr=False)
 class Conv1DTranspose(_ConvTranspose):
     """A transposed convolution over sequences: ``Conv2DTranspose`` with one spatial axis.
 
-    Its parameters are ``weight``, (in, out / groups, width), and ``bias``, (out,).
-
-    Args:
-      layout: "NWC" or "NCW". All other settings are as for ``Conv2DTranspose``.
-
-    Raises:
-      ValueError: as for ``Conv2DTranspose``.
+    Its parameters are ``weight``, (in, out / groups, width), and ``bias``, (out,). The layout is "NWC"
+    or "NCW". All other settings and the errors are as for ``Conv2DTranspose``.
 
     Example:
       >>> import jax
@@ -160,13 +138,8 @@ class Conv2DTranspose(_ConvTranspose):
 class Conv3DTranspose(_ConvTranspose):
     """A transposed convolution over volumes or videos: ``Conv2DTranspose`` with three spatial axes.
 
-    Its parameters are ``weight``, (in, out / groups, depth, height, width), and ``bias``, (out,).
-
-    Args:
-      layout: "NDHWC" or "NCDHW". All other settings are as for ``Conv2DTranspose``.
-
-    Raises:
-      ValueError: as for ``Conv2DTranspose``.
+    Its parameters are ``weight``, (in, out / groups, depth, height, width), and ``bias``, (out,). The
+    layout is "NDHWC" or "NCDHW". All other settings and the errors are as for ``Conv2DTranspose``.
 
     Example:
       >>> import jax

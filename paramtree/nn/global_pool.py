@@ -5,8 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from paramtree.nn.pool import Pooling, check_floating
-from paramtree.nn.spatial import check_layout, sizes_of, spatial_axes
+from paramtree.nn.pool import Pooling
 
 __all__ = [
     "GlobalAvgPool1D",
@@ -23,40 +22,31 @@ class _GlobalPool(Pooling):
     layout: str = ""
 
     def __post_init__(self) -> None:
-        check_layout(self)
-
-    def _axes(self, x: Any) -> tuple[int, ...]:
-        sizes_of(self, x)
-        return spatial_axes(self.layout)
+        self._check_layout()
 
     def __repr__(self) -> str:
-        rank = len(self.layout) - 2
-        ones = (1,) * rank
-        return self._repr(ones, ones, str((0,) * rank), True, True)
+        ones = (1,) * len(self._axes)
+        return self._repr(ones, ones, str((0,) * len(ones)), True, True)
 
 
-@dataclass(frozen=True, repr=False)
 class _GlobalMaxPool(_GlobalPool):
     def __call__(self, p: Any, x: Any) -> Any:
-        return jnp.max(x, self._axes(x), keepdims=True)
+        self._sizes(x)
+        return jnp.max(x, self._axes, keepdims=True)
 
 
-@dataclass(frozen=True, repr=False)
 class _GlobalAvgPool(_GlobalPool):
     def __call__(self, p: Any, x: Any) -> Any:
-        check_floating(self, x)
-        return jnp.mean(x, self._axes(x), keepdims=True)
+        self._check_floating(x)
+        self._sizes(x)
+        return jnp.mean(x, self._axes, keepdims=True)
 
 
 @dataclass(frozen=True, repr=False)
 class GlobalMaxPool1D(_GlobalMaxPool):
     """The maximum of each channel: (batch, width, channels) to (batch, 1, channels).
 
-    Args:
-      layout: "NWC" or "NCW".
-
-    Raises:
-      ValueError: as for ``GlobalMaxPool2D``.
+    The layout is "NWC" or "NCW". The errors are as for ``GlobalMaxPool2D``.
 
     Example:
       >>> GlobalMaxPool1D()({}, jnp.ones((2, 5, 3))).shape
@@ -90,11 +80,7 @@ class GlobalMaxPool2D(_GlobalMaxPool):
 class GlobalMaxPool3D(_GlobalMaxPool):
     """The maximum of each channel over depth, height and width, which keep size 1.
 
-    Args:
-      layout: "NDHWC" or "NCDHW".
-
-    Raises:
-      ValueError: as for ``GlobalMaxPool2D``.
+    The layout is "NDHWC" or "NCDHW". The errors are as for ``GlobalMaxPool2D``.
 
     Example:
       >>> GlobalMaxPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape
@@ -108,11 +94,7 @@ class GlobalMaxPool3D(_GlobalMaxPool):
 class GlobalAvgPool1D(_GlobalAvgPool):
     """The mean of each channel: (batch, width, channels) to (batch, 1, channels).
 
-    Args:
-      layout: "NWC" or "NCW".
-
-    Raises:
-      ValueError, TypeError: as for ``GlobalAvgPool2D``.
+    The layout is "NWC" or "NCW". The errors are as for ``GlobalAvgPool2D``.
 
     Example:
       >>> GlobalAvgPool1D()({}, jnp.ones((2, 5, 3))).shape
@@ -145,11 +127,7 @@ class GlobalAvgPool2D(_GlobalAvgPool):
 class GlobalAvgPool3D(_GlobalAvgPool):
     """The mean of each channel over depth, height and width, which keep size 1.
 
-    Args:
-      layout: "NDHWC" or "NCDHW".
-
-    Raises:
-      ValueError, TypeError: as for ``GlobalAvgPool2D``.
+    The layout is "NDHWC" or "NCDHW". The errors are as for ``GlobalAvgPool2D``.
 
     Example:
       >>> GlobalAvgPool3D()({}, jnp.ones((2, 5, 5, 5, 3))).shape

@@ -16,7 +16,7 @@ from jax import lax
 
 from paramtree.initializers import Initializer, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import as_size
+from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
@@ -31,7 +31,7 @@ class Norm(Layer):
 
     def __post_init__(self: Any) -> None:
         name = type(self).__name__
-        as_size(name, "in_channels", self.in_channels)
+        check_integers(self, 0, "in_channels")
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):
             raise ValueError(f"{name}: axis must be a single integer, but found {self.axis!r}.")
         if not self.epsilon >= 0:
@@ -66,14 +66,30 @@ class Norm(Layer):
 
     def _gamma_beta(self: Any, p: Any, channels: int) -> tuple[Any, Any]:
         """Declares gamma and beta, and returns them, or None for one that is off."""
-        gamma, beta = (
-            (p.param if used else p.state)(name, (channels,), initializer, self.dtype)
-            for name, used, initializer in (
-                ("gamma", self.scale, self.gamma_initializer),
-                ("beta", self.center, self.beta_initializer),
-            )
-        )
+        declare_gamma = p.param if self.scale else p.state
+        declare_beta = p.param if self.center else p.state
+        gamma = declare_gamma("gamma", (channels,), self.gamma_initializer, self.dtype)
+        beta = declare_beta("beta", (channels,), self.beta_initializer, self.dtype)
         return gamma if self.scale else None, beta if self.center else None
+
+    def _scaled(self: Any, x: Any, y: Any, variance: Any, axis: int, gamma: Any, beta: Any) -> Any:
+        """Returns ``gamma y / √(variance + epsilon) + beta``, in the shape and dtype of x.
+
+        y is the deviations of ``moments_of``: computed again, they make XLA duplicate the gradients of
+        all later residual blocks into each block, and compiling a deep net takes minutes.
+        """
+        y = (y * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        if gamma is not None:
+            y = y * broadcast_along(gamma, y, axis)
+        if beta is not None:
+            y = y + broadcast_along(beta, y, axis)
+        return y.astype(x.dtype)
+
+    def _normalized(self: Any, p: Any, x: Any, axis: int, over: list[int], shape: Any = None) -> Any:
+        """Returns x normalized over axes, which are those of ``shape`` if given, such as of groups."""
+        gamma, beta = self._gamma_beta(p, x.shape[axis])
+        _, variance, deviations = moments_of(widened(x).reshape(shape or x.shape), over)
+        return self._scaled(x, deviations, variance, axis, gamma, beta)
 
     def __repr__(self: Any) -> str:
         settings = (f"{name}={getattr(self, name)}" for name in (*self._shown, "in_channels"))
@@ -105,23 +121,20 @@ def moments_of(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any,
     return center, mean(lax.square(deviations)), deviations
 
 
-def standardized(deviations: Any, variance: Any, epsilon: float) -> Any:
-    # Takes the deviations of `moments`. Computed a second time, they make XLA duplicate the gradients
-    # of all later residual blocks into each block, and compiling a deep net takes minutes.
-    return deviations * lax.rsqrt(variance + epsilon)
-
-
-def scaled_and_shifted(y: Any, gamma: Any, beta: Any, axis: int, dtype: Any) -> jax.Array:
-    """Returns ``gamma * y + beta`` along an axis; None omits the operation."""
-    if gamma is not None:
-        y = y * broadcast_along(gamma, y, axis)
-    if beta is not None:
-        y = y + broadcast_along(beta, y, axis)
-    return y.astype(dtype)
+@dataclass(frozen=True, repr=False)
+class _AxisNorm(Norm):
+    axis: int = -1
+    epsilon: float = 1e-5
+    center: bool = True
+    scale: bool = True
+    beta_initializer: Initializer | str = "zeros"
+    gamma_initializer: Initializer | str = "ones"
+    in_channels: int = 0
+    dtype: Any = "float32"
 
 
 @dataclass(frozen=True, repr=False)
-class LayerNorm(Norm):
+class LayerNorm(_AxisNorm):
     """Normalizes over one axis: ``y = gamma (x - mean) / √(var + epsilon) + beta``.
 
     Ba et al., "Layer normalization", 2016.
@@ -147,26 +160,13 @@ class LayerNorm(Norm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    axis: int = -1
-    epsilon: float = 1e-5
-    center: bool = True
-    scale: bool = True
-    beta_initializer: Initializer | str = "zeros"
-    gamma_initializer: Initializer | str = "ones"
-    in_channels: int = 0
-    dtype: Any = "float32"
-
     def __call__(self, p: Any, x: Any) -> jax.Array:
         axis = self._axis(p, x)
-        gamma, beta = self._gamma_beta(p, x.shape[axis])
-        wide = widened(x)
-        _, variance, deviations = moments_of(wide, [axis])
-        y = standardized(deviations, variance, self.epsilon)
-        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
+        return self._normalized(p, x, axis, [axis])
 
 
 @dataclass(frozen=True, repr=False)
-class InstanceNorm(Norm):
+class InstanceNorm(_AxisNorm):
     """Normalizes each channel of each example over all other axes, such as height and width.
 
     ``y = gamma (x - mean) / √(var + epsilon) + beta``. Ulyanov et al., "Instance normalization: the
@@ -190,24 +190,11 @@ class InstanceNorm(Norm):
     """
 
     _dims: ClassVar[int] = 3
-
-    axis: int = -1
-    epsilon: float = 1e-5
-    center: bool = True
     scale: bool = False
-    beta_initializer: Initializer | str = "zeros"
-    gamma_initializer: Initializer | str = "ones"
-    in_channels: int = 0
-    dtype: Any = "float32"
 
     def __call__(self, p: Any, x: Any) -> jax.Array:
         axis = self._axis(p, x)
-        gamma, beta = self._gamma_beta(p, x.shape[axis])
-        wide = widened(x)
-        axes = [i for i in range(1, x.ndim) if i != axis]
-        _, variance, deviations = moments_of(wide, axes)
-        y = standardized(deviations, variance, self.epsilon)
-        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
+        return self._normalized(p, x, axis, [i for i in range(1, x.ndim) if i != axis])
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,7 +236,7 @@ class GroupNorm(Norm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_size("GroupNorm", "num_groups", self.num_groups)
+        check_integers(self, 0, "num_groups")
         if not self.num_groups:
             raise ValueError("GroupNorm: num_groups must be positive, but found 0.")
 
@@ -261,21 +248,17 @@ class GroupNorm(Norm):
                 f"{self!r} cannot divide {channels} channels into {self.num_groups} groups, on axis "
                 f"{axis} of shape {x.shape}."
             )
-        gamma, beta = self._gamma_beta(p, channels)
-        wide = widened(x)
-        split = self.num_groups, channels // self.num_groups
-        groups = wide.reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
-        axes = [i for i in range(1, groups.ndim) if i != axis]
-        _, variance, deviations = moments_of(groups, axes)
-        y = standardized(deviations, variance, self.epsilon).reshape(x.shape)
-        return scaled_and_shifted(y, gamma, beta, axis, x.dtype)
+        over = [i for i in range(1, x.ndim + 1) if i != axis]
+        shape = *x.shape[:axis], self.num_groups, channels // self.num_groups, *x.shape[axis + 1 :]
+        return self._normalized(p, x, axis, over, shape)
 
 
 @dataclass(frozen=True, repr=False)
 class RMSNorm(Norm):
     """Divides by the root mean square over one axis: ``y = gamma x / √(mean(x²) + epsilon)``.
 
-    Zhang and Sennrich, "Root mean square layer normalization", 2019.
+    Zhang and Sennrich, "Root mean square layer normalization", 2019. The errors are as for
+    ``LayerNorm``.
 
     Args:
       axis: the axis to normalize over, which gamma lies along.
@@ -283,9 +266,6 @@ class RMSNorm(Norm):
       gamma_initializer: ones by default.
       in_channels: the expected size of the axis; 0 accepts any size.
       dtype: the parameter's dtype.
-
-    Raises:
-      ValueError, TypeError: as for ``LayerNorm``.
 
     Example:
       >>> net = RMSNorm()
@@ -307,4 +287,4 @@ class RMSNorm(Norm):
         gamma = p.param("gamma", (x.shape[axis],), self.gamma_initializer, self.dtype)
         wide = widened(x)
         square = jnp.mean(lax.square(wide), axis, keepdims=True)
-        return scaled_and_shifted(wide * lax.rsqrt(square + self.epsilon), gamma, None, axis, x.dtype)
+        return self._scaled(x, wide, square, axis, gamma, None)

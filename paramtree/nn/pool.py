@@ -9,31 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paramtree.nn.layer import Layer
-from paramtree.nn.spatial import (
-    Padding,
-    Sizes,
-    check_layout,
-    on_axes,
-    padding_of,
-    pairs_for,
-    shown_padding,
-    sizes_of,
-    spatial_axes,
-)
+from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
 
 __all__ = ["AvgPool1D", "AvgPool2D", "AvgPool3D", "MaxPool1D", "MaxPool2D", "MaxPool3D"]
 
 
-class Pooling(Layer):
+class Pooling(Spatial):
     """Base of all pooling layers."""
 
-    layout: str
-
-    @property
-    def alias(self) -> str:
-        """The name "pool": all pooling layers in a ``Sequential`` share one counter, as in Gluon."""
-        return "pool"
+    alias = "pool"  # as in Gluon, all pooling layers in a `Sequential` share one counter
 
     def _repr(self, size: Any, stride: Any, padding: str, ceil_mode: bool, global_pool: bool) -> str:
         kind = "max" if "Max" in type(self).__name__ else "avg"
@@ -42,13 +26,12 @@ class Pooling(Layer):
             f"ceil_mode={ceil_mode}, global_pool={global_pool}, pool_type={kind}, layout={self.layout})"
         )
 
-
-def check_floating(layer: Layer, x: Any) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{layer!r} needs floating-point numbers to average, but found {x.dtype}: cast the input "
-            "to float32."
-        )
+    def _check_floating(self, x: Any) -> None:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(
+                f"{self!r} needs floating-point numbers to average, but found {x.dtype}: cast the "
+                "input to float32."
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,57 +42,50 @@ class _Pool(Pooling):
     layout: str = ""
     ceil_mode: bool = False
 
-    def __post_init__(self) -> None:
-        rank = check_layout(self)
-        strides = self.pool_size if self.strides is None else self.strides
-        size = on_axes(self, "pool_size", self.pool_size, rank)
-        object.__setattr__(self, "pool_size", size)
-        object.__setattr__(self, "strides", on_axes(self, "strides", strides, rank))
-        padding: Any = padding_of(self, self.padding, rank)
-        if padding != "same" and any(max(p) >= k for p, k in zip(padding, size, strict=True)):
+    def __post_init__(self: Any) -> None:
+        self._check_layout()
+        if self.strides is None:
+            object.__setattr__(self, "strides", self.pool_size)
+        self._spread("pool_size", "strides")
+        self._spread_padding()
+        same = self.padding == "same"
+        if not same and any(max(p) >= k for p, k in zip(self.padding, self.pool_size, strict=True)):
             raise ValueError(
                 f"{type(self).__name__}: padding must be less than pool_size, so that no window is all "
-                f"padding, but found padding={shown_padding(padding)}, pool_size={size}."
+                f"padding, but found padding={shown_padding(self.padding)}, pool_size={self.pool_size}."
             )
-        object.__setattr__(self, "padding", padding)
 
-    def _geometry(self, x: Any) -> list[tuple[int, int, int, int, int, int]]:
-        """Returns (axis, size, window count, low, high, high for lax) for each spatial axis."""
-        sizes = sizes_of(self, x)
-        size: Any = self.pool_size
-        strides: Any = self.strides
-        pads = pairs_for(self.padding, sizes, size, strides)
-        geometry = []
-        for axis, n, window, stride, (low, high) in zip(
-            spatial_axes(self.layout), sizes, size, strides, pads, strict=True
+    def _geometry(self: Any, x: Any) -> list[tuple[int, ...]]:
+        """Returns (axis, size, window, stride, window count, low, high) for each spatial axis."""
+        sizes = self._sizes(x)
+        pads = self._pads(sizes, self.pool_size)
+        geometry: list[tuple[int, ...]] = []
+        for axis, size, window, stride, (low, high) in zip(
+            self._axes, sizes, self.pool_size, self.strides, pads, strict=True
         ):
-            last = n + low + high - window  # where the last window may start
+            last = size + low + high - window  # where the last window may start
             count = (-(-last // stride) if self.ceil_mode else last // stride) + 1
-            if self.ceil_mode and (count - 1) * stride >= n + low:
+            if self.ceil_mode and (count - 1) * stride >= size + low:
                 count -= 1  # this window would contain only padding
             if count < 1:
                 raise ValueError(
                     f"{self!r}: the windows are larger than an input of shape {x.shape} plus padding."
                 )
-            # The high padding that lax needs, as the last window may extend beyond `high`.
-            lax_high = max((count - 1) * stride + window - n - low, 0)
-            geometry.append((axis, n, count, low, high, lax_high))
+            geometry.append((axis, size, window, stride, count, low, high))
         return geometry
 
     def _reduce(self, x: Any, start: Any, function: Any, geometry: Sequence[tuple[int, ...]]) -> Any:
         windows, steps, pads = [1] * x.ndim, [1] * x.ndim, [(0, 0)] * x.ndim
-        size: Any = self.pool_size
-        strides: Any = self.strides
-        for (axis, _, _, low, _, lax_high), window, stride in zip(geometry, size, strides, strict=True):
-            windows[axis], steps[axis], pads[axis] = window, stride, (low, lax_high)
+        for axis, size, window, stride, count, low, _ in geometry:
+            high = max((count - 1) * stride + window - size - low, 0)  # the last window may need more
+            windows[axis], steps[axis], pads[axis] = window, stride, (low, high)
         return lax.reduce_window(x, start, function, windows, steps, pads)
 
     def __repr__(self) -> str:
-        padding = shown_padding(self.padding)
-        return self._repr(self.pool_size, self.strides, padding, self.ceil_mode, False)
+        pads = shown_padding(self.padding)
+        return self._repr(self.pool_size, self.strides, pads, self.ceil_mode, False)
 
 
-@dataclass(frozen=True, repr=False)
 class _MaxPool(_Pool):
     def __call__(self, p: Any, x: Any) -> Any:
         x, geometry = jnp.asarray(x), self._geometry(x)
@@ -124,19 +100,17 @@ class _AvgPool(_Pool):
 
     def __call__(self, p: Any, x: Any) -> Any:
         x, geometry = jnp.asarray(x), self._geometry(x)
-        check_floating(self, x)
+        self._check_floating(x)
         # Half-precision sums stop growing at a few hundred, so sum in single precision.
         wide = x.dtype if x.dtype.itemsize >= 4 else jnp.dtype("float32")
         total = self._reduce(x.astype(wide), np.zeros((), wide), lax.add, geometry)
         divisor = np.ones([1] * x.ndim, wide)
-        size: Any = self.pool_size
-        strides: Any = self.strides
-        for (axis, n, count, low, high, _), window, stride in zip(geometry, size, strides, strict=True):
+        for axis, size, window, stride, count, low, high in geometry:
             # Entries beyond the padding never count towards the mean.
             begin = np.arange(count) * stride - low
-            end = np.minimum(begin + window, n + high)
+            end = np.minimum(begin + window, size + high)
             if not self.count_include_pad:
-                begin, end = np.maximum(begin, 0), np.minimum(end, n)
+                begin, end = np.maximum(begin, 0), np.minimum(end, size)
             lengths = end - begin
             if (lengths == lengths[0]).all():
                 lengths = lengths[:1]  # the usual case; keeps the array out of the compiled program
@@ -153,11 +127,7 @@ class _AvgPool(_Pool):
 class MaxPool1D(_MaxPool):
     """Max pooling over sequences (batch, width, channels): ``MaxPool2D`` with one spatial axis.
 
-    Args:
-      layout: "NWC" or "NCW". All other settings are as for ``MaxPool2D``.
-
-    Raises:
-      ValueError: as for ``MaxPool2D``.
+    The layout is "NWC" or "NCW". All other settings and the errors are as for ``MaxPool2D``.
 
     Example:
       >>> MaxPool1D()({}, jnp.array([[[1.0], [3.0], [2.0], [0.0]]])).ravel()
@@ -200,11 +170,7 @@ class MaxPool2D(_MaxPool):
 class MaxPool3D(_MaxPool):
     """Max pooling over volumes or videos (batch, depth, height, width, channels), as ``MaxPool2D``.
 
-    Args:
-      layout: "NDHWC" or "NCDHW". All other settings are as for ``MaxPool2D``.
-
-    Raises:
-      ValueError: as for ``MaxPool2D``.
+    The layout is "NDHWC" or "NCDHW". All other settings and the errors are as for ``MaxPool2D``.
 
     Example:
       >>> MaxPool3D((1, 2, 2))({}, jnp.ones((2, 4, 6, 8, 3))).shape
@@ -218,11 +184,7 @@ class MaxPool3D(_MaxPool):
 class AvgPool1D(_AvgPool):
     """Average pooling over sequences (batch, width, channels): ``AvgPool2D`` with one spatial axis.
 
-    Args:
-      layout: "NWC" or "NCW". All other settings are as for ``AvgPool2D``.
-
-    Raises:
-      ValueError, TypeError: as for ``AvgPool2D``.
+    The layout is "NWC" or "NCW". All other settings and the errors are as for ``AvgPool2D``.
 
     Example:
       >>> AvgPool1D()({}, jnp.array([[[1.0], [3.0], [2.0], [0.0]]])).ravel()
@@ -263,11 +225,7 @@ class AvgPool2D(_AvgPool):
 class AvgPool3D(_AvgPool):
     """Average pooling over volumes or videos (batch, depth, height, width, channels), as ``AvgPool2D``.
 
-    Args:
-      layout: "NDHWC" or "NCDHW". All other settings are as for ``AvgPool2D``.
-
-    Raises:
-      ValueError, TypeError: as for ``AvgPool2D``.
+    The layout is "NDHWC" or "NCDHW". All other settings and the errors are as for ``AvgPool2D``.
 
     Example:
       >>> AvgPool3D((1, 2, 2))({}, jnp.ones((2, 4, 6, 8, 3))).shape

@@ -16,27 +16,14 @@ from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.model.scope import check_scope
-from paramtree.nn.basic import Dropout, as_activation, as_size
+from paramtree.nn.basic import Dropout, as_activation, check_integers
 from paramtree.nn.layer import Layer
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 State = tuple[jax.Array, ...]  # h, and c in an LSTM
-Step = Callable[[Any, Any, State], State]
-
-
-def _lstm(i2h: Any, h2h: Any, state: State) -> State:
-    i, f, g, o = jnp.split(i2h + h2h, 4, -1)
-    c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-    return jax.nn.sigmoid(o) * jnp.tanh(c), c
-
-
-def _gru(i2h: Any, h2h: Any, state: State) -> State:
-    i2h_r, i2h_z, i2h_n = jnp.split(i2h, 3, -1)
-    h2h_r, h2h_z, h2h_n = jnp.split(h2h, 3, -1)
-    r, z = jax.nn.sigmoid(i2h_r + h2h_r), jax.nn.sigmoid(i2h_z + h2h_z)
-    n = jnp.tanh(i2h_n + r * h2h_n)
-    return ((1 - z) * n + z * state[0],)
+_PARAMETERS = ("i2h_weight", "h2h_weight", "i2h_bias", "h2h_bias")
+Step = Callable[[Any, Any, State], State]  # from i2h(x), h2h(h) and the old state to the new state
 
 
 @functools.lru_cache
@@ -71,16 +58,14 @@ def _run(
 
 @dataclass(frozen=True, repr=False)
 class _Recurrent(Layer):
-    """Everything except the step. Subclasses declare the fields, each in Gluon's order."""
+    """Base of recurrent layers. Subclasses declare the fields, each in Gluon's order, and ``_step``."""
 
     _gates: ClassVar[int] = 1  # the rows of each weight, in units of hidden_size
     _states: ClassVar[tuple[str, ...]] = ("h",)
 
     def __post_init__(self: Any) -> None:
         name = type(self).__name__
-        as_size(name, "hidden_size", self.hidden_size)
-        as_size(name, "input_size", self.input_size)
-        as_size(name, "num_layers", self.num_layers)
+        check_integers(self, 0, "hidden_size", "input_size", "num_layers")
         if not self.num_layers:
             raise ValueError(f"{name}: num_layers must be positive, but found 0.")
         if self.layout not in ("TNC", "NTC"):
@@ -88,14 +73,9 @@ class _Recurrent(Layer):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{name}: dropout must be in [0, 1), but found {self.dropout!r}.")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        for field in ("i2h_weight", "h2h_weight", "i2h_bias", "h2h_bias"):
-            initializer = getattr(self, f"{field}_initializer")
-            object.__setattr__(self, f"{field}_initializer", get(initializer or Uniform()))
-
-    @property
-    def _step(self) -> Step:
-        """The function from i2h(x), h2h(h) and the old state to the new state."""
-        raise NotImplementedError
+        for name in _PARAMETERS:
+            initializer = getattr(self, f"{name}_initializer")
+            object.__setattr__(self, f"{name}_initializer", get(initializer or Uniform()))
 
     def begin_state(self: Any, batch_size: int, dtype: Any = None) -> list[jax.Array]:
         """Returns a state of zeros: a list of h, and c for an LSTM, as in Gluon.
@@ -145,14 +125,10 @@ class _Recurrent(Layer):
 
     def _weights(self: Any, p: Any, prefix: str, size: int) -> list[Any]:
         rows = self._gates * self.hidden_size
+        shapes = (rows, size), (rows, self.hidden_size), (rows,), (rows,)
         return [
             p.param(f"{prefix}{name}", shape, getattr(self, f"{name}_initializer"), self.dtype)
-            for name, shape in (
-                ("i2h_weight", (rows, size)),
-                ("h2h_weight", (rows, self.hidden_size)),
-                ("i2h_bias", (rows,)),
-                ("h2h_bias", (rows,)),
-            )
+            for name, shape in zip(_PARAMETERS, shapes, strict=True)
         ]
 
     def _check(self: Any, x: Any) -> None:
@@ -280,7 +256,22 @@ class RNN(_Recurrent):
 
 
 @dataclass(frozen=True, repr=False)
-class LSTM(_Recurrent):
+class _Gated(_Recurrent):
+    hidden_size: int
+    num_layers: int = 1
+    layout: str = "TNC"
+    dropout: float = 0
+    bidirectional: bool = False
+    input_size: int = 0
+    i2h_weight_initializer: Initializer | str | None = None
+    h2h_weight_initializer: Initializer | str | None = None
+    i2h_bias_initializer: Initializer | str = "zeros"
+    h2h_bias_initializer: Initializer | str = "zeros"
+    dtype: Any = "float32"
+
+
+@dataclass(frozen=True, repr=False)
+class LSTM(_Gated):
     """A long short-term memory of one or more layers.
 
     The gates i, f, g, o are the quarters of ``i2h(x) + h2h(h)``, in the order of the parameters' rows,
@@ -290,13 +281,7 @@ class LSTM(_Recurrent):
 
     Called like ``RNN``, with the state ``[h, c]``, a list or tuple of two arrays of equal shape.
     i2h_weight is (4 * hidden_size, in), h2h_weight (4 * hidden_size, hidden_size), the biases
-    (4 * hidden_size,).
-
-    Args:
-      hidden_size, num_layers, layout and all others: as for ``RNN``, which also takes ``activation``.
-
-    Raises:
-      ValueError, TypeError, ScopeError: as for ``RNN``.
+    (4 * hidden_size,). All settings and errors are as for ``RNN``, which also takes ``activation``.
 
     Example:
       >>> net = LSTM(8, num_layers=2)
@@ -310,25 +295,15 @@ class LSTM(_Recurrent):
     _gates: ClassVar[int] = 4
     _states: ClassVar[tuple[str, ...]] = ("h", "c")
 
-    hidden_size: int
-    num_layers: int = 1
-    layout: str = "TNC"
-    dropout: float = 0
-    bidirectional: bool = False
-    input_size: int = 0
-    i2h_weight_initializer: Initializer | str | None = None
-    h2h_weight_initializer: Initializer | str | None = None
-    i2h_bias_initializer: Initializer | str = "zeros"
-    h2h_bias_initializer: Initializer | str = "zeros"
-    dtype: Any = "float32"
-
-    @property
-    def _step(self) -> Step:
-        return _lstm
+    @staticmethod
+    def _step(i2h: Any, h2h: Any, state: State) -> State:
+        i, f, g, o = jnp.split(i2h + h2h, 4, -1)
+        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
 @dataclass(frozen=True, repr=False)
-class GRU(_Recurrent):
+class GRU(_Gated):
     """A gated recurrent unit of one or more layers.
 
     The gates r and z are ``sigmoid(i2h(x) + h2h(h))``, and n is ``tanh(i2h(x) + r h2h(h))``, each from
@@ -337,13 +312,8 @@ class GRU(_Recurrent):
     2014, except that the reset gate r applies after the product with h, as in cuDNN, MXNet and PyTorch.
 
     Called like ``RNN``. i2h_weight is (3 * hidden_size, in), h2h_weight (3 * hidden_size,
-    hidden_size), the biases (3 * hidden_size,).
-
-    Args:
-      hidden_size, num_layers, layout and all others: as for ``RNN``, which also takes ``activation``.
-
-    Raises:
-      ValueError, TypeError, ScopeError: as for ``RNN``.
+    hidden_size), the biases (3 * hidden_size,). All settings and errors are as for ``RNN``, which also
+    takes ``activation``.
 
     Example:
       >>> net = GRU(8, layout="NTC")
@@ -354,18 +324,10 @@ class GRU(_Recurrent):
 
     _gates: ClassVar[int] = 3
 
-    hidden_size: int
-    num_layers: int = 1
-    layout: str = "TNC"
-    dropout: float = 0
-    bidirectional: bool = False
-    input_size: int = 0
-    i2h_weight_initializer: Initializer | str | None = None
-    h2h_weight_initializer: Initializer | str | None = None
-    i2h_bias_initializer: Initializer | str = "zeros"
-    h2h_bias_initializer: Initializer | str = "zeros"
-    dtype: Any = "float32"
-
-    @property
-    def _step(self) -> Step:
-        return _gru
+    @staticmethod
+    def _step(i2h: Any, h2h: Any, state: State) -> State:
+        i2h_r, i2h_z, i2h_n = jnp.split(i2h, 3, -1)
+        h2h_r, h2h_z, h2h_n = jnp.split(h2h, 3, -1)
+        r, z = jax.nn.sigmoid(i2h_r + h2h_r), jax.nn.sigmoid(i2h_z + h2h_z)
+        n = jnp.tanh(i2h_n + r * h2h_n)
+        return ((1 - z) * n + z * state[0],)

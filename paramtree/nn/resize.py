@@ -40,10 +40,9 @@ class Bilinear(Spatial):
         self._check_layout()
         self._spread("scale")
 
-    def __call__(self, p: Any, x: Any) -> Any:
-        scale: Any = self.scale
+    def __call__(self: Any, p: Any, x: Any) -> Any:
         shape = list(x.shape)
-        for axis, size, factor in zip(self._axes, self._sizes(x), scale, strict=True):
+        for axis, size, factor in zip(self._axes, self._sizes(x), self.scale, strict=True):
             shape[axis] = size * factor
         return jax.image.resize(x, shape, "bilinear")
 

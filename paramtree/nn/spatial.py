@@ -22,6 +22,8 @@ _WORDS = {"N": "batch", "D": "depth", "H": "height", "W": "width", "C": "channel
 class Spatial(Layer):
     """Base of layers with spatial axes. Subclasses declare ``layout`` and the settings per axis."""
 
+    layout: str
+
     @property
     def _axes(self: Any) -> tuple[int, ...]:
         """The positions of the spatial axes."""
@@ -36,17 +38,18 @@ class Spatial(Layer):
                 f"{self.layout!r}."
             )
 
-    def _spread(self: Any, setting: str, minimum: int = 1) -> None:
-        """Replaces a setting by one integer per axis, repeating a single number."""
-        value, rank = getattr(self, setting), len(self._axes)
-        values = value if isinstance(value, tuple | list) else (value,) * rank
-        if len(values) != rank or not all(is_integer(number, minimum) for number in values):
-            sign = "positive" if minimum else "non-negative"
-            raise ValueError(
-                f"{type(self).__name__}: {setting} must be a {sign} integer or a tuple of {rank}, but "
-                f"found {value!r}."
-            )
-        object.__setattr__(self, setting, tuple(int(number) for number in values))
+    def _spread(self: Any, *settings: str, minimum: int = 1) -> None:
+        """Replaces settings by one integer per axis, repeating a single number."""
+        for setting in settings:
+            value, rank = getattr(self, setting), len(self._axes)
+            values = value if isinstance(value, tuple | list) else (value,) * rank
+            if len(values) != rank or not all(is_integer(number, minimum) for number in values):
+                sign = "positive" if minimum else "non-negative"
+                raise ValueError(
+                    f"{type(self).__name__}: {setting} must be a {sign} integer or a tuple of {rank}, "
+                    f"but found {value!r}."
+                )
+            object.__setattr__(self, setting, tuple(int(number) for number in values))
 
     def _spread_padding(self: Any) -> None:
         """Replaces the padding by a pair (low, high) per axis, or by "same"."""
@@ -84,7 +87,8 @@ class Spatial(Layer):
         sizes = tuple(x.shape[axis] for axis in self._axes)
         if 0 in sizes:
             raise ValueError(
-                f"{self!r} needs an input {words} without empty spatial axes, but found shape {x.shape}."
+                f"{self!r} needs an input {words} without empty spatial axes, but found shape "
+                f"{x.shape}."
             )
         return sizes
 

@@ -74,8 +74,8 @@ def _flat(
     names = list(compress(structure.names(sep), matches))
     taken = [slot for _, slot in compress(structure.entries(), matches)]
     if not aliases and len(structure.names(sep)) > len(structure.kinds):  # each leaf by its first name
-        first = list(dict(zip(reversed(taken), reversed(range(len(taken))), strict=True)).values())
-        names, taken = ([row[i] for i in sorted(first)] for row in (names, taken))
+        first = sorted(dict(zip(reversed(taken), reversed(range(len(taken))), strict=True)).values())
+        names, taken = [names[i] for i in first], [taken[i] for i in first]
     if len(set(names)) < len(names):
         paths = [path for path, _ in compress(structure.entries(), matches)]
         check_unique(zip(compress(structure.names(sep), matches), paths, strict=True))

@@ -93,16 +93,14 @@ class _Reader:
     """Reads a file sequentially and checks every size against the bytes left."""
 
     def __init__(self, path: str, file: BufferedReader) -> None:
-        self.path = path
-        self.file = file
+        self.path, self.file = path, file
         self.left = os.fstat(file.fileno()).st_size
 
-    def advance(self, size: int, where: str) -> int:
-        """Counts the next bytes as read, and returns their offset."""
+    def advance(self, size: int, where: str) -> None:
+        """Counts the next bytes as read."""
         if size > self.left:
             fail(self.path, where, f"is truncated: needs {size} bytes, but {self.left} are left.")
         self.left -= size
-        return self.file.tell()
 
     def take(self, size: int, where: str) -> bytes:
         """Returns the next bytes."""
@@ -111,7 +109,8 @@ class _Reader:
 
     def later(self, size: int, dtype: Any, shape: Any, where: str) -> Callable[[], np.ndarray]:
         """Skips an array, and returns a function that reads it."""
-        begin = self.advance(size, where)
+        self.advance(size, where)
+        begin = self.file.tell()
         self.file.seek(size, os.SEEK_CUR)
         return partial(read_span, self.path, self.file, begin, dtype, shape)
 

@@ -4,6 +4,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from io import BufferedReader
 from typing import Any
 
@@ -87,13 +88,12 @@ def _stored(path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored
     opened: Any  # typeshed lacks ZipExtFile.peek
     with file.open(member) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy warns about headers of old versions
-        version = npy.read_magic(opened)
-        wide = version != (1, 0)
+        wide = npy.read_magic(opened) != (1, 0)
         (length,) = struct.unpack("<I" if wide else "<H", opened.peek(4)[: 4 if wide else 2])
         if length > _HEADER:
             fail(path, where, f"has a header of {length} bytes, more than any array needs.")
         read_header = npy.read_array_header_2_0 if wide else npy.read_array_header_1_0
-        shape, fortran, dtype = read_header(opened)
+        header = shape, _, dtype = read_header(opened)
         start = opened.tell()
     native = dtype.newbyteorder("=")
     if native.name not in NATIVE:
@@ -102,20 +102,24 @@ def _stored(path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored
     size = check_shape(path, where, shape, dtype)
     if member.file_size != start + size:
         fail(path, where, f"has {member.file_size} bytes; its shape needs {start + size}.")
+    read = partial(_array, path, file, member, start, header)
+    return Stored(shape, native, read, expands=member.compress_type != zipfile.ZIP_STORED)
 
-    def read_array() -> np.ndarray:
-        opened: Any
-        try:
-            with file.open(member) as opened:
-                opened.read(start)
-                written = shape[::-1] if fortran else shape
-                array = read_into(path, lambda to: opened.readinto(to[:_CHUNK]), dtype, written)
-                if opened.read(1):  # at the end zipfile checks the checksum
-                    raise EOFError("it has more bytes than its shape needs")
-        except LoadError:
-            raise
-        except Exception as error:  # from zipfile or zlib
-            fail(path, where, f"cannot be read: {error or type(error).__name__}.")
-        return (array.T if fortran else array).astype(native, copy=False)
 
-    return Stored(shape, native, read_array, expands=member.compress_type != zipfile.ZIP_STORED)
+def _array(
+    path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo, start: int, header: Any
+) -> np.ndarray:
+    shape, fortran, dtype = header
+    written = shape[::-1] if fortran else shape
+    opened: Any
+    try:
+        with file.open(member) as opened:
+            opened.read(start)
+            array = read_into(path, lambda to: opened.readinto(to[:_CHUNK]), dtype, written)
+            if opened.read(1):  # at the end zipfile checks the checksum
+                raise EOFError("it has more bytes than its shape needs")
+    except LoadError:
+        raise
+    except Exception as error:  # from zipfile or zlib
+        fail(path, repr(member.filename), f"cannot be read: {error or type(error).__name__}.")
+    return (array.T if fortran else array).astype(dtype.newbyteorder("="), copy=False)

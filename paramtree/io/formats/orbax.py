@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from paramtree.core.errors import LoadError, ParamTreeError
+from paramtree.core.pytrees import is_array
 from paramtree.io.atomic import sync
 from paramtree.io.source import Source, Stored, check_array, fail, read_layout
 from paramtree.io.wire import NUMBERS, to_dtype
@@ -118,7 +119,7 @@ class _Checkpoint(Source):
                 return ocp.PLACEHOLDER
             return jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=wanted[name])
 
-        targets = jax.tree_util.tree_map_with_path(target, self.tree, is_leaf=_is_array)
+        targets = jax.tree_util.tree_map_with_path(target, self.tree, is_leaf=is_array)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 args = ocp.checkpoint_utils.construct_restore_args(targets)
@@ -146,18 +147,12 @@ def read(path: str) -> Source:
         fail(path, "", "is a folder without a finished Orbax checkpoint.")
     arrays: dict[str, Stored] = {}
     try:
-        custom: dict[str, Any] = {}
-        tree: Any = None
+        with open(os.path.join(at, _MARK), encoding="utf-8") as file:
+            custom: dict[str, Any] = json.load(file).get("custom_metadata") or {}
         if os.path.isdir(os.path.join(at, _ITEM)):  # CheckpointManager uses a subfolder
-            with open(os.path.join(at, _MARK), encoding="utf-8") as file:
-                custom = json.load(file).get("custom_metadata") or {}
             at = os.path.join(at, _ITEM)
-            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
-        else:
-            with ocp.StandardCheckpointer() as checkpointer:
-                metadata = checkpointer.metadata(at)
-            custom, tree = metadata.custom_metadata or {}, metadata.item_metadata.tree
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(at)).tree
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array)
         found = [(_name(key_path), meta.shape, np.dtype(meta.dtype)) for key_path, meta in flat]
         empty = custom.get(_EMPTY, {})
         found += [(name, shape, to_dtype(code)) for name, (code, shape) in empty.items()]
@@ -175,10 +170,6 @@ def read(path: str) -> Source:
         fail(path, "", f"is not an Orbax checkpoint, or is damaged: {_first_line(error)}.")
     layout = read_layout(path, f"the metadata {_LAYOUT!r}", text, arrays)
     return _Checkpoint(path, "orbax", arrays, layout, at=at, tree=tree)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape")
 
 
 def _name(key_path: Any) -> str:
