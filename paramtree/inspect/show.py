@@ -208,7 +208,8 @@ def _cells(item: Level | Leaf) -> str:
     shape, dtype, count, size = item.cells()
     types = f'<span class="pt-dim">{escape(shape)}</span> <span class="pt-dim">{escape(dtype)}</span> '
     sizes = f"<span{_NUMBER}>{count}</span> <span{_NUMBER}>{size}</span> "
-    return (types if shape else _EMPTY * 2) + (sizes if count else _EMPTY * 2)
+    sized = item.children if isinstance(item, Level) else shape
+    return (types if shape else _EMPTY * 2) + (sizes if sized else _EMPTY * 2)
 
 
 def _isolated(name: str) -> str:

@@ -47,16 +47,6 @@ class Places(Report):
     above: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain values.
-
-        Example:
-          >>> import jax, paramtree as pt
-          >>> params = pt.abstract(pt.nn.Dense(8), jax.ShapeDtypeStruct((2, 4), "float32"))
-          >>> mesh = jax.sharding.AbstractMesh((4,), ("model",))
-          >>> report = places(params, pt.shardings(params, mesh, {".*": jax.P("model")})).to_dict()
-          >>> report["total"], report["leaves"][0]["spec"]
-          (40, "P('model')")
-        """
         leaves = [{**asdict(leaf), "shape": list(leaf.shape)} for leaf in self.leaves]
         return {"leaves": leaves, "total": self.total, "whole": self.whole, "above": self.above}
 
