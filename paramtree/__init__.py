@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):  # a protocol that somebody probes for
+    if name.startswith("__"):  # Python probes for protocols
         raise AttributeError(name)
     api = importlib.import_module("paramtree.api")  # an import statement would ask this function
     if not hasattr(api, name):

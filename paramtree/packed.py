@@ -294,7 +294,7 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
 def _packed(
     structure: Structure, leaves: Sequence[Any], max_bytes: int, place: Path, sources: Sequence[Packed]
 ) -> Packed:
-    """Returns leaves packed; a buffer of the sources whose leaves are all there is taken as it is."""
+    """Returns leaves packed. A buffer of the sources is reused if all of its leaves are present."""
     if sources and not all(map(is_array, leaves)):
         return _of_values(structure, leaves, sources[0])
     like = tuple((shape_of(leaf), _canonical(dtype_of(leaf))) for leaf in leaves)

@@ -1,7 +1,7 @@
-"""Computing leaves: a key of its own for each, and one compiled function for all that are alike.
+"""Computes leaves: each from a key of its own, with one compiled function for equal specs.
 
-A leaf's key depends only on the root key and on its path, by a 64-bit hash. With 32 bits, two of a
-hundred thousand leaves would more likely than not draw the same numbers.
+A leaf's key depends only on the root key and a 64-bit hash of its path. With 32 bits, two of a hundred
+thousand leaves would more likely than not draw the same numbers.
 """
 
 import collections
@@ -75,18 +75,18 @@ def _compute_stack(initializer: Initializer, shapes: tuple[Any, Any], dtype: Any
     return jax.vmap(functools.partial(_compute, initializer, one, dtype))(keys).reshape(lead + one)
 
 
-# One compiled function for all leaves that share initializer, shape and dtype. Deriving the key is
-# another, as it is the same for all.
+# One compiled function for all leaves that share initializer, shape and dtype, and one that derives
+# their keys.
 _compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
 _path_keys = jax.jit(jax.vmap(_path_key, in_axes=(None, 0)))
 
 
 @functools.lru_cache(maxsize=256)
 def _sharded(compute: Any, sharding: Any) -> Any:
-    """Returns a compiled function of which every device computes its own part of the result.
+    """Returns a compiled function that computes each shard of the result on its own device.
 
-    jax's threefry makes each random number from its place in the array, so that the values do not
-    depend on how the array is divided.
+    jax's threefry computes each random number from its position in the array, so the values do not
+    depend on the sharding.
     """
     return jax.jit(compute, static_argnums=(0, 1, 2), out_shardings=sharding)
 
@@ -100,13 +100,13 @@ def draw(
     """Returns the values of some leaves, computed from their specs and the keys of their paths.
 
     Args:
-      paths: where the leaves are.
-      specs: what to compute.
+      paths: the paths of the leaves.
+      specs: the leaves to compute.
       key: the root key.
-      shardings: where each leaf is to be, None for the default device.
+      shardings: the sharding of each leaf, None for the default device.
 
     Raises:
-      MismatchError: an initializer gave another shape or dtype than it was asked for; it and any
+      MismatchError: an initializer returned another shape or dtype than requested. This and any
         other error of an initializer names the leaf.
     """
     traced = _traced(key)
@@ -150,12 +150,12 @@ def draw(
 
 
 def _traced(key: Any) -> bool:
-    """Whether what is computed now is traced: the key is, or all is, as in a jitted function."""
+    """Whether the computation is traced: the key is, or everything is, as in a jitted function."""
     return isinstance(key, jax.core.Tracer) or isinstance(jnp.asarray(0), jax.core.Tracer)
 
 
 def _computing(place: Any) -> Any:
-    """Returns the compiled function of the leaves that are to be at one place."""
+    """Returns the compiled function for leaves of one sharding."""
     return _compiled if place is None else _sharded(_compute, place)
 
 
@@ -166,9 +166,9 @@ def _compile_ahead(
     key: jax.Array,
     places: Sequence[Any],
 ) -> None:
-    """Compiles what computes each group of leaves, while the next is lowered; the calls then find it.
+    """Compiles the function of each group of leaves in a thread, while the next group is lowered.
 
-    What goes wrong in the thread goes wrong again, and is told, when the function is called.
+    An error in the thread occurs again, and is raised, when the function is called.
     """
     new = []
     for first in (members[0] for members in groups):
@@ -193,17 +193,17 @@ def _compile_ahead(
 
 @functools.lru_cache(maxsize=2**14)
 def _uncompiled(*call: Any) -> list[None]:
-    """Returns a list for leaves that are alike, always the same one: emptied when they are compiled."""
+    """Returns one and the same list for equal specs; it is emptied when they are compiled."""
     return [None]
 
 
 class _Window:
-    """The leaves that are being computed: no more of them than what they need can be had.
+    """Limits how many leaves are computed at a time.
 
-    While it is computed, a leaf takes some times its memory. jax would begin with dozens at a time.
+    A leaf takes several times its memory while it is computed, and jax would start dozens at once.
     """
 
-    MOST = 2**24  # bytes of leaves; one that is larger is computed by itself
+    MOST = 2**24  # bytes of leaves; a larger leaf is computed alone
 
     def __init__(self) -> None:
         self._begun: collections.deque[Any] = collections.deque()
@@ -216,7 +216,7 @@ class _Window:
             self._bytes -= jax.block_until_ready(self._begun.popleft()).nbytes
 
     def add(self, leaf: Any) -> Any:
-        """Returns a leaf that is being computed, and takes note of it."""
+        """Returns a leaf that is being computed, and counts it."""
         if not isinstance(leaf, jax.core.Tracer):
             self._begun.append(leaf)
             self._bytes += leaf.nbytes
@@ -224,7 +224,7 @@ class _Window:
 
 
 def _free(key: jax.Array) -> jax.Array:
-    """Returns a key that is bound to no device, as the devices of a leaf may be others."""
+    """Returns a key that is not committed to a device, as its leaves may be on others."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jnp.asarray(np.asarray(key))
     data = jnp.asarray(np.asarray(jax.random.key_data(key)))
@@ -232,13 +232,13 @@ def _free(key: jax.Array) -> jax.Array:
 
 
 def _compute_at(place: Any, *call: Any) -> Any:
-    """Computes a leaf inside a jitted function, in parts if it has a place."""
+    """Computes a leaf inside a jitted function, with its sharding if it has one."""
     value = _compute(*call)
     return value if place is None else _divide(value, place)
 
 
 def _divide(value: Any, place: Any) -> Any:
-    """Says inside a jitted function how an array is divided; a mesh may make that part of its type."""
+    """Constrains the sharding of an array in a jitted function."""
     types = getattr(getattr(place, "mesh", None), "axis_types", ())
     if jax.sharding.AxisType.Explicit in types:
         return jax.sharding.reshard(value, place)
@@ -246,18 +246,18 @@ def _divide(value: Any, place: Any) -> Any:
 
 
 def _is_filled(spec: Spec, place: Any) -> bool:
-    """Whether a leaf is so small and simple that compiling for its shape would be most of the time."""
+    """Whether a leaf is constant and too small to be worth compiling for its shape."""
     fill = getattr(spec.initializer, "fill", None)
     return fill is not None and place is None and math.prod(spec.shape) < 2**16
 
 
 def _filled(initializer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Makes a leaf of one value on the host; not in a buffer of numpy's, which cannot be donated."""
+    """Makes a constant leaf on the host; a buffer of numpy's could not be donated."""
     return jax.device_put(np.full(shape, jnp.asarray(initializer.fill, dtype)), may_alias=False)
 
 
 def _held(place: Any, *call: Any) -> Any:
-    """Computes a leaf of an initializer that holds it, as an array: nothing is compiled."""
+    """Computes a leaf of an initializer that holds an array, without compiling."""
     if place is None:
         return jnp.array(_compute(*call))  # a copy: two leaves must never share a buffer
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -271,7 +271,7 @@ def _stacked(
     names: list[Path] = []
     singles: list[Spec] = []
     at: list[Any] = []
-    sharded: dict[int, Any] = {}  # the stacks that no device may hold alone
+    sharded: dict[int, Any] = {}  # stacks that are computed in shards
     for i, (path, spec, place) in enumerate(zip(paths, specs, places, strict=True)):
         copies, each = _copies(path, spec)
         if spec.stack and place is not None:
@@ -314,7 +314,7 @@ def _copies(path: Path, spec: Spec) -> tuple[list[Path], list[Spec]]:
 def _sharded_stack(
     copies: Sequence[Path], specs: Sequence[Spec], stack: Spec, key: jax.Array, place: Any
 ) -> Any:
-    """Computes a stack of copies of which every device makes its own part."""
+    """Computes a stack of copies, each shard on its own device."""
     traced, one = _traced(key), specs[0]
     if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(one.initializer):
         words = np.stack([path_words(path) for path in copies])
@@ -343,7 +343,7 @@ def _for_name(spec: Spec, name: str, stack: str = "", index: tuple[int, ...] = (
 
 
 def _alike(specs: Sequence[Spec], places: Sequence[Any]) -> Iterator[list[int]]:
-    """Yields the positions of specs that one function can compute."""
+    """Yields the indices of specs that one function computes."""
     groups: dict[Any, list[int]] = {}
     for i, (spec, place) in enumerate(zip(specs, places, strict=True)):
         call: Any = i
@@ -354,8 +354,8 @@ def _alike(specs: Sequence[Spec], places: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def _compilable(initializer: Initializer) -> bool:
-    """Whether the initializer is a static argument of a compiled function."""
-    if getattr(initializer, "eager", False):  # holds an array that compiled code would hold as well
+    """Whether the initializer can be a static argument of a compiled function."""
+    if getattr(initializer, "eager", False):  # it holds an array, which would be compiled in
         return False
     try:
         hash(initializer)
@@ -365,7 +365,7 @@ def _compilable(initializer: Initializer) -> bool:
 
 
 def _uses_key(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> bool:
-    """Whether the values depend on the key; those of biases mostly do not, and need no loop."""
+    """Whether the values depend on the key; those of biases mostly do not."""
     jaxpr = jax.make_jaxpr(lambda key: initializer(key, shape, dtype))(key).jaxpr
     return any(var is jaxpr.invars[0] for eqn in jaxpr.eqns for var in eqn.invars)
 

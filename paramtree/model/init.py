@@ -1,7 +1,7 @@
-"""Making and remaking the parameters of a model.
+"""Initialises the parameters of a model.
 
-A model is a function of a scope and inputs. ``init`` records what it asks for and computes every
-leaf; ``reinit`` computes some anew, by the same rules and from the same keys.
+A model is a function of a scope and inputs. ``init`` records what it asks for and computes every leaf;
+``reinit`` computes some leaves again, by the same rules and from the same keys.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def abstract(
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
-      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else the model takes.
+      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else that the model takes.
       ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
       **kwargs: passed on to the model.
 
@@ -66,19 +66,19 @@ def init(
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
       key: a PRNG key, from ``jax.random.key``.
-      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else the model takes.
-      rules: patterns to initializers, for leaves that are not to use their layer's own.
+      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else that the model takes.
+      rules: patterns to initializers, which override those of the layers.
       ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
-      shardings: where the leaves are to be: what ``pt.shardings`` makes for ``pt.abstract`` of the
-        model, or one sharding for all. Every device computes its own part, and the values are the
-        same for every mesh. (Orthogonal, which has no parts, is computed whole.)
+      shardings: where to put the leaves: the result of ``pt.shardings`` for ``pt.abstract`` of the
+        model, or one sharding for all. Every device computes its own shard, and the values are the
+        same on every mesh. (Orthogonal weights are computed on one device and then sharded.)
       **kwargs: passed on to the model.
 
     Raises:
       TypeError: ``key`` is not a PRNG key.
-      RuleError: a rule matches nothing, or is not an initializer.
-      MismatchError: the model declares one leaf in two ways, an initializer returns something else
-        than it was asked for, or the shardings are of another tree.
+      RuleError: a rule matches nothing, or does not give an initializer.
+      MismatchError: the model declares one leaf in two ways, an initializer returns another shape or
+        dtype than requested, or the shardings are those of another tree.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp

@@ -84,7 +84,7 @@ class Recorder:
     training = False
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # a protocol that somebody probes for
+        if name.startswith("_"):  # Python probes for protocols
             raise AttributeError(name)
         if name in _OF_ARRAYS:
             self.__jax_array__()
@@ -102,15 +102,15 @@ class Recorder:
                 f"p.hidden, p['hidden'] or p['hidden/dense'], not by {name!r}."
             )
         here, _, rest = name.partition("/")
-        found = self._children.get(here)
-        if found is None:
-            found = self._children[here] = Recorder((*self._path, here), self._run, self)
+        child = self._children.get(here)
+        if child is None:
+            child = self._children[here] = Recorder((*self._path, here), self._run, self)
             self._order[here] = next(self._run.clock)
-        if isinstance(found, Spec):
+        if isinstance(child, Spec):
             if rest:
                 raise MismatchError(f"`{self._full(here)}` is a leaf: it has no `{rest}`.")
-            return self._zeros(found)
-        return found[rest] if rest else found
+            return self._zeros(child)
+        return child[rest] if rest else child
 
     def __contains__(self, name: str) -> bool:
         return name in self._children
@@ -166,19 +166,19 @@ class Recorder:
         if name not in self._children:
             self._children[name] = spec
             self._declare(name)
-        found = self._children[name]
-        if isinstance(found, Recorder):
+        child = self._children[name]
+        if isinstance(child, Recorder):
             raise MismatchError(f"`{full}` is declared as a leaf, and is also a level with children.")
         if any(
-            getattr(found, field) != getattr(spec, field)
+            getattr(child, field) != getattr(spec, field)
             for field in ("shape", "dtype", "kind", "stack")
         ):
-            old, new = (f"{s.kind} {s.shape} {jnp.dtype(s.dtype).name}" for s in (found, spec))
+            old, new = (f"{s.kind} {s.shape} {jnp.dtype(s.dtype).name}" for s in (child, spec))
             raise MismatchError(
                 f"`{full}` was declared as {old} and now as {new}. Two calls on one scope share its "
                 "parameters: give the second call a scope of its own, or inputs of the same size."
             )
-        return self._zeros(found)
+        return self._zeros(child)
 
     def repeated(self, count: int) -> "Recorder":
         """Returns this level as a scope whose every leaf is a stack of ``count`` copies.
@@ -244,7 +244,7 @@ def record(
     where = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
 
     def call(arrays: list[Any]) -> None:
-        values = list(flat)  # what is not an array, such as a flag, stays what it is
+        values = list(flat)  # values that are not arrays, such as flags, are not traced
         for i, array in zip(where, arrays, strict=True):
             values[i] = array
         args, keywords = jax.tree.unflatten(treedef, values)
@@ -258,11 +258,11 @@ def record(
         level = stack.pop()
         items.append((level._path, None))
         for name in sorted(level._children, key=level._order.__getitem__):
-            found = level._children[name]
+            child = level._children[name]
             path = (*level._path, name)
-            if isinstance(found, Spec):
-                specs[path] = found
-            items.append((path, path if isinstance(found, Spec) else None))
+            if isinstance(child, Spec):
+                specs[path] = child
+            items.append((path, path if isinstance(child, Spec) else None))
         stack.extend(c for c in level._children.values() if isinstance(c, Recorder))
     kinds = {path: spec.kind for path, spec in specs.items()}
     stacks = {path: spec.stack for path, spec in specs.items() if spec.stack}

@@ -42,7 +42,7 @@ class Run(Protocol):
 
 
 class Inference:
-    """The run of a tree that is given to a model as it is."""
+    """The run of a model that is called with a tree."""
 
     __slots__ = ()
 

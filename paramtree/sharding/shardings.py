@@ -54,7 +54,7 @@ def shardings(
 
     Returns:
       A tree of ``jax.sharding.NamedSharding``: of the same structure, or the same container, in which
-      what is not an array has None.
+      leaves that are not arrays have None.
 
     Raises:
       RuleError: a pattern matches nothing, a leaf has no rule, a spec is longer than a shape, uses an

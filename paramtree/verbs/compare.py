@@ -87,8 +87,8 @@ def check_match(a: Any, b: Any) -> None:
       To match a part, give pt.collect(a, pattern) and pt.collect(b, pattern).
       Shapes follow from the model and from the shape of the input that pt.init was given.
     """
-    if found := differences(a, b):
-        shown = "".join(f"\n{line}" for line in (*lines(found), *_advice(found, a, b)))
+    if mismatches := differences(a, b):
+        shown = "".join(f"\n{line}" for line in (*lines(mismatches), *_advice(mismatches, a, b)))
         raise MismatchError(f"check_match: b is not like a:{shown}")
 
 
@@ -197,16 +197,16 @@ _ADVICE = {
 }
 
 
-def _advice(found: list[Difference], a: Any, b: Any) -> list[str]:
+def _advice(differences: list[Difference], a: Any, b: Any) -> list[str]:
     """Returns advice on some differences."""
-    whats = {difference.what for difference in found}
+    whats = {difference.what for difference in differences}
     advice = dict.fromkeys(text for what, text in _ADVICE.items() if what in whats)
-    if any(d.what == "dtype" and _floats(d.expected, d.found) for d in found):
+    if any(d.what == "dtype" and _floats(d.expected, d.found) for d in differences):
         advice["pt.cast(b, dtype) casts floating-point leaves."] = None
     if whats <= {"nesting", "container", "order"}:
         advice["pt.replace(a, pt.collect(b)) puts the values of b into the form of a, by name."] = None
     if "tie" in whats and whats <= {"tie", "order", "level"} and _are_trees(a, b):
-        ties = [difference for difference in found if difference.what == "tie"]
+        ties = [difference for difference in differences if difference.what == "tie"]
         loose = [re.escape(difference.name) for difference in ties if difference.found is not None]
         if loose and not any("/" in name for name in loose):  # patterns match names, not paths
             advice[f"pt.untie(b, {'|'.join(loose)!r}) unties what is not tied in a."] = None
@@ -301,8 +301,8 @@ def _names(
     missing = {path: entry for path, entry in first.entries.items() if path not in second.entries}
     extra = {path: entry for path, entry in second.entries.items() if path not in first.entries}
     matched = [(path, path) for path in first.entries if path in second.entries]
-    found = [Difference(name, "level", LEVEL, None) for name in _levels(missing, second, spell)]
-    found += [Difference(name, "level", None, LEVEL) for name in _levels(extra, first, spell)]
+    differences = [Difference(name, "level", LEVEL, None) for name in _levels(missing, second, spell)]
+    differences += [Difference(name, "level", None, LEVEL) for name in _levels(extra, first, spell)]
     missing, extra = (
         {path: entry for path, entry in only.items() if entry.sign is not LEVEL}
         for only in (missing, extra)
@@ -311,15 +311,15 @@ def _names(
     for path in list(missing):
         if other := by_name.get(spell(path)):
             matched.append((path, other))
-            found.append(Difference(spell(path), "nesting", "/".join(path), "/".join(other)))
+            differences.append(Difference(spell(path), "nesting", "/".join(path), "/".join(other)))
             del missing[path], extra[other]
     names = [spell(path) for path in extra]
     searches = max(1, _MOST_COMPARED // (len(names) + 1))
     for i, (path, entry) in enumerate(missing.items()):
         close = close_names(spell(path), names) if i < searches else ()
-        found.append(Difference(spell(path), "missing", str(entry), None, tuple(close)))
-    found += [Difference(spell(path), "extra", None, str(entry)) for path, entry in extra.items()]
-    return found, matched
+        differences.append(Difference(spell(path), "missing", str(entry), None, tuple(close)))
+    differences += [Difference(spell(path), "extra", None, str(entry)) for path, entry in extra.items()]
+    return differences, matched
 
 
 def _levels(only: Mapping[Path, _Entry], other: _Contents, spell: _Speller) -> list[str]:
@@ -332,7 +332,7 @@ def _levels(only: Mapping[Path, _Entry], other: _Contents, spell: _Speller) -> l
 
 def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
     """Returns the containers that differ in type, or in what jax takes for static."""
-    found = []
+    differences = []
     for path, container in first.containers.items():
         other = second.containers.get(path)
         if other is None:
@@ -342,10 +342,10 @@ def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Di
             name, other_name = (kind.__qualname__ for kind in types)
             if name == other_name:
                 name, other_name = (f"{kind.__module__}.{kind.__qualname__}" for kind in types)
-            found.append(Difference(spell(path), "container", name, other_name))
+            differences.append(Difference(spell(path), "container", name, other_name))
         elif container.form != other.form and container.keys == other.keys:
-            found.append(Difference(spell(path), "static", str(container.form), str(other.form)))
-    return found
+            differences.append(Difference(spell(path), "static", str(container.form), str(other.form)))
+    return differences
 
 
 def _order(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
@@ -367,13 +367,13 @@ def _ties(first: _Contents, second: _Contents, spell: _Speller) -> list[Differen
     for path, *pair in zip(common, *owners, strict=True):
         for known, owner in zip(firsts, pair, strict=True):
             known.setdefault(owner, path)
-    found = []
+    differences = []
     for path, *pair in zip(common, *owners, strict=True):
         end, other = (known[owner] for known, owner in zip(firsts, pair, strict=True))
         if end != other:
             source, other_source = (None if x == path else spell(x) for x in (end, other))
-            found.append(Difference(spell(path), "tie", source, other_source))
-    return found
+            differences.append(Difference(spell(path), "tie", source, other_source))
+    return differences
 
 
 def _of_leaf(name: str, entry: _Entry, other: _Entry) -> list[Difference]:
@@ -381,19 +381,19 @@ def _of_leaf(name: str, entry: _Entry, other: _Entry) -> list[Difference]:
     if LEVEL in (entry.sign, other.sign):
         same = entry.sign == other.sign
         return [] if same else [Difference(name, "level", str(entry), str(other))]
-    found = []
+    differences = []
     if None not in (entry.kind, other.kind):
         if entry.kind != other.kind:
-            found.append(Difference(name, "kind", entry.kind, other.kind))
+            differences.append(Difference(name, "kind", entry.kind, other.kind))
         if entry.sizes != other.sizes:
-            found.append(Difference(name, "stack", entry.sizes or None, other.sizes or None))
+            differences.append(Difference(name, "stack", entry.sizes or None, other.sizes or None))
     if entry.sign or other.sign:
         hole = Difference(name, "hole", entry.sign or "a leaf", other.sign or "a leaf")
-        return found if entry.sign == other.sign else [*found, hole]
+        return differences if entry.sign == other.sign else [*differences, hole]
     shape, other_shape = shape_of(entry.leaf), shape_of(other.leaf)
     if None not in (shape, other_shape) and shape != other_shape:
-        found.append(Difference(name, "shape", shape, other_shape))
+        differences.append(Difference(name, "shape", shape, other_shape))
     dtype, other_dtype = (_dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other))
     if dtype != other_dtype and not shape is other_shape is None:
-        found.append(Difference(name, "dtype", dtype, other_dtype))
-    return found
+        differences.append(Difference(name, "dtype", dtype, other_dtype))
+    return differences

@@ -38,7 +38,7 @@ def mask(
       default: the value of leaves that no pattern of a table matches.
 
     Returns:
-      A tree of the same structure, or the same container; what is not an array there is False.
+      A tree of the same structure, or the same container, with False for leaves that are not arrays.
 
     Raises:
       RuleError: the rules do not fit the tree, or a value is neither True nor False.
@@ -75,7 +75,7 @@ def labels(tree: T, rules: Rules, *, default: Any = UNSET) -> T:
     Args:
       tree: a parameter tree or any other pytree.
       rules: a rule table of labels, strings or anything hashable.
-      default: the label of leaves that no pattern matches, and of what is not an array.
+      default: the label of leaves that no pattern matches, and of leaves that are not arrays.
 
     Raises:
       RuleError: the rules do not fit the tree, or a label is not hashable.
