@@ -126,4 +126,4 @@ def test_it_trains_and_says_how_it_is_divided(capsys: pytest.CaptureFixture[str]
     assert "decoder_weight" not in text  # one leaf, sharded once
     with pytest.raises(SystemExit):
         sharded_lm.main(["--width", "36", "--heads", "3"])
-    assert "is no multiple of 8" in capsys.readouterr().err
+    assert "is not a multiple of 8" in capsys.readouterr().err
