@@ -2,7 +2,7 @@
 
 A jitted call pays for every array that goes in and comes out, and an optimizer starts some arithmetic
 for each; a net of hundreds of biases and norms spends its time on that. Packed, its small leaves are
-one array to both. A model sees the tree that it knows: reading a leaf splits its buffer, and the
+one array for both. A model sees the tree that it knows: reading a leaf splits its buffer, and the
 transpose of a split is one concatenation, so the gradient comes out packed as well.
 """
 
@@ -31,7 +31,7 @@ MAX_BYTES = 65536  # see benchmarks/RESULTS.md
 Likeness = tuple[tuple[Any, Any], ...]  # the shape and dtype of each leaf
 
 
-class Part(NamedTuple):
+class Block(NamedTuple):
     """One array of a packed tree: a leaf, or a buffer of several with their shapes."""
 
     key: DictKey
@@ -42,27 +42,27 @@ class Part(NamedTuple):
 class Layout:
     """Which leaves share a buffer; equal for equal structures, shapes and dtypes."""
 
-    __slots__ = ("_hash", "like", "max_bytes", "parts", "structure")
+    __slots__ = ("_hash", "blocks", "like", "max_bytes", "structure")
 
     def __init__(self, structure: Structure, like: Likeness, max_bytes: int) -> None:
         self.structure, self.like, self.max_bytes = structure, like, max_bytes
         self._hash = hash((structure, like, max_bytes))
-        self.parts: list[Part] = []
-        buffers: dict[Any, Part] = {}
+        self.blocks: list[Block] = []
+        buffers: dict[Any, Block] = {}
         for slot, (shape, dtype) in enumerate(like):
             if not _fits(shape, dtype, max_bytes):
                 path = DictKey("/".join(structure.canonical[slot]))
-                self.parts.append(Part(path, [slot], None))
+                self.blocks.append(Block(path, [slot], None))
                 continue
-            # Trained leaves and state are apart, so that an optimizer can be given either.
+            # Parameters and state are separate, so that an optimizer can be given either.
             kind = structure.kinds[slot]
             if (dtype, kind) not in buffers:
-                buffers[dtype, kind] = Part(DictKey(f"packed {kind} {dtype}"), [], [])
-                self.parts.append(buffers[dtype, kind])
-            part = buffers[dtype, kind]
-            assert part.shapes is not None  # it is a buffer
-            part.slots.append(slot)
-            part.shapes.append(shape)
+                buffers[dtype, kind] = Block(DictKey(f"packed {kind} {dtype}"), [], [])
+                self.blocks.append(buffers[dtype, kind])
+            block = buffers[dtype, kind]
+            assert block.shapes is not None  # it is a buffer
+            block.slots.append(slot)
+            block.shapes.append(shape)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -83,7 +83,7 @@ class Layout:
 
 def _fits(shape: Any, dtype: Any, max_bytes: int) -> bool:
     if shape is None or dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
-        return False  # PRNG keys and other objects keep a place of their own
+        return False  # PRNG keys and other objects are not packed
     return bool(math.prod(shape) * dtype.itemsize < max_bytes)
 
 
@@ -104,13 +104,13 @@ class Packed:
     __slots__ = ("__weakref__", "_arrays", "_at", "_layout", "_split")
 
     _layout: Layout
-    _arrays: tuple[Any, ...]  # one for each part of the layout
+    _arrays: tuple[Any, ...]  # one for each block of the layout
     _at: Path
     _split: tuple[Any, Any] | None  # the trace in which the buffers were split, and the leaves
 
     @staticmethod
     def make(layout: Layout, arrays: Sequence[Any], place: Path = (), leaves: Any = None) -> "Packed":
-        """Returns a packed tree of some arrays, one for each part of its layout."""
+        """Returns a packed tree of some arrays, one for each block of its layout."""
         tree = object.__new__(Packed)
         split = None if leaves is None else (_trace(arrays), tuple(leaves))
         fields = (("_layout", layout), ("_arrays", tuple(arrays)), ("_at", place), ("_split", split))
@@ -123,7 +123,7 @@ class Packed:
         trace = _trace(self._arrays)
         if self._split is None or self._split[0] != trace:
             if trace is None:
-                # At once, also while something else is being traced: a tracer could not be kept.
+                # Eagerly, even while something else is being traced: a tracer could not be kept.
                 with jax.ensure_compile_time_eval():
                     leaves = self._take()
             else:
@@ -135,9 +135,9 @@ class Packed:
 
     def _take(self) -> tuple[Any, ...]:
         leaves: list[Any] = [None] * len(self._layout.like)
-        for part, array in zip(self._layout.parts, self._arrays, strict=True):
-            pieces = [array] if part.shapes is None else _pieces(array, part)
-            for slot, piece in zip(part.slots, pieces, strict=True):
+        for block, array in zip(self._layout.blocks, self._arrays, strict=True):
+            pieces = [array] if block.shapes is None else _pieces(array, block)
+            for slot, piece in zip(block.slots, pieces, strict=True):
                 leaves[slot] = piece
         return tuple(leaves)
 
@@ -203,22 +203,22 @@ def _trace(arrays: Sequence[Any]) -> Any:
     return trace_state() if any(isinstance(array, jax.core.Tracer) for array in arrays) else None
 
 
-def _pieces(buffer: Any, part: Part) -> list[Any]:
-    """Returns the leaves in a buffer; under ``vmap`` and the like it has more axes, before the last."""
-    assert part.shapes is not None
-    sizes = [math.prod(shape) for shape in part.shapes]
+def _pieces(buffer: Any, block: Block) -> list[Any]:
+    """Returns the leaves in a buffer; under ``vmap`` it has more axes, before the last."""
+    assert block.shapes is not None
+    sizes = [math.prod(shape) for shape in block.shapes]
     have = shape_of(buffer)
     if not have or have[-1] != sum(sizes):
-        if not is_array(buffer):
+        if not is_array(buffer) and (buffer is None or jax.tree_util.all_leaves([buffer])):
             return [buffer] * len(sizes)  # one mask, label or sharding for all
         raise MismatchError(
-            f"the buffer `{part.key.key}` of a packed tree has {sum(sizes)} values, but found "
+            f"the buffer `{block.key.key}` of a packed tree has {sum(sizes)} values, but found "
             f"{describe(buffer)}, so its leaves cannot be read: pt.unpack the tree before what changes "
             "the shape of a leaf."
         )
     lead = have[:-1]
     if isinstance(buffer, jax.ShapeDtypeStruct):
-        return [jax.ShapeDtypeStruct((*lead, *shape), buffer.dtype) for shape in part.shapes]
+        return [jax.ShapeDtypeStruct((*lead, *shape), buffer.dtype) for shape in block.shapes]
     starts = itertools.accumulate(sizes, initial=0)
     if isinstance(buffer, jax.core.Tracer):
         pieces: Any = jax.lax.split(buffer, sizes, axis=len(lead))
@@ -229,11 +229,11 @@ def _pieces(buffer: Any, part: Part) -> list[Any]:
             jax.lax.dynamic_slice_in_dim(buffer, start, size, len(lead))
             for start, size in zip(starts, sizes, strict=False)
         )
-    return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, part.shapes, strict=True)]
+    return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, block.shapes, strict=True)]
 
 
 def _flatten_with_keys(tree: Packed) -> tuple[list[tuple[DictKey, Any]], Layout]:
-    keys = [part.key for part in tree._layout.parts]
+    keys = [block.key for block in tree._layout.blocks]
     return list(zip(keys, tree._arrays, strict=True)), tree._layout
 
 
@@ -270,7 +270,7 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
 
     Raises:
       ValueError: ``max_bytes`` is not a non-negative integer.
-      ScopeError: it is the scope of a model that is being run.
+      ScopeError: ``tree`` is a scope, inside a model.
 
     Example:
       >>> import paramtree as pt
@@ -282,51 +282,72 @@ def pack(tree: Any, *, max_bytes: int = MAX_BYTES) -> Packed:
       Array([2., 2.], dtype=float32)
     """
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
-        raise ValueError(f"pack: max_bytes is a number of bytes, 0 or more, but found {max_bytes!r}.")
+        raise ValueError(f"pack: max_bytes must be a non-negative integer, but found {max_bytes!r}.")
     if isinstance(tree, Scope):
         raise ScopeError(
-            "pack: a scope cannot be packed in the model. Pack the tree that is given to it."
+            "pack: a scope cannot be packed inside the model. Pack the tree that it is called with."
         )
-    source = open_tree(tree)
+    source = open_tree(tree, counts=None, declared=True)  # numbers and other objects too
     return _packed(source.structure, source.leaves, max_bytes, source.place, ())
 
 
 def _packed(
     structure: Structure, leaves: Sequence[Any], max_bytes: int, place: Path, sources: Sequence[Packed]
 ) -> Packed:
-    """Returns leaves packed. A buffer of the sources is reused if all of its leaves are present."""
+    """Packs leaves. A buffer of the sources is reused if all of its leaves are present, unchanged."""
     if sources and not all(map(is_array, leaves)):
         return _of_values(structure, leaves, sources[0])
-    like = tuple((shape_of(leaf), _canonical(dtype_of(leaf))) for leaf in leaves)
+    lead, kept = _lead(structure, leaves, sources), structure.kept
+    like = tuple(
+        (None if (shape := shape_of(leaf)) is None else shape[len(lead) :], _canonical(dtype_of(leaf)))
+        for leaf in leaves
+    )
     layout = _layout(structure, like, max_bytes)
-    kept = structure.kept
     known = {
-        (part.key, tuple(source._layout.structure.kept[slot] for slot in part.slots)): (
+        (block.key, tuple(source._layout.structure.kept[slot] for slot in block.slots)): (
             array,
-            part,
+            block,
             source,
         )
         for source in sources
-        for part, array in zip(source._layout.parts, source._arrays, strict=True)
-        if part.shapes is not None
+        for block, array in zip(source._layout.blocks, source._arrays, strict=True)
+        if block.shapes is not None
     }
     arrays = []
-    for part in layout.parts:
-        pieces = [leaves[slot] for slot in part.slots]
+    for block in layout.blocks:
+        pieces = [leaves[slot] for slot in block.slots]
         array, old, source = known.get(
-            (part.key, tuple(kept[slot] for slot in part.slots)), (None,) * 3
+            (block.key, tuple(kept[slot] for slot in block.slots)), (None,) * 3
         )
         if old is not None and source is not None:
             split = source._unpacked()
             if all(piece is split[slot] for piece, slot in zip(pieces, old.slots, strict=True)):
                 arrays.append(array)
                 continue
-        arrays.append(pieces[0] if part.shapes is None else _joined(pieces, like[part.slots[0]][1]))
+        arrays.append(
+            pieces[0] if block.shapes is None else _joined(pieces, like[block.slots[0]][1], lead)
+        )
     return Packed.make(layout, arrays, place, leaves)
 
 
+def _lead(structure: Structure, leaves: Sequence[Any], sources: Sequence[Packed]) -> tuple[int, ...]:
+    """Returns the axes that all leaves have before those of the sources' layouts, as under ``vmap``."""
+    shapes = {
+        slot: like[0]
+        for source in sources
+        for slot, like in zip(source._layout.structure.kept, source._layout.like, strict=True)
+    }
+    leads = set()
+    for slot, leaf in zip(structure.kept, leaves, strict=True):
+        have, expected = shape_of(leaf) or (), shapes.get(slot) or ()
+        size = len(have) - len(expected)
+        leads.add(have[:size] if size >= 0 and have[size:] == expected else None)
+    lead = leads.pop() if len(leads) == 1 else None
+    return lead or ()
+
+
 def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> Packed:
-    """Returns values that are not arrays, such as a mask, as a tree packed like another one.
+    """Packs values that are not arrays, such as a mask, in the layout of a packed tree.
 
     Raises:
       MismatchError: the leaves of a buffer have different values.
@@ -336,13 +357,13 @@ def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> P
     like = tuple(source._layout.like[slot_of[slot]] for slot in structure.kept)
     layout = _layout(structure, like, source._layout.max_bytes)
     arrays = []
-    for part in layout.parts:
-        first = values[part.slots[0]]
-        unlike = [slot for slot in part.slots if values[slot] is not first and values[slot] != first]
+    for block in layout.blocks:
+        first = values[block.slots[0]]
+        unlike = [slot for slot in block.slots if values[slot] is not first and values[slot] != first]
         if unlike:
-            names = [join(structure.canonical[slot]) for slot in (part.slots[0], unlike[0])]
+            names = [join(structure.canonical[slot]) for slot in (block.slots[0], unlike[0])]
             raise MismatchError(
-                f"`{names[0]}` and `{names[1]}` share the buffer `{part.key.key}` of a packed tree, "
+                f"`{names[0]}` and `{names[1]}` share the buffer `{block.key.key}` of a packed tree, "
                 f"and get different values, {first!r} and {values[unlike[0]]!r}: pt.partition the tree "
                 "first and pt.pack each part, or pt.unpack it."
             )
@@ -353,24 +374,33 @@ def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> P
 def _canonical(dtype: Any) -> Any:
     if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return dtype
-    return jax.dtypes.canonicalize_dtype(dtype)
+    canonical = jax.dtypes.canonicalize_dtype(dtype)
+    exact = canonical == dtype or jnp.issubdtype(dtype, jnp.inexact)
+    return canonical if exact else None  # integers that jax cannot hold keep an array of their own
 
 
-def _joined(pieces: Sequence[Any], dtype: Any) -> Any:
+def _joined(pieces: Sequence[Any], dtype: Any, lead: tuple[int, ...]) -> Any:
+    sizes = [math.prod(piece.shape[len(lead) :]) for piece in pieces]
     if all(isinstance(piece, jax.ShapeDtypeStruct) for piece in pieces):
-        size = sum(math.prod(piece.shape) for piece in pieces)
-        return jax.ShapeDtypeStruct((size,), dtype)
+        return jax.ShapeDtypeStruct((*lead, sum(sizes)), dtype)
+    shapes = [(*lead, size) for size in sizes]
     if not any(isinstance(piece, jax.core.Tracer) for piece in pieces):
         # On the host: compiled, joining hundreds of arrays takes XLA seconds.
-        return jnp.asarray(np.concatenate([np.ravel(piece) for piece in pieces]), dtype)
-    return jnp.concatenate([jnp.ravel(jnp.asarray(piece, dtype)) for piece in pieces])
+        host = [
+            np.reshape(np.asarray(piece), shape) for piece, shape in zip(pieces, shapes, strict=True)
+        ]
+        return jnp.asarray(np.concatenate(host, axis=-1), dtype)
+    traced = [
+        jnp.reshape(jnp.asarray(p, dtype), shape) for p, shape in zip(pieces, shapes, strict=True)
+    ]
+    return jnp.concatenate(traced, axis=-1)
 
 
 def unpack(tree: Any) -> Any:
     """Returns the tree with every leaf an array of its own; a tree that is not packed is unchanged.
 
     Args:
-      tree: a packed tree, or any container of some, such as an optimizer state.
+      tree: a packed tree, or a container of packed trees, such as an optimizer state.
 
     Example:
       >>> import paramtree as pt

@@ -265,7 +265,7 @@ def test_what_is_put_in_place_of_a_buffer_must_be_one() -> None:
         pt.MismatchError, match="`dense0_weight` and `dense0_bias` share the buffer.*pt.partition"
     ):
         pt.mask(packed, ".*weight")
-    with pytest.raises(ValueError, match="max_bytes is a number of bytes, 0 or more, but found -1"):
+    with pytest.raises(ValueError, match="max_bytes must be a non-negative integer, but found -1"):
         pt.pack(params, max_bytes=-1)
     with pytest.raises(AttributeError, match="`dense0_wieght` is not in `dense0`"):
         _ = packed.dense0.wieght
@@ -442,5 +442,5 @@ def test_what_a_packed_tree_cannot_hold_is_said() -> None:
     first, second = pt.partition(params, ".*weight")
     packed_labels = pt.labels(pt.pack(first), {".*": "a"})
     assert jax.tree.leaves(packed_labels) == ["a"] and pt.pack(second) is not None
-    with pytest.raises(pt.ScopeError, match="Pack the tree that is given to it"):
+    with pytest.raises(pt.ScopeError, match="Pack the tree that it is called with"):
         pt.training(lambda p, x: pt.pack(p))(params, x)

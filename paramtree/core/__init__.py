@@ -1,1 +1,1 @@
-"""The core: a tree, its structure, the walker over any pytree, and rules by name."""
+"""The core: the tree and its structure, the walker over pytrees, and the selection by name."""

@@ -1,4 +1,4 @@
-"""The shape and dtype of anything that may be a leaf, and one policy for printing text."""
+"""The shape and dtype of any object that may be a leaf, and how messages print text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def describe(leaf: Any) -> str:
-    """Returns one line about a leaf, which may be any object."""
+    """Returns a one-line description of a leaf, which may be any object."""
     shape, dtype = shape_of(leaf), dtype_of(leaf)
     if shape is not None and dtype is not None:
         return f"shape={shape}, dtype={dtype}"
@@ -49,7 +49,7 @@ def printable(text: str) -> str:
 
 
 def clip(text: str, most: int) -> str:
-    """Returns a text, or the beginning of a long one with its length.
+    """Returns a text; a long one is cut and followed by its length.
 
     Example:
       >>> clip("weight", 20), clip("w" * 1000, 20)

@@ -1,8 +1,7 @@
 """The errors that paramtree raises.
 
-Each is also the built-in type that a user would catch: ``hasattr`` works on a tree, and ``except
-KeyError`` catches a missing name. Every message names the parameter, says what was expected and what
-was found, and what to do.
+Each also subclasses the built-in type that a user would catch, so ``hasattr`` works on a tree and
+``except KeyError`` catches a missing name. Every message names the parameter and what to do about it.
 """
 
 import difflib
@@ -39,7 +38,7 @@ class RuleError(ParamTreeError, KeyError, ValueError):
 
 
 class MismatchError(ParamTreeError, ValueError):
-    """A leaf with another shape, dtype or kind than expected."""
+    """A leaf whose shape, dtype or kind is not the expected one."""
 
 
 class MissingError(MismatchError, KeyError, IndexError, AttributeError):
@@ -58,21 +57,19 @@ class LoadError(ParamTreeError, ValueError):
     """A file that cannot be read, or that does not fit the tree it is loaded into."""
 
 
-def suggest(wrong: str, known: Iterable[str], limit: int = 3) -> str:
+def suggest(wrong: str, known: Iterable[str]) -> str:
     """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or an empty string.
 
     Example:
       >>> suggest("wieght", ["weight", "bias"])
       ' Did you mean `weight`?'
     """
-    close = close_names(wrong, list(known), limit)
+    close = close_names(wrong, list(known))
     return f" Did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else ""
 
 
-def close_names(wrong: str, known: Sequence[str], limit: int = 3) -> list[str]:
-    """Returns up to ``limit`` of the names in ``known`` that resemble ``wrong``, best first."""
-    # difflib takes tens of microseconds a name. An error message must not take seconds, so a very
-    # large tree is searched only among names of about the same length.
-    if len(known) > 2000:
+def close_names(wrong: str, known: Sequence[str]) -> list[str]:
+    """Returns up to three of the names in ``known`` that resemble ``wrong``, best first."""
+    if len(known) > 2000:  # an error message must not take seconds, and difflib takes 30 µs a name
         known = [name for name in known if abs(len(name) - len(wrong)) <= 2][:2000]
-    return difflib.get_close_matches(wrong, known, limit, 0.6)
+    return difflib.get_close_matches(wrong, known)

@@ -1,9 +1,9 @@
-"""The walker: what the leaves of any pytree are, what they are called, and how to get it back.
+"""The walker: from any pytree to named leaves, and back.
 
 ``open_tree`` turns a parameter tree, a dict, an optimizer state or a module into a structure and its
-leaves, and can put other leaves in their places. A parameter tree in another container keeps its order,
-ties, kinds, stacks and holes there, and a leaf that is itself a container, such as a row of a Hessian,
-is walked into. All verbs read trees through this function, so all see the same leaves.
+leaves, and rebuilds it from other leaves. A parameter tree inside another container keeps its order,
+ties, kinds, stacks and holes, and a leaf that is itself a container, such as a row of a Hessian, is
+walked into. All verbs read trees through this function, so all see the same leaves.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,13 +31,13 @@ from paramtree.core.tree import ParamTree, flatten, is_flat, place_of, unflatten
 
 __all__ = ["KEEP", "Container", "Opened", "is_array", "is_array_or_number", "open_tree"]
 
-KEEP: Any = object()  # leaves without a name stay
+KEEP: Any = object()  # unnamed leaves stay
 _ABSENT: Any = object()  # a leaf that is left out
 _LEVEL: Any = object()  # a level without children
 
 
 class Container(NamedTuple):
-    """A container: its type, the paths of its children, and what else jax compares of it."""
+    """A container: its type, the paths of its children, and its treedef, if jax made one."""
 
     type: type
     keys: tuple[Path, ...]
@@ -50,12 +50,12 @@ class Opened(NamedTuple):
     Attributes:
       structure: names, ties, kinds, stacks and holes; None in a container is a hole.
       leaves: one for each slot.
-      rebuild: makes the pytree from a structure, or a part of it, and its leaves; a third argument
-        replaces the leaves without a name, such as a function in a module.
-      kinds: the kind of each slot; None for a leaf outside of parameter trees.
+      rebuild: makes the pytree from the structure, or a version of it with more holes, and its leaves;
+        a third argument replaces the unnamed leaves, such as a function in a module.
+      kinds: the kind of each slot; None for a leaf outside parameter trees.
       place: the path of a sub-tree, for messages.
-      depths: for a path in a parameter tree in a container, how many segments lead to that tree.
-      containers: the containers by path.
+      depths: for each path in a parameter tree inside a container, the length of the path to that tree.
+      containers: the containers, by path.
     """
 
     structure: Structure
@@ -71,7 +71,7 @@ class Opened(NamedTuple):
         return self.rebuild(self.structure, leaves, unnamed)
 
     def part(self, structure: Structure, take: Picker, unnamed: Any = KEEP) -> Any:
-        """Returns the pytree with some leaves: holes in parameter trees, None in other containers."""
+        """Returns the pytree with some leaves only: holes in parameter trees, None elsewhere."""
         return self.rebuild(structure, take(self.leaves), unnamed)
 
 
@@ -88,24 +88,22 @@ def is_array_or_number(leaf: Any) -> bool:
 def open_tree(
     tree: Any, counts: Callable[[Any], bool] | None = is_array, declared: bool = False
 ) -> Opened:
-    """Returns the leaves of any pytree under their names.
+    """Returns any pytree as a structure, which names its leaves, and the leaves.
 
     Args:
       tree: a parameter tree, or any other pytree.
-      counts: which leaves outside of parameter trees have names; None for all, None included. In a
-        parameter tree all have.
-      declared: whether mappings are read in their own order, instead of jax's, which sorts the keys.
+      counts: whether a leaf outside parameter trees has a name; without it all have, even those that
+        are None. In a parameter tree every leaf has a name.
+      declared: whether to read mappings in their own order; jax sorts their keys.
 
     Raises:
       NameCollisionError: two leaves have one path, as in {"a/b": x, "a": {"b": y}}.
-      RuleError: a key is empty or has an empty part, as "a//b".
+      RuleError: a key is empty or has an empty segment, as in "a//b".
     """
-    opener = getattr(type(tree), "__open__", None)
-    if opener is not None:
-        return opener(tree)
     if type(tree) is ParamTree and is_flat(tree):
         return _opened(tree)
-    return _Walk(counts, declared).open(tree)
+    opener = getattr(type(tree), "__open__", None)
+    return opener(tree) if opener else _Walk(counts, declared).open(tree)
 
 
 def _opened(tree: ParamTree) -> Opened:
@@ -128,7 +126,7 @@ class _Node(NamedTuple):
 class _Walk:
     """One walk over a pytree.
 
-    Every value has a label, the first path that leads to it: aliases of a tied leaf have one label.
+    The label of a value is the first path that leads to it; the aliases of a tied leaf share one.
     """
 
     def __init__(self, counts: Callable[[Any], bool] | None, declared: bool) -> None:
@@ -142,7 +140,7 @@ class _Walk:
         self.containers: dict[Path, Container] = {}
 
     def open(self, tree: Any) -> Opened:
-        # What is to be visited: the arguments of ``visit``.
+        # Values still to be visited, as the arguments of ``visit``.
         todo: list[tuple[Any, ...]] = [(tree, (), (), None, (), 0, self.counts is None)]
         while todo:
             todo += reversed(self.visit(*todo.pop()))
@@ -160,10 +158,10 @@ class _Walk:
         return Opened(full.keep(kept), leaves, rebuild, own_kinds, place, self.depths, self.containers)
 
     def visit(self, value: Any, path: Path, label: Path, *more: Any) -> list[Any]:
-        """Notes a value, and returns what to visit below it.
+        """Records a value, and returns the values to visit below it.
 
-        ``more`` is its kind and stack, the depth of its parameter tree, and whether it has a name
-        whatever it is.
+        ``more`` is its kind, its stack, the depth of its parameter tree, and whether it has a name
+        regardless of ``counts``.
         """
         kind, stack, depth, named = more
         if label in self.nodes and self.nodes[label].value is not value:
@@ -191,8 +189,8 @@ class _Walk:
         full, size = node.inner.full, len(path)
         entries = zip(full.paths, full.slots, node.inner.slots, full.stacks or full.paths, strict=True)
         below = []
-        for entry, slot, here, own in entries:
-            child = _LEVEL if slot == EMPTY else _ABSENT if here == HOLE else children[here]
+        for entry, slot, present, own in entries:
+            child = _LEVEL if slot == EMPTY else _ABSENT if present == HOLE else children[present]
             first = label + (entry if slot == EMPTY else full.canonical[slot])
             is_state = kind == STATE or (slot != EMPTY and full.kinds[slot] == STATE)
             axes = stack or (moved(own, size) if full.stacks else ())  # type: ignore[arg-type]
@@ -201,7 +199,7 @@ class _Walk:
         return below
 
     def node(self, value: Any, label: Path) -> tuple[_Node, tuple[Path, ...], Sequence[Any], Any]:
-        """Returns the node of a value, its children with their keys, and what else jax compares."""
+        """Returns the node of a value, the keys of its children, the children, and its treedef."""
         if isinstance(value, ParamTree) or hasattr(type(value), "__open__"):
             source = _opened(value) if type(value) is ParamTree else open_tree(value)
             structure = source.structure
@@ -221,13 +219,13 @@ class _Walk:
         return node, keys, [child for _, child in flat], form
 
     def rebuilt(self, leaves: Mapping[Path, Any], unnamed: Any) -> Any:
-        """Returns the pytree with other leaves; those that are not given are left out."""
+        """Returns the pytree with other leaves; those without a new value are left out."""
         values: dict[Path, Any] = {}
         for label, node in reversed(self.nodes.items()):
             children = [values[child] for child in node.children]
             if node.rebuild is None:
-                other = node.value if unnamed is KEEP or node.value is None else unnamed
-                values[label] = leaves.get(label, _ABSENT) if label in self.leaves else other
+                fallback = node.value if unnamed is KEEP or node.value is None else unnamed
+                values[label] = leaves.get(label, _ABSENT) if label in self.leaves else fallback
             elif node.inner is None:
                 values[label] = node.rebuild([None if c is _ABSENT else c for c in children])
             else:
@@ -238,7 +236,7 @@ class _Walk:
 
 
 def _segments(key_path: Iterable[Any]) -> Path:
-    """Returns the path that a key path of jax stands for."""
+    """Returns a key path of jax as a path."""
     path: list[str] = []
     for key in key_path:
         name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))

@@ -1,8 +1,8 @@
-"""The selection: which leaves a pattern or a rule table means, and every message about patterns.
+"""The selection: which leaves a pattern or rule table selects, and every message about patterns.
 
-A pattern is a regular expression that must match a whole name, as ``"dense0_.*"``; one that contains
-"/" must match a whole path, as ``"encoder/.*"``, which does not select ``encoder_head``; or it is a
-predicate ``fn(name, leaf) -> bool``. In a rule table the first match counts.
+A pattern is a regular expression that must match a whole name, as in ``"dense0_.*"``; one that contains
+"/" must match a whole path, as in ``"encoder/.*"``, which does not select ``encoder_head``; or it is a
+predicate ``fn(name, leaf) -> bool``. In a rule table the first match wins.
 """
 
 import re
@@ -22,11 +22,11 @@ __all__ = [
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
 Patterns = Pattern | Sequence[Pattern] | None
 Rules = Mapping[Any, Any]  # patterns to values; the key type of a Mapping is invariant
-UNSET: Any = object()  # an argument that was not given, where None could be
+UNSET: Any = object()  # an argument that was not given, where None is a value
 
 
 class Slots:
-    """Some slots of a structure, with what takes their leaves; made once for a structure."""
+    """Some slots of a structure, the structure with only these, and a picker of their leaves."""
 
     def __init__(self, structure: Structure, slots: Iterable[int]) -> None:
         self.slots = tuple(slots)
@@ -34,7 +34,7 @@ class Slots:
 
 
 class Assigned(NamedTuple):
-    """For each slot the number of its rule, -1 for none, and the name that the rule matched."""
+    """For each slot the index of its rule, -1 for none, and the name that the rule matched."""
 
     rules: tuple[int, ...]
     names: tuple[str, ...]
@@ -48,15 +48,14 @@ def compiled(pattern: Any) -> re.Pattern[str]:
     Raises:
       RuleError: it is not a string, or not a regular expression.
     """
-    if not isinstance(pattern, str | re.Pattern):
+    text = getattr(pattern, "pattern", pattern)
+    if not isinstance(text, str):
         raise RuleError(
             "a pattern is a regular expression in a string, as in '.*weight', or a function of name "
             f"and leaf, but found {pattern!r} of type {type(pattern).__name__}."
         )
     try:
-        if isinstance(pattern, str):
-            return re.compile(pattern, re.DOTALL)
-        return re.compile(pattern.pattern, pattern.flags | re.DOTALL)
+        return re.compile(text, getattr(pattern, "flags", 0) | re.DOTALL)
     except re.error as error:
         raise RuleError(
             f"the pattern {pattern!r} is not a regular expression: {error}. To match a name that has "
@@ -65,16 +64,18 @@ def compiled(pattern: Any) -> re.Pattern[str]:
 
 
 def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]:
-    """Returns for every entry whether a pattern matches it.
+    """Returns whether a pattern matches, for every entry.
 
-    With ``nested``, a name in a parameter tree in a container may also start at that tree.
+    With ``nested``, names in a parameter tree inside a container may also start at that tree.
 
     Raises:
-      RuleError: the pattern is not one.
+      RuleError: the pattern is not valid.
     """
     structure = source.structure
     if pattern is None:
         return (True,) * len(structure.names())
+    if isinstance(pattern, list | tuple):
+        return tuple(map(any, zip(*(hits(source, one, nested) for one in pattern), strict=True)))
     if callable(pattern):
         entries = zip(structure.names(), structure.entries(), strict=True)
         return tuple(bool(pattern(name, source.leaves[slot])) for name, (_, slot) in entries)
@@ -88,23 +89,25 @@ def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]
                 matched[i] = matched[i] or test(join(path[depths.get(path, 0) :], sep)) is not None
         return tuple(matched)
 
-    if not isinstance(pattern, Hashable):
-        return match()  # which says that it is not a pattern
+    compiled(pattern)  # raises for what is not a pattern, also if it cannot be looked up
     return structure.cached(("hits", pattern, tuple(depths.items())), match)
 
 
 def select_slots(
     source: Opened, patterns: Patterns, kind: str | None, verb: str
 ) -> tuple[Slots, Slots]:
-    """Returns the slots of a kind with a name that one of the patterns matches, and all others.
+    """Returns the slots of a kind that one of the patterns matches, and all others.
 
     Raises:
-      RuleError: a pattern is not one, or matches nothing; all of these are listed.
+      RuleError: a pattern is not valid, or matches nothing; the latter are all listed.
       ValueError: a kind other than "param", "state" and None.
     """
     check_kind(kind)
     structure = source.structure
     listed = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
+
+    if not listed:
+        raise RuleError(f"{verb}: the list of patterns is empty.")
 
     def choose() -> tuple[Slots, Slots]:
         chosen: set[int] = set()
@@ -134,11 +137,11 @@ def slots_of(structure: Structure, chosen: set[int]) -> tuple[Slots, Slots]:
 
 
 def assign(source: Opened, patterns: tuple[Any, ...], nested: bool = False) -> Assigned:
-    """Returns which of some patterns each stored leaf has: the first that matches one of its names."""
+    """Returns the pattern of each stored leaf: the first that matches any of its names."""
     structure = source.structure
 
     def make() -> Assigned:
-        # Each pattern is tried on all names: one that is merely shadowed by another is not a typo.
+        # Each pattern is tried on all names: one that others merely shadow is not a typo.
         matches = [hits(source, pattern, nested) for pattern in patterns]
         unused = [i for i, row in enumerate(matches) if True not in row]
         rule = [-1] * len(structure.names())
@@ -163,20 +166,20 @@ def resolve(
     source: Opened, rules: Any, table: str, *, default: Any = UNSET, nested: bool = False,
     free: Iterable[int] = (), problems: Iterable[str] = (), advice: str = "",
 ) -> Assigned:  # fmt: skip
-    """Returns which rule of a table each stored leaf has.
+    """Returns the rule of each stored leaf.
 
     Args:
       source: the tree.
       rules: patterns to values.
-      table: what a message calls them.
-      default: the value of a leaf without a rule, if it may have none.
-      nested: whether names may start at a parameter tree in the container, and holes have names too.
+      table: what messages call the rules.
+      default: the value of leaves without a rule; if not given, every leaf needs one.
+      nested: whether names may start at a parameter tree in the container, and match holes too.
       free: slots that need no rule.
-      problems: what else is wrong with the table, for the same message.
-      advice: what ends the message.
+      problems: other problems with the table, for the same message.
+      advice: ends the message.
 
     Raises:
-      RuleError: it is not a table, a pattern is not one or matches nothing, a leaf has no rule and
+      RuleError: it is not a table, a pattern is not valid or matches nothing, a leaf has no rule and
         there is no default, or the names of a tied leaf have different values. One error lists all.
     """
     check_table(rules, table)
@@ -201,20 +204,21 @@ def resolve(
 
 
 def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
-    """Returns what to say of a pattern that matches none of the names."""
+    """Returns the message about a pattern that matches none of the names."""
     if callable(pattern):
         return f"{pattern_text(pattern)} is true for no leaf"
     text = pattern if isinstance(pattern, str) else pattern.pattern
     names = known.names(_sep(pattern)) if isinstance(known, Structure) else known
     inside = [name for name in names if re.search(pattern, name)][:3]
     if inside:
-        part = f"only a part of {', '.join(inside)}: '.*{text}.*' would match these"
-        return f"{text!r} matches no whole name, {part}"
+        wider = f".*(?:{text}).*" if "|" in text else f".*{text}.*"
+        hint = f": {wider!r} would match these" if isinstance(pattern, str) and "(?" not in text else ""
+        return f"{text!r} matches no whole name, only a part of {', '.join(inside)}{hint}"
     plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
     # "embd.*" means "embed_weight", and ".*weigth" does too: beginnings and ends are compared as well.
     size = len(plain)
-    ends = {part: name for name in reversed(names) for part in (name[-size:], name[:size])}
-    close = close_names(plain, names) or [ends[part] for part in close_names(plain, list(ends))]
+    ends = {end: name for name in reversed(names) for end in (name[-size:], name[:size])}
+    close = close_names(plain, names) or [ends[end] for end in close_names(plain, list(ends))]
     hint = f"; the closest are {', '.join(close)}" if close else ""
     return f"{text!r} matches no name{hint}"
 
@@ -235,7 +239,7 @@ def check_table(rules: Any, table: str) -> None:
 
 
 def pattern_text(pattern: Any) -> str:
-    """Returns what a message calls a pattern."""
+    """Returns a pattern as messages show it."""
     if callable(pattern):
         return f"the predicate {getattr(pattern, '__name__', pattern)}"
     return repr(pattern)

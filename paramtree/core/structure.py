@@ -11,7 +11,7 @@ A structure is flat. It lists the path of every leaf in depth-first declaration 
 * holes, as paths that end in ``HOLE``; a structure with holes remembers the full one it came from.
 
 Equal structures are one object, so jax compares and hashes them by identity at every jitted call. A
-structure dies with the last tree that uses it.
+structure is freed with the last tree that uses it.
 """
 
 import threading
@@ -30,15 +30,15 @@ __all__ = [
 Path = tuple[str, ...]
 Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 
-# The leading axes of a leaf that run over copies of a layer. For each: the position in the path where
-# the number of a copy would stand if the copies had names of their own, and how many copies there are.
+# The leading axes of a leaf that run over copies of a layer. For each, the position in the path where
+# the index of a copy would go if the copies had names of their own, and the number of copies.
 Stack = tuple[tuple[int, int], ...]
 
 EMPTY = -1  # the path is that of a level without children
 HOLE = -2  # the path is that of a leaf that select or partition left out
 PARAM, STATE = "param", "state"
 
-_CACHED = 64  # results that one structure remembers
+_CACHED = 64  # results per structure
 
 _interned: "weakref.WeakValueDictionary[Hashable, Structure]" = weakref.WeakValueDictionary()
 _lock = threading.RLock()  # two threads that build equal structures must get one object
@@ -59,7 +59,7 @@ class Structure:
       kept: the slots of ``full`` that are present, in order.
     """
 
-    __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_parts", "full", "kept",
+    __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_holed", "full", "kept",
                  "kinds", "paths", "slots", "stacks")  # fmt: skip
 
     def __init__(self, paths: Any, slots: Any, kinds: Any, stacks: Any) -> None:
@@ -71,9 +71,8 @@ class Structure:
         self._cache: dict[Hashable, Any] = {}
         self._children: dict[str, Any] | None = None
         self._canonical: tuple[Path, ...] | None = None
-        # Not in the global table: its key would keep the full structure alive for as long as a part,
-        # and the cache of the full one holds parts.
-        self._parts: weakref.WeakValueDictionary[Any, Structure] = weakref.WeakValueDictionary()
+        # Structures with holes. In the global table, their keys would keep the full structure alive.
+        self._holed: weakref.WeakValueDictionary[Any, Structure] = weakref.WeakValueDictionary()
 
     @staticmethod
     def intern(paths: Any, slots: Any, kinds: Any, stacks: Any = ()) -> "Structure":
@@ -92,17 +91,17 @@ class Structure:
         if len(kept) == len(full.kinds):
             return full
         with _lock:
-            part = full._parts.get(kept)
-            if part is None:
+            holed = full._holed.get(kept)
+            if holed is None:
                 position = {slot: i for i, slot in enumerate(kept)}
                 slots = tuple(s if s == EMPTY else position.get(s, HOLE) for s in full.slots)
-                part = Structure(full.paths, slots, tuple(full.kinds[s] for s in kept), full.stacks)
-                part.full, part.kept = full, kept
-                full._parts[kept] = part
-        return part
+                slot_kinds = tuple(full.kinds[slot] for slot in kept)
+                holed = full._holed[kept] = Structure(full.paths, slots, slot_kinds, full.stacks)
+                holed.full, holed.kept = full, kept
+        return holed
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns what ``make`` computes for this structure; of many results the oldest is dropped."""
+        """Returns the cached result of ``make``; the oldest results make room for new ones."""
         try:
             return self._cache[key]
         except KeyError:
@@ -123,28 +122,28 @@ class Structure:
         return self._canonical
 
     def entries(self) -> Iterable[tuple[Path, int]]:
-        """Returns the path and slot of every leaf that is present, aliases too."""
-        both = zip(self.paths, self.slots, strict=True)
-        usual = min(self.slots, default=0) >= 0  # and then Python takes no step a leaf
-        return both if usual else ((path, slot) for path, slot in both if slot >= 0)
+        """Returns the path and slot of every leaf that is present, including aliases."""
+        pairs = zip(self.paths, self.slots, strict=True)
+        complete = min(self.slots, default=0) >= 0  # then Python takes no step per leaf
+        return pairs if complete else ((path, slot) for path, slot in pairs if slot >= 0)
 
     def names(self, sep: str = "_") -> tuple[str, ...]:
-        """Returns the name of every leaf that is present, aliases too, in the order of ``entries``."""
+        """Returns the name of every leaf that is present, in the order of ``entries``."""
         make = lambda: tuple(sep.join(path) for path, _ in self.entries())  # noqa: E731
         return self.cached(("names", sep), make)
 
     def slots_by_path(self) -> dict[str, int]:
-        """Returns the slot of every leaf that is present by its path, such as "dense0/weight"."""
+        """Returns the slot of every leaf that is present, by path, such as "dense0/weight"."""
         make = lambda: {"/".join(path): slot for path, slot in self.entries()}  # noqa: E731
         return self.cached("slots by path", make)
 
     def stack_of(self, slot: int) -> Stack:
-        """Returns the stack of a slot, for its canonical path."""
+        """Returns the stack of a slot at its canonical path."""
         make = lambda: dict(zip(reversed(self.slots), reversed(self.stacks), strict=True))  # noqa: E731
         return self.cached("stacks", make)[slot] if self.stacks else ()
 
     def children(self) -> dict[str, Any]:
-        """Returns the children in order: a slot or ``HOLE``, or what ``level`` takes."""
+        """Returns the children in order: slots, holes, and what ``level`` makes a level of."""
         if self._children is None:
             children: dict[str, Any] = {}
             for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
@@ -157,7 +156,7 @@ class Structure:
         return self._children
 
     def level(self, name: str) -> tuple["Structure", Picker]:
-        """Returns the structure of a child by itself, and a function that takes its leaves."""
+        """Returns the structure of a child level, and a function that takes its leaves."""
         child = self.children()[name]
         if type(child) is slice:
             full, slots = self.full, dict[int, int]()
@@ -201,7 +200,7 @@ class Structure:
 
 
 def moved(stack: Stack, by: int) -> Stack:
-    """Returns the stack of a path that gains segments at its beginning, or loses some."""
+    """Returns the stack of a path that gains (or loses) segments at its beginning."""
     return tuple((max(0, position + by), size) for position, size in stack)
 
 
@@ -235,7 +234,7 @@ def build(
     paths: list[Path] = []
     slots: list[int] = []
     slot_of: dict[Any, int] = {}
-    # An explicit stack: depth is not limited by Python's.
+    # An explicit stack: depth is not limited by Python's recursion.
     todo: list[tuple[str, Iterator[tuple[str, Any]]]] = [("", iter(top.items()))]
     while todo:
         _, children = todo[-1]
@@ -258,7 +257,7 @@ def build(
 
 
 def picker(order: Sequence[int]) -> Picker:
-    """Returns a function that takes the values at some positions, with no step of Python for each."""
+    """Returns a function that takes the values at some positions, with no step of Python per value."""
     if len(order) < 2:
         return lambda values: tuple(values[i] for i in order)
     step = order[1] - order[0]

@@ -1,8 +1,8 @@
 """The parameter tree: an immutable, ordered, nested mapping of names to arrays, and one pytree node.
 
-A tree is a flat tuple of leaves and an interned structure. Flattening returns the two without any work
-for each leaf, and unflattening pairs a new tuple with the structure; so a jitted call on a tree of
-thousands of leaves costs less than on a nested dict. Reading a sub-tree cuts it out of the tuple.
+A tree is a flat tuple of leaves and an interned structure. Flattening returns the two with no work per
+leaf, and unflattening pairs a new tuple with the structure; so a jitted call on a tree of thousands
+of leaves costs less than on a nested dict. Reading a sub-tree cuts it out of the tuple.
 
 Only this module reads the fields of a tree. Everything else calls ``flatten`` and ``unflatten``.
 """
@@ -21,9 +21,9 @@ from paramtree.core.structure import EMPTY, HOLE, STATE, Path, Structure
 
 __all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "unflatten"]
 
-# A tree that is asked for one of these becomes the scope of a run for inference. It also does for `key`
-# and `update`, which refuse there, unless a child has the name.
-_lazy: Any = paramtree  # what lives in rooms below is loaded when it is asked for
+_lazy: Any = paramtree  # loads its public names on first use
+# Reading one of these from a tree reads it from the scope of an inference run. So does `key` or
+# `update`, unless a child has that name; such a run refuses both.
 _OF_SCOPES = frozenset(("param", "state", "training"))
 RESERVED = _OF_SCOPES | {"items", "keys", "values", "to_dict"}  # children read by item only
 
@@ -48,12 +48,12 @@ class ParamTree(_Fields):
     Trees come from ``pt.init``, ``pt.abstract``, ``pt.load`` and ``pt.from_tree``. Children are read by
     attribute, item, path or position, in the order of declaration; a child that is not a leaf is a tree
     too. A tree given to a model is the *scope* that it reads its parameters from. A child may have any
-    name; children called ``param``, ``state``, ``training``, ``items``, ``keys``, ``values`` or
-    ``to_dict``, as attributes of every tree are, are read by item.
+    name; one called ``param``, ``state``, ``training``, ``items``, ``keys``, ``values`` or ``to_dict``,
+    which are attributes of every tree, is read by item.
 
     Raises:
       MissingError: there is no such child (also a KeyError, IndexError and AttributeError).
-      ImmutableError: assigning to the tree or deleting from it (also a TypeError, AttributeError).
+      ImmutableError: the tree is assigned to or deleted from (also a TypeError and AttributeError).
 
     Example:
       >>> import paramtree as pt
@@ -196,7 +196,7 @@ class ParamTree(_Fields):
         structure, first, lines = self._structure, self._structure.canonical, []
         for path, slot in structure.entries():
             word = "State" if structure.kinds[slot] == STATE else "Parameter"
-            name, source = (printable(join(self._place + each)) for each in (path, first[slot]))
+            name, source = (printable(join(self._place + p)) for p in (path, first[slot]))
             tied = "" if first[slot] == path else f", tied to {source}"
             lines.append(f"{word} {name} ({describe(self._leaves[slot])}{tied})")
         if holes := structure.slots.count(HOLE):
@@ -225,7 +225,7 @@ class ParamTree(_Fields):
 
 
 def unflatten(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> ParamTree:
-    """Returns the tree of a structure and its leaves; messages say that it is at ``place``."""
+    """Returns the tree of a structure and its leaves; ``place`` is its path in messages."""
     tree: Any = _Fields()
     tree._leaves = leaves if type(leaves) is tuple else tuple(leaves)
     tree._structure = structure
@@ -246,25 +246,27 @@ def place_of(tree: ParamTree) -> Path:
 
 
 def located(path: Path) -> str:
-    """Returns what a message calls a level."""
+    """Returns a level as messages show it."""
     return f"`{join(path)}`" if path else "the tree"
+
+
+_FLAT: Any = vars(_Fields)["_flat"]  # the slot, which is read past __getattr__
 
 
 def is_flat(tree: ParamTree) -> bool:
     """Whether no leaf is itself a container, such as a tuple or another tree."""
-    field: Any = vars(_Fields)["_flat"]  # a slot, read past __getattr__
     try:
-        flat: bool = field.__get__(tree)
+        flat: bool = _FLAT.__get__(tree)
     except AttributeError:
         all_leaves, leaves = jax.tree_util.all_leaves, tree._leaves
         flat = all_leaves(leaves) or all(leaf is None or all_leaves([leaf]) for leaf in leaves)
-        field.__set__(tree, flat)
+        _FLAT.__set__(tree, flat)
     return flat
 
 
 def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Structure]:
     structure = tree._structure
-    # One key a leaf, with its path: jax prints ['dense0/weight'], which also reads it from the tree.
+    # One key per leaf, its path: jax prints ['dense0/weight'], which also reads it from the tree.
     keys = structure.cached("keys", lambda: [DictKey("/".join(path)) for path in structure.canonical])
     return list(zip(keys, tree._leaves, strict=True)), structure
 

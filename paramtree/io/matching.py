@@ -13,7 +13,7 @@ from typing import Any
 from paramtree.core.arrays import join
 from paramtree.core.errors import RuleError, close_names
 from paramtree.core.rules import compiled, pattern_text
-from paramtree.core.structure import Path, Structure
+from paramtree.core.structure import Path, Stack, Structure
 from paramtree.verbs.restructure import rewriter
 
 __all__ = ["Item", "Lookup", "Rename", "closest", "name_pattern", "rename_all"]
@@ -26,7 +26,8 @@ class Item:
     """An array on its way into a tree.
 
     ``names`` are all its names, several if the file records ties; ``origin`` is its name in the file.
-    ``read`` returns the array; None means that the source reads it.
+    ``read`` returns the array; None means that the source reads it. ``stack`` is that of the first
+    name; None means that the file does not say.
     """
 
     origin: str
@@ -34,6 +35,7 @@ class Item:
     shape: tuple[int, ...]
     dtype: Any
     read: Callable[[], Any] | None = None
+    stack: Stack | None = None
 
 
 def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
@@ -55,7 +57,7 @@ def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
             raise TypeError(f"rename returned {wrong[0]!r} for `{item.origin}`, not a name or None.")
         kept = tuple(dict.fromkeys(name for name in names if name is not None))
         if kept:
-            out.append(replace(item, names=kept))
+            out.append(replace(item, names=kept, stack=item.stack if kept == item.names else None))
     return out
 
 

@@ -8,7 +8,7 @@ from io import BufferedReader
 import jax
 
 from paramtree.core.errors import NameCollisionError
-from paramtree.core.structure import PARAM, build
+from paramtree.core.structure import PARAM, Stack, build
 from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.formats import mxnet, npz, orbax, safetensors
 from paramtree.io.matching import Item
@@ -103,12 +103,15 @@ def items_of(source: Source) -> list[Item]:
     else:
         aliases, tags = layout.aliases(), layout.tags
     items = []
+    stacks: dict[str, Stack] = {}
+    if layout is not None and layout.structure.stacks:
+        stacks = {name: layout.structure.stack_of(slot) for slot, name in enumerate(layout.names)}
     for name, names in aliases.items():
         try:
             shape, dtype = logical(arrays[name].shape, arrays[name].dtype, tags.get(name, ""))
         except ValueError as error:
             fail(source.path, repr(name), f"{error}.")
-        items.append(Item(name, tuple(names), shape, dtype))
+        items.append(Item(name, tuple(names), shape, dtype, stack=stacks.get(name)))
     return items
 
 

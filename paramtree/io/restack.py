@@ -99,11 +99,7 @@ def _unnumbered(lookup: Lookup, stacks: dict[Path, Stack]) -> _Unnumbered:
     names: _Unnumbered = {}
     for path in lookup.slot_of:
         for places, numbers, rest in _numbers(path):
-            # The axes of the stack come in the order of the path; some are axes of the copies too.
-            own = [position for position, _ in stacks.get(path, ())]
-            axes = tuple(
-                i + sum(position <= place for position in own) for i, place in enumerate(places)
-            )
+            axes = _axes_among(stacks.get(path, ()), places)
             for sep in "./_":
                 copies = names.setdefault(sep.join(rest), {}).setdefault(places, {})
                 copies[numbers] = axes, path
@@ -113,17 +109,45 @@ def _unnumbered(lookup: Lookup, stacks: dict[Path, Stack]) -> _Unnumbered:
 def _copies(
     item: Item, unnumbered: _Unnumbered, lookup: Lookup, shapes: Sequence[Any]
 ) -> list[tuple[Index, Index, Path]]:
-    """Returns the axes, index and path of each copy if the item is a stack, else nothing."""
+    """Returns the axes, index and path of each copy if the item is a stack, else nothing.
+
+    Where copies of two levels fit and the file does not say which level it stacks, neither is taken.
+    """
     for name in item.names:
-        for copies in unnumbered.get(name, {}).values():
+        fitting = []
+        for places, copies in unnumbered.get(name, {}).items():
             sizes = tuple(max(numbers) + 1 for numbers in zip(*copies, strict=True))
-            complete = len(copies) == np.prod(sizes)
-            if complete and all(
-                item.shape == _inserted(shapes[lookup.slot_of[path]], axes, sizes)
-                for axes, path in copies.values()
+            known = None if item.stack is None else _axes(item.stack, places)
+            rows = [
+                (axes if item.stack is None else known, index, path)
+                for index, (axes, path) in copies.items()
+            ]
+            if len(copies) == np.prod(sizes) and all(
+                axes is not None and item.shape == _inserted(shapes[lookup.slot_of[path]], axes, sizes)
+                for axes, _, path in rows
             ):
-                return [(axes, index, path) for index, (axes, path) in copies.items()]
+                fitting.append(rows)
+        if len(fitting) == 1:
+            return fitting[0]  # type: ignore[return-value]  # there are axes
     return []
+
+
+def _axes(stack: Stack, places: Index) -> Index | None:
+    """Returns the axes of a stack that run over the numbers at some places of a path."""
+    axes: list[int] = []
+    for removed, place in enumerate(places):
+        after = axes[-1] if axes else -1
+        free = (a for a, (at, _) in enumerate(stack) if a > after and at == place - removed)
+        axis = next(free, None)
+        if axis is None:
+            return None
+        axes.append(axis)
+    return tuple(axes)
+
+
+def _axes_among(stack: Stack, places: Index) -> Index:
+    """Returns the axes over numbers at some places of a path that is itself that of a stack."""
+    return tuple(i + sum(at <= place for at, _ in stack) for i, place in enumerate(places))
 
 
 def _position_in_stack(
@@ -136,15 +160,7 @@ def _position_in_stack(
             if path is None:
                 continue
             stack = stacks.get(path)
-            if stack is None:
-                return path, tuple(range(len(places))), numbers
-            free = [(axis, position) for axis, (position, _) in enumerate(stack)]
-            axes = []
-            for removed, place in enumerate(places):
-                axis = next((a for a, position in free if position == place - removed), None)
-                if axis is not None:
-                    axes.append(axis)
-                    free = [(a, position) for a, position in free if a > axis]
-            if len(axes) == len(places):
-                return path, tuple(axes), numbers
+            axes = _axes_among(item.stack or (), places) if stack is None else _axes(stack, places)
+            if axes is not None:
+                return path, axes, numbers
     return None

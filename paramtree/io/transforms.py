@@ -90,4 +90,4 @@ def _with(item: Item, value: Any, match: re.Match[str]) -> Item:
         )
     if isinstance(value, np.generic):
         value = np.asarray(value)
-    return replace(item, shape=shape, dtype=dtype, read=lambda: value)
+    return replace(item, shape=shape, dtype=dtype, read=lambda: value, stack=None)

@@ -54,7 +54,7 @@ def path_key(key: jax.Array, words: Any) -> jax.Array:
 
 @jax.jit
 def _path_key(key: jax.Array, words: jax.Array) -> jax.Array:
-    """Returns what ``path_key`` does; a loop compiles in half the time of two calls."""
+    """Same as ``path_key``; a loop compiles in half the time of two calls."""
     return jax.lax.fori_loop(0, 2, lambda i, key: jax.random.fold_in(key, words[i]), key)
 
 
@@ -70,9 +70,10 @@ def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: 
 
 
 def _compute_stack(initializer: Initializer, shapes: tuple[Any, Any], dtype: Any, keys: Any) -> Any:
-    """Returns a stack, (*lead, *one), of an array for each of some keys; ``shapes`` is (lead, one)."""
-    lead, one = shapes
-    return jax.vmap(functools.partial(_compute, initializer, one, dtype))(keys).reshape(lead + one)
+    """Returns a stack, (*lead, *single), of an array for each key; ``shapes`` is (lead, single)."""
+    lead, single = shapes
+    values = jax.vmap(functools.partial(_compute, initializer, single, dtype))(keys)
+    return values.reshape(lead + single)
 
 
 # One compiled function for all leaves that share initializer, shape and dtype, and one that derives
@@ -107,43 +108,45 @@ def draw(
 
     Raises:
       MismatchError: an initializer returned another shape or dtype than requested. This and any
-        other error of an initializer names the leaf.
+        other error in an initializer names the leaf.
     """
     traced = _traced(key)
     if shardings is not None and not traced:
-        key = _free(key)
-    places = [None] * len(specs) if shardings is None else list(shardings)
+        key = _uncommitted(key)
+    shardings = [None] * len(specs) if shardings is None else list(shardings)
     if any(spec.stack for spec in specs):
-        return _stacked(paths, specs, key, places)
+        return _stacked(paths, specs, key, shardings)
     specs = [_for_name(spec, join(path)) for spec, path in zip(specs, paths, strict=True)]
     leaves: list[Any] = [None] * len(specs)
     window = _Window()
-    groups = list(_alike(specs, places))
+    groups = list(_alike(specs, shardings))
     if not traced:
-        _compile_ahead(groups, paths, specs, key, places)
+        _compile_ahead(groups, paths, specs, key, shardings)
     for members in groups:
-        first, place = specs[members[0]], places[members[0]]
+        first, sharding = specs[members[0]], shardings[members[0]]
         call = first.initializer, first.shape, first.dtype
         words = [path_words(paths[i]) for i in members]
         with _naming(paths[members[0]], first):
             if traced and len(members) > 1 and _uses_key(*call, key):
-                # Compiled once a leaf, the random bits of a net of 400 layers take XLA minutes.
-                one = functools.partial(_compute_at, place, *call)
+                # Compiled leaf by leaf, the random bits of a net of 400 layers take XLA minutes.
+                compute = functools.partial(_compute_at, sharding, *call)
                 values = list(
-                    jax.lax.map(lambda two, one=one: one(_path_key(key, two)), np.stack(words))
+                    jax.lax.map(
+                        lambda pair, compute=compute: compute(_path_key(key, pair)), np.stack(words)
+                    )
                 )
-            elif traced and place is not None:
-                values = [_compute_at(place, *call, _path_key(key, two)) for two in words]
-            elif not traced and _is_filled(first, place):
+            elif traced and sharding is not None:
+                values = [_compute_at(sharding, *call, _path_key(key, pair)) for pair in words]
+            elif not traced and _is_filled(first, sharding):
                 values = [_filled(*call) for _ in words]
             elif not _compilable(first.initializer):
-                values = [_held(place, *call, _path_key(key, two)) for two in words]
+                values = [_held(sharding, *call, _path_key(key, pair)) for pair in words]
             else:
-                compiled = _computing(place)
+                compiled = _computing(sharding)
                 values = []
-                for two in words:
+                for pair in words:
                     window.wait_for(first.shape, first.dtype)
-                    values.append(window.add(compiled(*call, _path_key(key, two))))
+                    values.append(window.add(compiled(*call, _path_key(key, pair))))
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
     return tuple(leaves)
@@ -154,9 +157,9 @@ def _traced(key: Any) -> bool:
     return isinstance(key, jax.core.Tracer) or isinstance(jnp.asarray(0), jax.core.Tracer)
 
 
-def _computing(place: Any) -> Any:
+def _computing(sharding: Any) -> Any:
     """Returns the compiled function for leaves of one sharding."""
-    return _compiled if place is None else _sharded(_compute, place)
+    return _compiled if sharding is None else _sharded(_compute, sharding)
 
 
 def _compile_ahead(
@@ -164,7 +167,7 @@ def _compile_ahead(
     paths: Sequence[Path],
     specs: Sequence[Spec],
     key: jax.Array,
-    places: Sequence[Any],
+    shardings: Sequence[Any],
 ) -> None:
     """Compiles the function of each group of leaves in a thread, while the next group is lowered.
 
@@ -174,26 +177,26 @@ def _compile_ahead(
     for first in (members[0] for members in groups):
         spec = specs[first]
         call = spec.initializer, spec.shape, spec.dtype
-        if _is_filled(spec, places[first]) or not _compilable(spec.initializer):
+        if _is_filled(spec, shardings[first]) or not _compilable(spec.initializer):
             continue
-        if mark := _uncompiled(places[first], *call):
+        if mark := _uncompiled(shardings[first], *call):
             mark.clear()
             new.append((first, call))
     if not new or jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # set at run time
         return
-    # XLA uses the other cores itself; with more threads here, malloc keeps more memory to itself, a
-    # tenth of the parameters of a model of 600 MB.
+    # XLA uses the other cores itself. With more threads here, malloc retains more memory: a tenth of
+    # the parameters of a 600 MB model.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(_path_key.lower(key, path_words(())).compile)
         for first, call in new:
             with _naming(paths[first], specs[first]):
-                lowered = _computing(places[first]).lower(*call, key)
+                lowered = _computing(shardings[first]).lower(*call, key)
             thread.submit(lowered.compile)
 
 
 @functools.lru_cache(maxsize=2**14)
 def _uncompiled(*call: Any) -> list[None]:
-    """Returns one and the same list for equal specs; it is emptied when they are compiled."""
+    """Returns the same list for equal specs; it is emptied when they are compiled."""
     return [None]
 
 
@@ -216,71 +219,71 @@ class _Window:
             self._bytes -= jax.block_until_ready(self._begun.popleft()).nbytes
 
     def add(self, leaf: Any) -> Any:
-        """Returns a leaf that is being computed, and counts it."""
+        """Counts a leaf that is being computed, and returns it."""
         if not isinstance(leaf, jax.core.Tracer):
             self._begun.append(leaf)
             self._bytes += leaf.nbytes
         return leaf
 
 
-def _free(key: jax.Array) -> jax.Array:
-    """Returns a key that is not committed to a device, as its leaves may be on others."""
+def _uncommitted(key: jax.Array) -> jax.Array:
+    """Returns a key that is not committed to a device, as the leaves may be on others."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jnp.asarray(np.asarray(key))
     data = jnp.asarray(np.asarray(jax.random.key_data(key)))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
-def _compute_at(place: Any, *call: Any) -> Any:
+def _compute_at(sharding: Any, *call: Any) -> Any:
     """Computes a leaf inside a jitted function, with its sharding if it has one."""
     value = _compute(*call)
-    return value if place is None else _divide(value, place)
+    return value if sharding is None else _constrain(value, sharding)
 
 
-def _divide(value: Any, place: Any) -> Any:
+def _constrain(value: Any, sharding: Any) -> Any:
     """Constrains the sharding of an array in a jitted function."""
-    types = getattr(getattr(place, "mesh", None), "axis_types", ())
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
     if jax.sharding.AxisType.Explicit in types:
-        return jax.sharding.reshard(value, place)
-    return jax.lax.with_sharding_constraint(value, place)
+        return jax.sharding.reshard(value, sharding)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
-def _is_filled(spec: Spec, place: Any) -> bool:
+def _is_filled(spec: Spec, sharding: Any) -> bool:
     """Whether a leaf is constant and too small to be worth compiling for its shape."""
     fill = getattr(spec.initializer, "fill", None)
-    return fill is not None and place is None and math.prod(spec.shape) < 2**16
+    return fill is not None and sharding is None and math.prod(spec.shape) < 2**16
 
 
 def _filled(initializer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Makes a constant leaf on the host; a buffer of numpy's could not be donated."""
+    """Makes a constant leaf on the host; a numpy buffer could not be donated."""
     return jax.device_put(np.full(shape, jnp.asarray(initializer.fill, dtype)), may_alias=False)
 
 
-def _held(place: Any, *call: Any) -> Any:
+def _held(sharding: Any, *call: Any) -> Any:
     """Computes a leaf of an initializer that holds an array, without compiling."""
-    if place is None:
+    if sharding is None:
         return jnp.array(_compute(*call))  # a copy: two leaves must never share a buffer
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return scatter(_compute(*call), place)
+        return scatter(_compute(*call), sharding)
 
 
 def _stacked(
-    paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array, places: Sequence[Any]
+    paths: Sequence[Path], specs: Sequence[Spec], key: jax.Array, shardings: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """Computes every copy in a stack as the leaf that it would be by itself."""
+    """Computes every copy in a stack as if it were a leaf of its own."""
     names: list[Path] = []
     singles: list[Spec] = []
-    at: list[Any] = []
+    single_shardings: list[Any] = []
     sharded: dict[int, Any] = {}  # stacks that are computed in shards
-    for i, (path, spec, place) in enumerate(zip(paths, specs, places, strict=True)):
-        copies, each = _copies(path, spec)
-        if spec.stack and place is not None:
-            sharded[i] = _sharded_stack(copies, each, spec, key, place)
+    for i, (path, spec, sharding) in enumerate(zip(paths, specs, shardings, strict=True)):
+        copies, copy_specs = _copies(path, spec)
+        if spec.stack and sharding is not None:
+            sharded[i] = _sharded_stack(copies, copy_specs, spec, key, sharding)
         else:
             names += copies
-            singles += each
-            at += [place] * len(copies)
-    values = iter(draw(names, singles, key, at))
+            singles += copy_specs
+            single_shardings += [sharding] * len(copies)
+    values = iter(draw(names, singles, key, single_shardings))
     leaves = []
     for i, spec in enumerate(specs):
         if i in sharded:
@@ -298,7 +301,7 @@ def _stacked(
 
 
 def _copies(path: Path, spec: Spec) -> tuple[list[Path], list[Spec]]:
-    """Returns the path that each copy in a stack would have by itself, and its spec."""
+    """Returns the path that each copy in a stack would have on its own, and its spec."""
     shape = spec.shape[len(spec.stack) :]
     paths, specs = [], []
     for index in np.ndindex(*spec.shape[: len(spec.stack)]):
@@ -306,29 +309,29 @@ def _copies(path: Path, spec: Spec) -> tuple[list[Path], list[Spec]]:
         for number, (position, _) in reversed(list(zip(index, spec.stack, strict=True))):
             copy.insert(position, str(number))
         paths.append(tuple(copy))
-        one = dataclasses.replace(spec, shape=shape, stack=())
-        specs.append(_for_name(one, join(copy), join(path), index) if spec.stack else one)
+        single = dataclasses.replace(spec, shape=shape, stack=())
+        specs.append(_for_name(single, join(copy), join(path), index) if spec.stack else single)
     return paths, specs
 
 
 def _sharded_stack(
-    copies: Sequence[Path], specs: Sequence[Spec], stack: Spec, key: jax.Array, place: Any
+    copies: Sequence[Path], specs: Sequence[Spec], stack: Spec, key: jax.Array, sharding: Any
 ) -> Any:
     """Computes a stack of copies, each shard on its own device."""
-    traced, one = _traced(key), specs[0]
-    if len(list(_alike(specs, [place] * len(specs)))) == 1 and _compilable(one.initializer):
+    traced, first = _traced(key), specs[0]
+    if len(list(_alike(specs, [sharding] * len(specs)))) == 1 and _compilable(first.initializer):
         words = np.stack([path_words(path) for path in copies])
-        call = one.initializer, (stack.shape[: len(stack.stack)], one.shape), one.dtype
+        call = first.initializer, (stack.shape[: len(stack.stack)], first.shape), first.dtype
         keys = _path_keys(key, words)
         if traced:
-            return _divide(_compute_stack(*call, keys), place)
-        return _sharded(_compute_stack, place)(*call, keys)
+            return _constrain(_compute_stack(*call, keys), sharding)
+        return _sharded(_compute_stack, sharding)(*call, keys)
     if traced:
         value = jnp.stack(draw(copies, specs, key)).reshape(stack.shape)
-        return _divide(value, place)
+        return _constrain(value, sharding)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # each copy has its own initializer
         values = [np.asarray(value) for value in draw(copies, specs, key)]
-    return scatter(np.stack(values).reshape(stack.shape), place)
+    return scatter(np.stack(values).reshape(stack.shape), sharding)
 
 
 def _for_name(spec: Spec, name: str, stack: str = "", index: tuple[int, ...] = ()) -> Spec:
@@ -342,13 +345,13 @@ def _for_name(spec: Spec, name: str, stack: str = "", index: tuple[int, ...] = (
     return spec
 
 
-def _alike(specs: Sequence[Spec], places: Sequence[Any]) -> Iterator[list[int]]:
+def _alike(specs: Sequence[Spec], shardings: Sequence[Any]) -> Iterator[list[int]]:
     """Yields the indices of specs that one function computes."""
     groups: dict[Any, list[int]] = {}
-    for i, (spec, place) in enumerate(zip(specs, places, strict=True)):
+    for i, (spec, sharding) in enumerate(zip(specs, shardings, strict=True)):
         call: Any = i
         if _compilable(spec.initializer):
-            call = spec.initializer, spec.shape, spec.dtype, place
+            call = spec.initializer, spec.shape, spec.dtype, sharding
         groups.setdefault(call, []).append(i)
     yield from groups.values()
 

@@ -1,4 +1,4 @@
-"""Gradients by name: what is not differentiated costs no backward pass."""
+"""Gradients by name: leaves that are not selected cost no backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +19,15 @@ __all__ = ["grad", "value_and_grad"]
 def value_and_grad(
     fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """Returns a function for the value of ``fn`` and its gradient by its first argument.
+    """Returns a function for ``fn`` and its gradient with respect to its first argument.
 
-    ``fn(params, *args, **kwargs)`` sees the whole tree. Only the leaves in question are inputs of
-    the differentiation, so the others are constants to it: no backward pass, no memory.
+    ``fn(params, *args, **kwargs)`` sees all of the tree. Only the selected leaves are
+    differentiated; the others are constants, and cost no backward pass and no memory.
 
     Args:
       fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
-      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained:
-        state never is. None for all that are of floating point.
+      wrt: a pattern, or several, for the parameters to differentiate with respect to; state never is.
+        None for all floating-point parameters.
       has_aux: whether ``fn`` returns a pair.
 
     Returns:
@@ -35,8 +35,7 @@ def value_and_grad(
       ``pt.select`` gives for these leaves: holes, or None in another pytree, for all else.
 
     Raises:
-      RuleError: on calling: a pattern matches nothing that is trained, or a leaf that is not of
-        floating point.
+      RuleError: when called: a pattern matches no parameter, or one that is not floating-point.
 
     Example:
       >>> import paramtree as pt
@@ -58,12 +57,12 @@ def value_and_grad(
 
 
 def grad(fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False) -> Callable[..., Any]:
-    """Returns a function for the gradient of ``fn`` by its first argument, as ``value_and_grad``.
+    """Returns a function for the gradient alone, of ``fn`` with respect to its first argument.
 
     Args:
       fn: a function that returns a scalar, or with ``has_aux`` a pair of a scalar and anything.
-      wrt: a pattern, or several, for the leaves to differentiate by, among those that are trained.
-        None for all that are of floating point.
+      wrt: a pattern, or several, for the parameters to differentiate with respect to. None for all
+        floating-point parameters.
       has_aux: whether ``fn`` returns a pair; the result is then ``(gradient, aux)``.
 
     Example:
@@ -73,17 +72,17 @@ def grad(fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False) ->
       Parameter w (shape=(), dtype=float32)
       (1 hole)
     """
-    both = value_and_grad(fn, wrt, has_aux)
+    value_and_gradient = value_and_grad(fn, wrt, has_aux)
 
     def gradient(params: Any, *args: Any, **kwargs: Any) -> Any:
-        value, grads = both(params, *args, **kwargs)
+        value, grads = value_and_gradient(params, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return gradient
 
 
 def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
-    """Returns the leaves to differentiate by, and the rest."""
+    """Returns the leaves to differentiate with respect to, and the rest."""
     source = open_tree(params)
     structure, leaves = source.structure, source.leaves
     chosen, rest = select_slots(source, wrt, PARAM, "grad")  # state is never trained, whatever matches
@@ -94,8 +93,8 @@ def _differentiable(params: Any, wrt: Any) -> tuple[Any, Any]:
     if fixed and wrt is not None:
         shown = ", ".join(f"{join(structure.canonical[slot])} ({dtypes[slot]})" for slot in fixed)
         raise RuleError(
-            f"grad: {shown} cannot be differentiated by, as only floating-point leaves can. Give a "
-            "pattern that leaves them out, or none to take all trained floating-point leaves."
+            f"grad: cannot differentiate with respect to {shown}, only to floating-point leaves. Give "
+            "a pattern that leaves them out, or none, which selects all floating-point parameters."
         )
     if fixed:
         chosen, rest = slots_of(structure, set(chosen.slots) - set(fixed))

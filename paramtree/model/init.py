@@ -1,6 +1,6 @@
 """Initialises the parameters of a model.
 
-A model is a function of a scope and inputs. ``init`` records what it asks for and computes every leaf;
+A model is a function of a scope and inputs. ``init`` records the leaves it asks for and computes them;
 ``reinit`` computes some leaves again, by the same rules and from the same keys.
 """
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 def abstract(
     f: Callable[..., Any], *inputs: Any, ties: Mapping[str, str] | None = None, **kwargs: Any
 ) -> ParamTree:
-    """Returns the shapes and dtypes of the parameters that a model has for some inputs.
+    """Returns the shapes and dtypes of a model's parameters for some inputs.
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
@@ -97,7 +97,7 @@ def init(
     tree = record(f, inputs, kwargs, ties)
     structure, specs = flatten(tree)
     if rules is not None:
-        chosen = _initializers(open_tree(tree), rules)
+        chosen = _initializers(open_tree(_shapes(tree)), rules)
         specs = tuple(
             dataclasses.replace(spec, initializer=rule or spec.initializer)
             for spec, rule in zip(specs, chosen, strict=True)
@@ -114,17 +114,18 @@ def _shapes(tree: ParamTree) -> ParamTree:
 def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
     """Returns the tree with new values for the leaves whose names match; the others stay.
 
-    Gives exactly the values that ``pt.init`` with the same key and these rules gives to them.
-
-    In a stack, as ``nn.Repeat`` makes it, each copy is initialised as itself.
+    The new values are exactly those of ``pt.init`` with the same key and these rules. In a stack, as
+    ``nn.Repeat`` makes it, each copy is initialised by itself.
 
     Args:
       tree: a parameter tree, or any other pytree.
       key: a PRNG key, from ``jax.random.key``.
-      rules: patterns to initializers; the first that matches a name counts.
+      rules: patterns to initializers; the first that matches a name wins.
 
     Raises:
+      TypeError: ``key`` is not a PRNG key.
       RuleError: a pattern matches nothing or has no initializer.
+      MismatchError: a leaf is not an array, or not a stack of the sizes in the structure.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Observed runs: which layers a model calls, where, in which order and with what.
+"""Observed runs: which layers a model calls, where, in which order and with which arrays.
 
-Nothing is switched on for that. The model runs on scopes with an observer, and a layer that is called
-on one announces itself. On any other scope a call costs a look at the scope's type, while tracing, and
-leaves nothing in the program.
+There is no mode to switch on. The model runs on scopes with an observer, and a layer called on one
+announces itself. On any other scope a call costs one check of the scope's type, while tracing, and
+leaves nothing in the compiled program.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Call:
 class Observer:
     """The calls of one observed run of a model, in order.
 
-    Each call runs under a name scope with its number, so an equation of the jaxpr tells its call.
+    Each call runs under a name scope with its number, so each equation of the jaxpr names its call.
     """
 
     def __init__(self) -> None:
@@ -58,13 +58,13 @@ class Observer:
         self._open: list[int] = []  # the calls that have not yet returned
 
     def scope(self, tree: ParamTree) -> Scope:
-        """Returns a scope on a tree whose calls and reads this observer notes."""
+        """Returns a scope on a tree; this observer records its calls and reads."""
         return Scope(tree, _Observing(self))
 
     def call(
         self, layer: Any, place: Path, run: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs a call and notes it; its result or error passes through."""
+        """Runs a call and records it; its result or error passes through."""
         parent = self._open[-1] if self._open else None
         if parent is not None:
             outside = self.calls[parent]
@@ -83,7 +83,7 @@ class Observer:
         return outputs
 
     def read(self, path: Path) -> None:
-        """Notes that the innermost call asks for a leaf."""
+        """Records that the innermost call asks for a leaf."""
         if self._open:
             self.calls[self._open[-1]].reads[path] = None
 
@@ -91,14 +91,14 @@ class Observer:
 def call_of(equation: Any) -> int | None:
     """Returns the number of the call in which an equation was made.
 
-    None if the equation does not tell: in an inner jaxpr, the equation that holds it does.
+    None if it names none: in an inner jaxpr, the equation that holds that jaxpr does.
     """
     numbers = re.findall(rf"{re.escape(_MARK)}(\d+)", str(equation.source_info.name_stack))
     return int(numbers[-1]) if numbers else None
 
 
 def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns the arrays of a pytree as shapes, without those of scopes."""
+    """Returns the arrays of a pytree, except those of scopes, as shapes."""
     leaves = jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, ParamTree))
     return tuple(
         jax.ShapeDtypeStruct(shape_of(leaf), dtype_of(leaf))
@@ -119,8 +119,8 @@ class _Observing(Inference):
         self.observer.read(path)
 
     def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        # What goes through a transform keeps its observer: a layer under jax.checkpoint is noted. The
-        # observer is there weakly, as jax keeps what it compares.
+        # A scope that goes through a transform keeps its observer, so a layer under jax.checkpoint is
+        # recorded. The reference is weak, as jax keeps static data alive.
         return (), _Again(weakref.ref(self.observer))
 
 

@@ -1,7 +1,7 @@
 """The recorder: the scope of a model that is being initialised.
 
-A model runs on it once, abstractly: only shapes flow. It notes what the model asks for and returns
-zeros made in whatever trace the model is in. It keeps no value, so nothing can leak from a ``scan`` or
+A model runs on it once, abstractly: only shapes flow. It records what the model asks for and returns
+zeros made in the model's current trace. It keeps no value, so nothing can leak from a ``scan`` or
 a ``checkpoint``, and a branch may be traced once or twice.
 """
 
@@ -34,7 +34,7 @@ _OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape"
 class Spec:
     """A leaf that a model asks for and that is still to be computed.
 
-    ``stack`` are its leading axes over copies of the layer, as in ``Structure.stacks``.
+    ``stack`` gives its leading axes over copies of the layer, as in ``Structure.stacks``.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Spec:
 
 
 class _Run:
-    """What one run of a model shares among its recorders: a clock for the order, and the ties."""
+    """The data that the recorders of one run share: a clock for the order, and the ties."""
 
     def __init__(self) -> None:
         self.clock = itertools.count()
@@ -57,19 +57,10 @@ class _Run:
 
 
 class Recorder:
-    """The scope of a model that is being initialised: notes what it asks for, answers with zeros."""
+    """The scope of a model that is being initialised: records what it asks for, returns zeros."""
 
-    __slots__ = (
-        "__weakref__",
-        "_children",
-        "_declared",
-        "_order",
-        "_parent",
-        "_path",
-        "_run",
-        "_stack",
-        "_views",
-    )
+    __slots__ = ("__weakref__", "_children", "_declared", "_order", "_parent", "_path", "_run",
+                 "_stack", "_views")  # fmt: skip
 
     def __init__(self, path: Path, run: "_Run", parent: "Recorder | None" = None) -> None:
         self._path = path
@@ -101,14 +92,14 @@ class Recorder:
                 f"while initialising, the children of {located(self._path)} are read by name, as in "
                 f"p.hidden, p['hidden'] or p['hidden/dense'], not by {name!r}."
             )
-        here, _, rest = name.partition("/")
-        child = self._children.get(here)
+        first, _, rest = name.partition("/")
+        child = self._children.get(first)
         if child is None:
-            child = self._children[here] = Recorder((*self._path, here), self._run, self)
-            self._order[here] = next(self._run.clock)
+            child = self._children[first] = Recorder((*self._path, first), self._run, self)
+            self._order[first] = next(self._run.clock)
         if isinstance(child, Spec):
             if rest:
-                raise MismatchError(f"`{self._full(here)}` is a leaf: it has no `{rest}`.")
+                raise MismatchError(f"`{self._full(first)}` is a leaf: it has no `{rest}`.")
             return self._zeros(child)
         return child[rest] if rest else child
 
@@ -118,17 +109,17 @@ class Recorder:
     def param(
         self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """Notes a parameter and returns zeros of its shape."""
+        """Records a parameter and returns zeros of its shape."""
         return self._note(PARAM, name, shape, initializer, dtype)
 
     def state(
         self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """Notes a state and returns zeros of its shape."""
+        """Records a state and returns zeros of its shape."""
         return self._note(STATE, name, shape, initializer, dtype)
 
     def update(self, name: str, value: Any) -> None:
-        """Checks that the state exists; the value is of no use yet."""
+        """Checks that the state is declared; the value is discarded."""
         if not isinstance(self._children.get(name), Spec):
             raise MissingError(
                 f"`{self._full(name)}` is written before it is declared: call "
@@ -136,7 +127,7 @@ class Recorder:
             )
 
     def key(self) -> jax.Array:
-        """Returns some key: the model is only being traced."""
+        """Returns an arbitrary key, as the model is only traced."""
         return jax.random.key(0)
 
     def _note(self, kind: str, name: str, shape: Any, initializer: Any, dtype: Any) -> jax.Array:
@@ -183,7 +174,7 @@ class Recorder:
     def repeated(self, count: int) -> "Recorder":
         """Returns this level as a scope whose every leaf is a stack of ``count`` copies.
 
-        The model goes on as if there were one.
+        The model sees a single copy.
         """
         if count not in self._views:
             view = self._views[count] = Recorder(self._path, self._run, self._parent)
@@ -192,13 +183,13 @@ class Recorder:
         return self._views[count]
 
     def _zeros(self, spec: Spec) -> jax.Array:
-        # jnp.zeros would be a fifth of the time that a model takes to record.
+        # jnp.zeros would take a fifth of the time of recording a model.
         return jax.lax.broadcast(np.zeros((), spec.dtype), spec.shape[len(spec.stack) :])
 
     def _declare(self, name: str) -> None:
-        """Gives a child its place in the order: where something is first declared at or below it.
+        """Orders a child by the first declaration at or below it.
 
-        Not where it is first read: in ``dense(p.out, dense(p.hidden, x))`` that would be ``out``.
+        Not by the first read: in ``dense(p.out, dense(p.hidden, x))`` that would put ``out`` first.
         """
         self._order[name] = next(self._run.clock)
         level = self
@@ -222,7 +213,7 @@ class Recorder:
 
 
 # A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as arguments,
-# and a new recorder is always traced anew. Weakly, as jax keeps what it compares for long.
+# and a new recorder is always traced anew. A weak reference, as jax keeps static data alive.
 _again: Any = lambda scope, _: scope()  # noqa: E731
 jax.tree_util.register_pytree_node(Recorder, lambda scope: ((), weakref.ref(scope)), _again)
 

@@ -1,7 +1,7 @@
 """What a model reads its parameters from: one level of a tree, and the run that is reading it.
 
 A ``ParamTree`` given to a model is the scope of a plain run for inference. Every other run has a
-``Scope``: it reads like the tree, and asks its run what a read, a write or a draw means.
+``Scope``: it reads like the tree, and leaves reads, writes and draws to its run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ __all__ = [
 
 
 class Run(Protocol):
-    """Why a model is called, and what its scope does about it."""
+    """Why a model is called, and so what reads, writes and draws on its scope do."""
 
     training: bool
     leaves: Sequence[Any] | None  # the current values by slot, where they may change; else None
 
     def on_read(self, path: Path) -> None:
-        """Notes that the model asks for a leaf."""
+        """Records that the model asks for a leaf."""
 
     def update(self, path: Path, value: Any) -> None:
         """Writes state."""
@@ -38,7 +38,7 @@ class Run(Protocol):
         """Draws a PRNG key for a layer."""
 
     def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns the arrays of the run, and what else a scope takes through a transform."""
+        """Returns the arrays of the run, and a function that makes the run again from these."""
 
 
 class Inference:
@@ -50,7 +50,7 @@ class Inference:
     leaves = None
 
     def on_read(self, path: Path) -> None:
-        """Takes no note of reads."""
+        """Ignores reads."""
 
     def update(self, path: Path, value: Any) -> None:
         """Refuses to write."""
@@ -67,7 +67,7 @@ class Inference:
         )
 
     def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns nothing but what makes the run again."""
+        """Returns no arrays, and what makes the run again."""
         return (), Inference
 
 
@@ -82,8 +82,7 @@ _FIELDS = frozenset(("_live", "_run", "_tree", "_flat", "_leaves", "_place", "_s
 class Scope(ParamTree):
     """One level of a tree, and the run that is reading it.
 
-    It is a ``ParamTree`` to code that asks, and has none of its fields: everything goes through the
-    level.
+    It is an instance of ``ParamTree`` but has none of its fields: everything goes through the level.
     """
 
     __slots__ = ("_live", "_run", "_tree")
@@ -97,7 +96,7 @@ class Scope(ParamTree):
             object.__setattr__(self, name, value)
 
     def _value(self, child: Any) -> Any:
-        """Returns what a child of the tree is to the model."""
+        """Returns a child of the tree as the model sees it."""
         if type(child) is ParamTree:
             return Scope(child, self._run, self._live)
         return self._run.leaves[child] if self._live else child
@@ -164,7 +163,12 @@ class Scope(ParamTree):
         return training
 
     def param(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
-        """Returns the parameter ``name``, checked against the shape that the layer computes."""
+        """Returns the parameter ``name``, checked against the shape that the layer computes.
+
+        Raises:
+          MissingError: the tree has no such leaf.
+          MismatchError: it has another shape.
+        """
         path = (*place_of(self._tree), name)
         try:
             leaf = self[name]
@@ -191,7 +195,7 @@ class Scope(ParamTree):
         return self.param(name, shape, initializer, dtype)
 
     def update(self, name: str, value: Any) -> None:
-        """Writes new state of the same shape and dtype, which the call returns in its tree.
+        """Writes new state of the same shape and dtype; the call returns it in its tree.
 
         Raises:
           MissingError: the state was not declared.
@@ -240,12 +244,12 @@ def level_of(scope: Any) -> ParamTree:
 
 
 def path_of(scope: Any) -> Path:
-    """Returns where a scope is in the tree that the model was called with."""
+    """Returns the path of a scope in the tree that the model was called with."""
     return place_of(scope._tree if type(scope) is Scope else scope)
 
 
 def check_scope(scope: Any) -> None:
-    """Raises TypeError if what a layer was called with first is not a scope."""
+    """Raises TypeError if the first argument of a layer is not a scope."""
     if not isinstance(scope, ParamTree) and not hasattr(scope, "param"):
         raise TypeError(
             f"a model is called with its parameters first, model(params, x), but found "
@@ -258,10 +262,10 @@ _NOTHING = Structure.intern((), (), ())
 
 
 def child(scope: Any, name: str) -> Any:
-    """Returns the child of a scope, or an empty one where the tree has no place of that name.
+    """Returns the child of a scope, or an empty level if the tree has none of that name.
 
-    A layer without parameters has a place in the tree that ``pt.init`` makes, but not in one that was
-    built from the names in a file. It runs all the same; a layer that needs a parameter says which.
+    A layer without parameters has a level in the tree that ``pt.init`` makes, but not in one built from
+    the names in a file. It still runs; a layer that needs a parameter says which.
 
     Raises:
       TypeError: the scope is not one.
@@ -278,7 +282,7 @@ def child(scope: Any, name: str) -> Any:
 
 
 def write(scope: Scope, tree: ParamTree) -> None:
-    """Writes all state at and below the level of a scope, from a tree of the same form."""
+    """Writes all state at and below the level of a scope, from a tree of the same structure."""
     structure, leaves = flatten(tree)
     for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
         if structure.kinds[slot] == STATE:
@@ -286,8 +290,8 @@ def write(scope: Scope, tree: ParamTree) -> None:
 
 
 def _flatten(scope: Scope) -> tuple[tuple[Any, ...], Any]:
-    # What goes through a transform as an argument keeps its run, so that a layer under jax.checkpoint
-    # still drops out, and its place, so that it still draws from its own key.
+    # A scope that is an argument of a transform keeps its run, so that dropout still works under
+    # jax.checkpoint, and its path, so that a layer still draws from its own key.
     structure, leaves = flatten(level_of(scope))
     more, run = scope._run.flatten()
     return (*leaves, *more), (structure, place_of(scope._tree), run)

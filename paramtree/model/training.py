@@ -1,8 +1,7 @@
 """Models in training: they may draw random numbers and write state, and stay pure functions.
 
-There is no mode to switch. ``pt.training(f)`` is another function than ``f``, called with the same
-tree; its scope has a key to draw from and a place to write to, and the returned tree holds what was
-written.
+There is no mode to switch. ``pt.training(f)`` is a new function, called with the same tree as ``f``.
+Its scope can draw keys and write state, and the returned tree holds what was written.
 """
 
 import dataclasses
@@ -22,18 +21,19 @@ from paramtree.core.tree import ParamTree, located, unflatten
 from paramtree.model.draw import check_key, path_key, path_words
 from paramtree.model.scope import Scope
 
-__all__ = ["Training", "TrainingModel", "training"]
+__all__ = ["Training", "TrainingModel", "trace_state", "training"]
 
 
 def trace_state() -> Any:
+    """Returns a value that identifies jax's current trace."""
     import jax.extend  # not at import: only training needs it
 
     get = getattr(jax.extend.core, "get_opaque_trace_state", None)
     return (get or jax.core.get_opaque_trace_state)()
 
 
-class _Session:
-    """What one call under ``training`` shares among its scopes."""
+class _Call:
+    """The data that the scopes of one call under ``training`` share."""
 
     __slots__ = ("__weakref__", "draws", "leaves", "slots", "trace")
 
@@ -46,17 +46,17 @@ class _Session:
 class Training:
     """The run of a model in training."""
 
-    __slots__ = ("_key", "_session")
+    __slots__ = ("_call", "_key")
 
     training = True
 
-    def __init__(self, session: _Session, key: jax.Array | None) -> None:
-        self._session, self._key = session, key
+    def __init__(self, call: _Call, key: jax.Array | None) -> None:
+        self._call, self._key = call, key
 
     @property
     def leaves(self) -> list[Any]:
         """The current values of all leaves."""
-        return self._session.leaves
+        return self._call.leaves
 
     @property
     def can_draw(self) -> bool:
@@ -64,30 +64,30 @@ class Training:
         return self._key is not None
 
     def on_read(self, path: Path) -> None:
-        """Takes no note of reads."""
+        """Ignores reads."""
 
     def update(self, path: Path, value: Any) -> None:
-        """Writes state; ``Scope.update`` says what is raised."""
-        session, name = self._session, join(path)
-        slot = session.slots[path]
-        old = session.leaves[slot]
+        """Writes state; for its errors see ``Scope.update``."""
+        call, name = self._call, join(path)
+        slot = call.slots[path]
+        old = call.leaves[slot]
         want, have = ((shape_of(v), dtype_of(jnp.asarray(v))) for v in (old, value))
         if want != have:
             raise MismatchError(
                 f"`{name}` holds {want[1]}{want[0]} and cannot be given {have[1]}{have[0]}: state "
                 "keeps its shape and dtype, so that a training step is compiled only once."
             )
-        if trace_state() != session.trace:
+        if trace_state() != call.trace:
             raise ScopeError(
                 f"`{name}` is written inside a jax transform (scan, cond, vmap, checkpoint, ...) "
                 "within the model, and the new value cannot get out of it. Call pt.training inside "
                 "the transform and return the new tree from it, or write outside of it."
             )
-        session.leaves[slot] = value
+        call.leaves[slot] = value
 
     def key(self, path: Path) -> jax.Array:
-        """Draws a key; ``Scope.key`` says what is raised."""
-        draws = self._session.draws
+        """Draws a key; for its errors see ``Scope.key``."""
+        draws = self._call.draws
         if self._key is None:
             where = located(path) if path else "the model"
             raise ScopeError(
@@ -98,22 +98,22 @@ class Training:
         return jax.random.fold_in(path_key(self._key, path_words(path)), draws[path])
 
     def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns the key, and what makes the run again."""
-        # The number of draws tells jax.jit that a second call is another one. The session is there
-        # weakly: jax keeps what it compares, and would keep all the leaves.
-        return (self._key,), _Again(weakref.ref(self._session), self._session.draws.total())
+        """Returns the key, and a function that makes the run again."""
+        # The number of draws tells jax.jit that a second call differs from the first. The reference is
+        # weak: jax keeps static data alive, and with it would keep all the leaves.
+        return (self._key,), _Again(weakref.ref(self._call), self._call.draws.total())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Again:
     """Makes the run of a scope that went through a transform."""
 
-    session: "weakref.ref[_Session]"
+    call: "weakref.ref[_Call]"
     draws: int
 
     def __call__(self, key: Any) -> Training | None:
-        session = self.session()
-        return None if session is None else Training(session, key)
+        call = self.call()
+        return None if call is None else Training(call, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,26 +135,27 @@ class TrainingModel:
         source = open_tree(params)
         structure, place = source.structure, source.place
         slots = {(*place, *path): slot for path, slot in structure.entries()}
-        session = _Session(list(source.leaves), slots)
+        call = _Call(list(source.leaves), slots)
         scope = Scope(
-            unflatten(structure, tuple(range(len(source.leaves))), place), Training(session, key), True
+            unflatten(structure, tuple(range(len(source.leaves))), place), Training(call, key), True
         )
         output = self.f(scope, *inputs, **kwargs)
-        return output, source.restore(session.leaves)
+        return output, source.restore(call.leaves)
 
 
 def training(f: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a model in training: ``(params, *inputs, key=None) -> (output, params)``.
 
-    Under it, layers may draw random numbers, from a key that depends on ``key`` and the layer's path,
-    and write state; the returned tree holds what they wrote. The model itself is for inference and can
-    do neither. Equal models give equal results here, so a jitted training step shares its cache.
+    In training, layers may draw random numbers, from keys that depend on ``key`` and their paths, and
+    write state; the returned tree holds what they wrote. The model itself is for inference and can do
+    neither. ``training`` of equal models is equal, so jitted training steps share a cache.
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
 
     Raises:
-      ScopeError: on calling: a layer draws without a key, or writes where the value cannot get out.
+      ScopeError: when called: a layer draws without a key, or writes inside a jax transform.
+      TypeError: when called: ``params`` is not a parameter tree, or ``key`` not a PRNG key.
 
     Example:
       >>> import paramtree as pt

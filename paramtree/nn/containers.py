@@ -112,6 +112,7 @@ class Repeat(Layer):
 
     Raises:
       ValueError: ``n`` is not a positive integer.
+      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope.
       MismatchError: when called: the block changes the shape or dtype of its input, or a leaf has no
         leading axis of size ``n``.
 
@@ -220,7 +221,7 @@ class Repeat(Layer):
 
 
 def _one_copy(structure: Structure) -> Structure:
-    """Returns the structure of one copy in a stack: without the outermost stack of this level."""
+    """Returns the structure of a single copy: that of a stack without its outermost axis."""
 
     def make() -> Structure:
         stacks = [

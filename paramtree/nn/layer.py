@@ -19,7 +19,7 @@ from paramtree.model.observe import announced
 from paramtree.model.record import tie_in_recorder
 from paramtree.model.scope import child
 
-__all__ = ["Lambda", "Layer", "Sequential"]
+__all__ = ["Lambda", "Layer", "Sequential", "as_layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +187,7 @@ def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:
 
 
 def as_layer(layer: Any, role: str) -> Layer:
+    """Returns a layer, or a function of x as a ``Lambda``; ``role`` is its name in messages."""
     if isinstance(layer, Layer):
         return layer
     if isinstance(layer, type) or not callable(layer):

@@ -1,7 +1,7 @@
 """Rules to shardings: by name, over which axis of a mesh each dimension of each leaf is sharded.
 
-Sharding the arrays, and the work on them, is jax's own business (``jax.sharding``, GSPMD). This room
-says how, with the rule tables that serve every other job. An optimizer state holds trees of the same
+jax itself shards the arrays and the work on them (``jax.sharding``, GSPMD). This module says how, with
+the same rule tables as everything else. An optimizer state holds trees of the same
 names as the parameters, so one table covers both.
 """
 
@@ -46,7 +46,7 @@ def shardings(
       mesh: a ``jax.sharding.Mesh``, or an ``AbstractMesh`` where there are no such devices.
       rules: patterns to a ``jax.P`` of mesh axes, one for each dimension, such as
         ``{".*weight": P("model", None), ".*": None}``; None replicates a leaf. The first pattern that
-        matches a name counts.
+        matches a name wins.
       axes: logical names in the specs ("vocabulary") to a mesh axis, several of them, or None.
       default: the spec of leaves that no pattern matches.
       uneven: "error", or "replicate" to replicate, with a warning, a dimension that is not a multiple
@@ -60,6 +60,8 @@ def shardings(
       RuleError: a pattern matches nothing, a leaf has no rule, a spec is longer than a shape, uses an
         axis twice or one that the mesh does not have, or shards a dimension that is not a multiple of
         the axis. One error lists all of these.
+      ValueError: ``uneven`` is neither "error" nor "replicate".
+      TypeError: ``mesh`` is not a mesh.
 
     Example:
       >>> import jax, paramtree as pt
@@ -79,21 +81,21 @@ def shardings(
     check_table(rules, "the sharding rules")
     work = _Work(mesh, rules, axes or {}, default, uneven == "replicate")
     if type(tree) is not ParamTree:
-        made = work.of(open_tree(tree, is_array_or_number))
+        result = work.of(open_tree(tree, is_array_or_number))
         _warn(work.notes())
-        return made
-    # The rules depend on the structure, but whether they fit on the shapes, and to read those of
-    # 100,000 arrays takes milliseconds. So the result is kept for the very tree that was given.
+        return result
+    # Whether the rules fit depends on the shapes, not only on the structure, and reading the shapes of
+    # 100,000 arrays takes milliseconds. So the result is cached for this very tree.
     source = open_tree(tree)
     key = ("shardings", mesh, work.patterns, work.specs, work.default, uneven)
     if work.problems or any(map(callable, work.patterns)):
         return work.of(source)
-    held = source.structure.cached(key, list)
-    if not held or held[0]() is not tree:
-        held[:] = weakref.ref(tree), work.of(source), work.notes()
-    _, made, notes = held
+    held: list[Any] = source.structure.cached(key, lambda: [(lambda: None, None, "")])
+    of, result, notes = held[0]  # one tuple, as another thread may ask for another tree
+    if of() is not tree:
+        of, result, notes = held[0] = weakref.ref(tree), work.of(source), work.notes()
     _warn(notes)
-    return made
+    return result
 
 
 def _warn(text: str) -> None:
@@ -102,7 +104,7 @@ def _warn(text: str) -> None:
 
 
 class _Fit(NamedTuple):
-    """What a rule means for a shape: a sharding or a problem; and what stays replicated."""
+    """The result of a rule for a shape: a sharding or a problem, and what stays replicated."""
 
     sharding: Any
     problem: str = ""
@@ -117,10 +119,10 @@ class _Work:
         self.patterns = tuple(rules)
         self.default = default is not UNSET
         self.problems: list[str] = []
-        given = [(repr(pattern), spec) for pattern, spec in rules.items()]
-        given.append(("the default", None if default is UNSET else default))
+        named = [(repr(pattern), spec) for pattern, spec in rules.items()]
+        named.append(("the default", None if default is UNSET else default))
         # The spec of a leaf that no pattern matches is the last, at -1.
-        self.specs = tuple(self.spec(name, value, axes) for name, value in given)
+        self.specs = tuple(self.spec(name, value, axes) for name, value in named)
         self.fits: dict[tuple[int, Any], _Fit] = {}
         self.uneven: list[str] = []
 
@@ -145,13 +147,13 @@ class _Work:
         return tuple(dimensions)
 
     def axes(self, rule: str, name: Any, axes: Axes) -> list[str]:
-        """Returns the mesh axes that a name in a spec means."""
-        given = axes[name] if isinstance(name, str) and name in axes else name
-        meant = list(given) if isinstance(given, tuple | list) else [] if given is None else [given]
+        """Returns the mesh axes that a name in a spec stands for."""
+        value = axes[name] if isinstance(name, str) and name in axes else name
+        meant = list(value) if isinstance(value, tuple | list) else [] if value is None else [value]
         for axis in meant:
             if axis not in self.mesh.axis_names:
                 known = [*self.mesh.axis_names, *axes]
-                source = f", which axes= gives for {name!r}" if given is not name else ""
+                source = f", which axes= gives for {name!r}" if value is not name else ""
                 close = suggest(axis, known) if isinstance(axis, str) else ""
                 self.problems.append(
                     f"{rule} has {axis!r}{source}: not an axis of the mesh, which has "
@@ -186,7 +188,7 @@ class _Work:
         """Returns the shardings of a tree.
 
         Raises:
-          RuleError: anything is wrong.
+          RuleError: the rules do not fit the tree.
         """
         structure, leaves = source.structure, source.leaves
         shapes = [shape_of(leaf) for leaf in leaves]
@@ -220,10 +222,10 @@ class _Work:
             if any("not a multiple" in text for text in problems)
             else "",
         )
-        each = zip(assigned.rules, shapes, strict=True)
-        made = [None if shape is None else self.fits[i, shape].sharding for i, shape in each]
-        return source.restore(made, None)
+        pairs = zip(assigned.rules, shapes, strict=True)
+        placed = [None if shape is None else self.fits[i, shape].sharding for i, shape in pairs]
+        return source.restore(placed, None)
 
     def notes(self) -> str:
-        """Returns what is replicated although a rule would shard it."""
+        """Returns the warning about dimensions that are replicated although a rule would shard them."""
         return f"replicated on every device: {'; '.join(self.uneven)}." if self.uneven else ""

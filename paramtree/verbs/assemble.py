@@ -1,4 +1,4 @@
-"""A tree taken apart into entries, and assembled from others: what verbs that edit paths share."""
+"""Trees taken apart into entries and assembled again, for verbs that edit paths, ties and stacks."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable
@@ -9,7 +9,7 @@ from paramtree.core.pytrees import KEEP, open_tree
 from paramtree.core.structure import EMPTY, HOLE, Path, Stack, build
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 
-__all__ = ["Entry", "Parts", "check_no_holes", "for_trees", "take_apart"]
+__all__ = ["Draft", "Entry", "check_no_holes", "for_trees", "take_apart"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,8 +22,8 @@ class Entry(NamedTuple):
     stack: Stack = ()
 
 
-class Parts(NamedTuple):
-    """The entries of a tree with the kinds and leaves of their labels; a hole has a kind only."""
+class Draft(NamedTuple):
+    """A tree taken apart: its entries, and the kinds and leaves of their labels; holes have no leaf."""
 
     entries: list[Entry]
     kinds: dict[Any, str]
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     place: Path = ()
 
     def assembled(self, entries: Iterable[Entry]) -> ParamTree:
-        """Returns the tree of other entries.
+        """Returns the tree that some entries describe.
 
         Raises:
           NameCollisionError: a path is given twice, or continues below a leaf.
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
         return unflatten(structure.keep(kept), leaves, self.place)
 
 
-def take_apart(tree: ParamTree) -> Parts:
+def take_apart(tree: ParamTree) -> Draft:
     """Returns the entries of a tree, whose labels are the slots of its full structure."""
     structure, leaves = flatten(tree)
     full = structure.full
@@ -54,13 +54,13 @@ def take_apart(tree: ParamTree) -> Parts:
         for path, slot, stack in zip(full.paths, full.slots, stacks, strict=True)
     ]
     kinds: dict[Any, str] = dict(enumerate(full.kinds))
-    return Parts(entries, kinds, dict(zip(structure.kept, leaves, strict=True)), place_of(tree))
+    return Draft(entries, kinds, dict(zip(structure.kept, leaves, strict=True)), place_of(tree))
 
 
 def for_trees(why: str) -> Callable[[F], F]:
-    """Returns a decorator for verbs that only parameter trees have; ``why`` ends the message.
+    """Returns a decorator for verbs that take parameter trees only; its TypeError says ``why``.
 
-    What opens as a parameter tree, such as a packed one, comes back in its own form.
+    An object that opens as a parameter tree, such as a packed one, comes back in its own form.
     """
 
     def decorate(verb: F) -> F:

@@ -26,7 +26,7 @@ def cast(tree: T, rules: Any) -> T:
       rules: one floating dtype for all, or a rule table of them, in which None leaves a leaf unchanged.
 
     Raises:
-      RuleError: a pattern matches nothing, or a value is not a floating dtype.
+      RuleError: the rules do not fit the tree, or a value is neither a floating dtype nor None.
 
     Example:
       >>> import paramtree as pt
@@ -65,7 +65,7 @@ def _floating_or_none(value: Any) -> bool:
 
 
 def casts(source: Any, target: Any) -> bool:
-    """Whether values of one dtype may be given where another is expected.
+    """Whether values of one dtype are accepted where another is expected.
 
     Integers may become floats, and floats complex numbers, not the reverse.
 

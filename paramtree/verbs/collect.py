@@ -25,23 +25,24 @@ def collect(
     """Returns a flat tree of the leaves whose names match, in order, under their full names.
 
     Each stored leaf appears once, under the first of its names that matches; ``aliases=True`` lists all
-    names, tied in the result too.
+    names, which are tied in the result too.
 
     Args:
       tree: a parameter tree, or any other pytree, whose arrays are named by their key paths.
       pattern: a regular expression for whole names or, with a "/" in it, for whole paths; or a
         predicate ``fn(name, leaf)``. None takes all.
-      sep: joins the names in the result.
+      sep: joins the segments of each path in the result.
       kind: "param" or "state" to take only these.
       aliases: whether to list every name of a tied leaf.
 
     Returns:
-      A flat ``ParamTree``, empty if nothing matches. Names start at ``tree``, also where it is a
-      sub-tree; only printing shows its place as well.
+      A flat ``ParamTree``, empty if nothing matches. Names start at ``tree``, even if it is a
+      sub-tree; only the printout shows where that was.
 
     Raises:
       NameCollisionError: two of the paths have one name.
       RuleError: the pattern is not a regular expression.
+      ValueError: ``kind`` is not a kind.
 
     Example:
       >>> import numpy as np, paramtree as pt
@@ -66,7 +67,7 @@ def collect(
 def _flat(
     source: Opened, pattern: Any, sep: str, kind: str | None, aliases: bool
 ) -> tuple[Structure, Picker]:
-    """Returns the structure of the names that match, and what takes their leaves."""
+    """Returns the structure of the names that match, and a picker of their leaves."""
     structure, matches = source.structure, hits(source, pattern)
     if kind is not None:
         of_kind = (structure.kinds[slot] == kind for _, slot in structure.entries())
@@ -81,7 +82,7 @@ def _flat(
         check_unique(zip(compress(structure.names(sep), matches), paths, strict=True))
     slots = {slot: i for i, slot in enumerate(dict.fromkeys(taken))}
     stacks: tuple[Stack, ...] = ()
-    if structure.stacks:  # a flat name has no place for the number of a copy but before it
+    if structure.stacks:  # the index of a copy can only go before a flat name
         stacks = tuple(tuple((0, size) for _, size in structure.stack_of(slot)) for slot in taken)
     flat = Structure.intern(
         tuple(zip(names, strict=True)),
@@ -95,13 +96,13 @@ def _flat(
 def collect_matching(
     verb: str, tree: Any, pattern: Patterns, *, sep: str = "_", kind: str | None = None
 ) -> ParamTree:
-    """Returns what ``collect`` does, for verbs in which a pattern that matches nothing is an error."""
+    """Like ``collect``, for verbs in which a pattern that matches nothing is an error."""
     select_slots(open_tree(tree), pattern, kind, verb)
     return collect(tree, pattern, sep=sep, kind=kind)  # type: ignore[arg-type]
 
 
 def flat_tree(values: dict[str, Any]) -> ParamTree:
-    """Returns a tree of one level; unlike ``from_tree`` it takes names with "/" as they stand."""
+    """Returns a tree of one level; unlike in ``from_tree``, "/" in a name does not start a level."""
     structure = Structure.intern(
         tuple((name,) for name in values), tuple(range(len(values))), ("param",) * len(values)
     )

@@ -1,7 +1,7 @@
-"""The differences between two trees in everything but their values, by name.
+"""Differences between two trees in everything but their values, by name.
 
-jax compares trees too; it stops at the first node that differs and prints both trees. Here both are
-read path by path, whatever they are made of, and the differences are plain records.
+The comparison in jax stops at the first node that differs and prints both trees. This one reads any two
+pytrees path by path, and returns the differences as plain records.
 """
 
 import re
@@ -67,7 +67,7 @@ def check_match(a: Any, b: Any) -> None:
       b: the tree to check.
 
     Raises:
-      MismatchError: they differ. Names start at the trees, also where these are sub-trees.
+      MismatchError: they differ. Names start at the trees, even if these are sub-trees.
       NameCollisionError: they differ, and two leaves of one tree have one path, as those of
         {"a/b": x, "a": {"b": y}}.
 
@@ -93,7 +93,7 @@ def check_match(a: Any, b: Any) -> None:
 
 
 def differences(a: Any, b: Any) -> list[Difference]:
-    """Returns all differences but those of values; none if jax takes one tree for the other."""
+    """Returns all differences but those of values; none if the trees are equal to jax."""
     treedef: Any  # mypy does not know its type
     (first, treedef), (second, other) = (jax.tree.flatten(tree) for tree in (a, b))
     if treedef == other and all(map(_alike, first, second)):
@@ -130,7 +130,7 @@ def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
 
 
 def bare(tree: Any) -> Any:
-    """Returns the structure of a tree without leaves; for a part, that of the full tree."""
+    """Returns a tree with None for its leaves, its holes filled."""
     if isinstance(tree, ParamTree):
         full = flatten(tree)[0].full
         return unflatten(full, (None,) * len(full.kinds))
@@ -152,20 +152,20 @@ def lines(differences: Iterable[Difference]) -> list[str]:
 def _line(difference: Difference) -> str:
     name, what, expected, found, close = difference
     subject = f"`{_clip(name)}`" if name else "the tree"
-    one, other = sides(difference)
+    want, have = sides(difference)
     match what:
         case "missing":
-            expectation = "" if expected == LEFT_OUT else f", expected {one}"
+            expectation = "" if expected == LEFT_OUT else f", expected {want}"
             near = " or ".join(f"`{_clip(text)}`" for text in close)
             hint = f"; the closest name is {near}" if near else ""
             return f"{subject} is missing{expectation}{hint}."
         case "extra":
-            return f"{subject} is extra{'' if found == LEFT_OUT else f', found {other}'}."
+            return f"{subject} is extra{'' if found == LEFT_OUT else f', found {have}'}."
         case "order":
-            return f"the order differs: expected {one}, found {other} in its place."
+            return f"the order differs: expected {want}, found {have} in its place."
         case "shape" | "dtype" | "kind" | "nesting":
-            return f"{subject}: expected {what} {one}, found {other}."
-    return f"{subject}: expected {one}, found {other}."
+            return f"{subject}: expected {what} {want}, found {have}."
+    return f"{subject}: expected {want}, found {have}."
 
 
 def sides(difference: Difference) -> tuple[str, str]:
@@ -250,11 +250,11 @@ _Speller = Callable[[Path], str]
 def _read(tree: Any) -> _Contents:
     """Returns what a tree has at each path; None in a container is a hole."""
     source = open_tree(tree, counts=None)
-    here, full = source.structure, source.structure.full
+    structure, full = source.structure, source.structure.full
     in_trees = isinstance(tree, ParamTree)
     stacks = full.stacks or ((),) * len(full.paths)
     entries = {}
-    for path, slot, present, stack in zip(full.paths, full.slots, here.slots, stacks, strict=True):
+    for path, slot, present, stack in zip(full.paths, full.slots, structure.slots, stacks, strict=True):
         if slot == EMPTY:
             entries[path] = _Entry(None, LEVEL, None, (), path)
             continue
@@ -323,7 +323,7 @@ def _names(
 
 
 def _levels(only: Mapping[Path, _Entry], other: _Contents, spell: _Speller) -> list[str]:
-    """Returns the levels without leaves that the other tree lacks, with leaves or without."""
+    """Returns the levels without leaves that the other tree does not have at all."""
     empty = [path for path, entry in only.items() if entry.sign is LEVEL]
     depths = {len(path) for path in empty}
     levels = {path[:depth] for path in other.entries for depth in depths if len(path) > depth}
@@ -331,7 +331,7 @@ def _levels(only: Mapping[Path, _Entry], other: _Contents, spell: _Speller) -> l
 
 
 def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
-    """Returns the containers that differ in type, or in what jax takes for static."""
+    """Returns the containers that differ in type or in static data."""
     differences = []
     for path, container in first.containers.items():
         other = second.containers.get(path)
@@ -339,9 +339,9 @@ def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Di
             continue
         if container.type is not other.type:
             types = (container.type, other.type)
-            name, other_name = (kind.__qualname__ for kind in types)
+            name, other_name = (cls.__qualname__ for cls in types)
             if name == other_name:
-                name, other_name = (f"{kind.__module__}.{kind.__qualname__}" for kind in types)
+                name, other_name = (f"{cls.__module__}.{cls.__qualname__}" for cls in types)
             differences.append(Difference(spell(path), "container", name, other_name))
         elif container.form != other.form and container.keys == other.keys:
             differences.append(Difference(spell(path), "static", str(container.form), str(other.form)))
@@ -349,7 +349,7 @@ def _containers(first: _Contents, second: _Contents, spell: _Speller) -> list[Di
 
 
 def _order(first: _Contents, second: _Contents, spell: _Speller) -> list[Difference]:
-    """Returns the first place where names that both trees have come in another order."""
+    """Returns the first difference in the order of the names that both trees have."""
     ours = (path for path in first.entries if path in second.entries)
     theirs = (path for path in second.entries if path in first.entries)
     for path, other in zip(ours, theirs, strict=True):
@@ -371,7 +371,7 @@ def _ties(first: _Contents, second: _Contents, spell: _Speller) -> list[Differen
     for path, *pair in zip(common, *owners, strict=True):
         end, other = (known[owner] for known, owner in zip(firsts, pair, strict=True))
         if end != other:
-            source, other_source = (None if x == path else spell(x) for x in (end, other))
+            source, other_source = (None if p == path else spell(p) for p in (end, other))
             differences.append(Difference(spell(path), "tie", source, other_source))
     return differences
 

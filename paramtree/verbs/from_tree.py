@@ -20,8 +20,8 @@ def from_tree(
     """Returns any pytree as a parameter tree: mappings in their own order, "/" in a key as a level.
 
     Parameter trees in it keep their order, ties, kinds, stacks and holes. Other containers have no
-    kinds and ties: their leaves are parameters, one for each path, unless ``kinds`` and ``ties`` say
-    more. Every leaf is kept, of whatever type.
+    kinds or ties: their leaves are parameters, one for each path, unless ``kinds`` and ``ties`` say
+    otherwise. Every leaf is kept, of whatever type.
 
     Args:
       tree: nested mappings, or any pytree: Flax, Haiku or Equinox parameters, lists, dataclasses.
@@ -30,7 +30,8 @@ def from_tree(
 
     Raises:
       NameCollisionError: two leaves have one path.
-      RuleError: a key is empty or has an empty part, or the kinds or ties do not fit.
+      RuleError: a key is empty or has an empty segment, or the kinds or ties do not fit.
+      MismatchError: two leaves to tie differ in shape, dtype, kind or stack.
       TypeError: it is a single leaf, which has no name.
 
     Example:
@@ -44,27 +45,28 @@ def from_tree(
       State running_mean (0.0)
     """
     if type(tree) is ParamTree:
-        made = tree
+        result = tree
     else:
         source = open_tree(tree, counts=None, declared=True)
         if not source.containers and not hasattr(type(tree), "__open__"):
             raise TypeError(
-                f"a tree is made from a container of leaves, and found a single "
+                f"a tree is made from a container of leaves, but found a single "
                 f"{type(tree).__name__}: give it a name, as in pt.from_tree({{'name': value}})."
             )
-        made = unflatten(source.structure, source.leaves)
+        result = unflatten(source.structure, source.leaves)
     if kinds is not None:
-        made = _with_kinds(made, kinds)
-    return made if ties is None else tie(made, ties)
+        result = _with_kinds(result, kinds)
+    return result if ties is None else tie(result, ties)
 
 
 def _with_kinds(tree: ParamTree, kinds: Rules) -> ParamTree:
     check_values(
         "from_tree", kinds, None, lambda kind: kind in (PARAM, STATE, None), "'param' or 'state'"
     )
-    source, parts = open_tree(tree), take_apart(tree)
+    source = open_tree(tree)
+    draft = take_apart(unflatten(source.structure, source.leaves, source.place))
     assigned = resolve(source, kinds, "the kinds of from_tree", default=None)
     values = (*kinds.values(), None)
     for slot, rule in zip(source.structure.kept, assigned.rules, strict=True):
-        parts.kinds[slot] = values[rule] or parts.kinds[slot]
-    return parts.assembled(parts.entries)
+        draft.kinds[slot] = values[rule] or draft.kinds[slot]
+    return draft.assembled(draft.entries)

@@ -13,7 +13,6 @@ from paramtree.core.rules import (
     check_table,
     pattern_text,
     resolve,
-    select_slots,
 )
 from paramtree.core.tree import ParamTree, unflatten
 
@@ -42,6 +41,7 @@ def mask(
 
     Raises:
       RuleError: the rules do not fit the tree, or a value is neither True nor False.
+      ValueError: ``kind`` is not a kind.
 
     Example:
       >>> import jax.numpy as jnp, paramtree as pt
@@ -55,16 +55,17 @@ def mask(
 
     def values(source: Opened) -> tuple[Any, ...]:
         kinds = source.structure.kinds
-        if isinstance(rules, Mapping):
-            table: Any = _values(source, "mask", rules, default)
-        else:
-            chosen, _ = select_slots(source, rules, None, "the rules of mask do not fit the tree")
-            table = map(set(chosen.slots).__contains__, range(len(kinds)))
+        if rules is None:
+            return tuple(kind in (None, own) for own in kinds)
+        table: Any = rules
+        if not isinstance(rules, Mapping):
+            table = dict.fromkeys(rules if isinstance(rules, list | tuple) else (rules,), True)
+        values = _values(source, "mask", table, default if table is rules else False)
         if kind is None:
-            return tuple(table)
-        return tuple(value and own == kind for value, own in zip(table, kinds, strict=True))
+            return values
+        return tuple(value and own == kind for value, own in zip(values, kinds, strict=True))
 
-    return _kept(tree, ("mask", _key(rules), repr(default), kind), values, False)
+    return _cached(tree, ("mask", _key(rules), repr(default), kind), values, False)
 
 
 def labels(tree: T, rules: Rules, *, default: Any = UNSET) -> T:
@@ -89,7 +90,7 @@ def labels(tree: T, rules: Rules, *, default: Any = UNSET) -> T:
     check_values("labels", rules, default, _hashable, "a hashable label, such as a string")
     key = ("labels", _key(rules), default, repr(default))
     unnamed = None if default is UNSET else default
-    return _kept(tree, key, lambda source: _values(source, "labels", rules, default), unnamed)
+    return _cached(tree, key, lambda source: _values(source, "labels", rules, default), unnamed)
 
 
 def _values(source: Opened, verb: str, rules: Rules, default: Any) -> tuple[Any, ...]:
@@ -99,16 +100,20 @@ def _values(source: Opened, verb: str, rules: Rules, default: Any) -> tuple[Any,
 
 
 def _key(rules: Any) -> Any:
-    """Returns what tells rules apart, with the types of values, as True == 1; None for predicates."""
+    """Returns a cache key for rules, which tells True from 1; None if there are predicates."""
     if isinstance(rules, Mapping):
         patterns, values = tuple(rules), tuple(rules.values())
-        return None if any(map(callable, patterns)) else (patterns, values, repr(values))
+        return (
+            None
+            if any(map(callable, patterns))
+            else (patterns, values, *map(type, values), repr(values))
+        )
     listed = tuple(rules) if isinstance(rules, list | tuple) else (rules,)
     return None if any(map(callable, listed)) or not all(map(_hashable, listed)) else (listed,)
 
 
-def _kept(tree: Any, key: tuple[Any, ...], values: Any, unnamed: Any) -> Any:
-    """Returns a tree of values, made once if the tree is a parameter tree and the key tells all."""
+def _cached(tree: Any, key: tuple[Any, ...], values: Any, unnamed: Any) -> Any:
+    """Returns a tree of values; that of a parameter tree is cached if the rules have a key."""
     source = open_tree(tree)
     if type(tree) is not ParamTree or source.containers or key[1] is None:
         return source.restore(values(source), unnamed)
@@ -118,7 +123,7 @@ def _kept(tree: Any, key: tuple[Any, ...], values: Any, unnamed: Any) -> Any:
 def check_values(
     verb: str, rules: Any, default: Any, good: Callable[[Any], bool], expected: str
 ) -> None:
-    """Raises RuleError for the values of a table that a verb does not take; it lists all."""
+    """Raises RuleError if a verb does not take some values of a table; it lists them all."""
     check_table(rules, f"the rules of {verb}")
     pairs = rules.items()
     wrong = [f"{pattern_text(pattern)} gives {value!r}" for pattern, value in pairs if not good(value)]

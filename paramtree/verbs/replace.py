@@ -21,20 +21,21 @@ T = TypeVar("T")
 
 
 def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
-    """Returns the tree with new values for some names; all else stays, ties too.
+    """Returns the tree with new values for some names; all else stays, including ties.
 
     Numbers, lists and numpy arrays become arrays of the leaf's dtype; jax arrays keep their dtype.
 
     Args:
       tree: a parameter tree or any other pytree.
       values: exact names, or paths such as "dense0/weight", to arrays of the same shapes; the path of a
-        level may have a tree of new values, such as one that was loaded.
+        level may be given a tree of new values, such as a loaded one.
 
     Raises:
       RuleError: a name is not in the tree (all are listed, with the closest ones), or two names of one
         tied leaf get different arrays.
       MismatchError: a value is not an array of the leaf's shape, or its dtype cannot hold the value;
         all are listed.
+      NameCollisionError: a name is that of two different leaves: give their paths.
 
     Example:
       >>> import paramtree as pt
@@ -71,7 +72,7 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
 
 
 def _spread(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the names and paths of new values, with trees among them spread out."""
+    """Yields the names and paths of new values, with trees among them flattened."""
     for name, value in values.items():
         if isinstance(value, Mapping | ParamTree):
             yield from _spread(value, f"{prefix}{name}/")
@@ -79,8 +80,8 @@ def _spread(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _find(structure: Structure, wanted: Iterable[str]) -> dict[str, int]:
-    """Returns the slot of each of some exact names or paths.
+def _find(structure: Structure, names: Iterable[str]) -> dict[str, int]:
+    """Returns the slots of exact names or paths.
 
     Raises:
       RuleError: some are not in the tree; it lists them all with the closest names.
@@ -91,21 +92,21 @@ def _find(structure: Structure, wanted: Iterable[str]) -> dict[str, int]:
         slots: dict[str, dict[int, Path]] = {}
         for path, slot in structure.entries():
             slots.setdefault(join(path), {})[slot] = path
-        # A path is never ambiguous: "a_b" is the leaf of that path, also where it is the name of a/b.
+        # A path is never ambiguous: "a_b" is the leaf of that path, even if a/b has that name.
         return {**slots, **{join(path, "/"): {slot: path} for path, slot in structure.entries()}}
 
     by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
-    wanted = list(wanted)
-    unknown = [name for name in wanted if name not in by_name]
+    names = list(names)
+    unknown = [name for name in names if name not in by_name]
     if unknown:
         known = structure.names()
         lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
         raise RuleError(f"replace: {' '.join(lines)}")
-    for name in wanted:
+    for name in names:
         if len(by_name[name]) > 1:
             paths = " and ".join("/".join(path) for path in by_name[name].values())
             raise NameCollisionError(f"replace: `{name}` is the name of both {paths}; give the path.")
-    return {name: next(iter(by_name[name])) for name in wanted}
+    return {name: next(iter(by_name[name])) for name in names}
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -116,7 +117,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def fitted(value: Any, leaf: Any) -> Any:
-    """Returns a new value for a leaf; what is not a jax array becomes one of the leaf's dtype.
+    """Returns a new value for a leaf; anything but a jax array is cast to the leaf's dtype.
 
     Raises:
       MismatchError: it has another shape or dtype, or holds integers that the dtype cannot.
@@ -150,7 +151,7 @@ def fitted(value: Any, leaf: Any) -> Any:
 
 
 def _overflow(array: Any, cast: Any) -> str:
-    """Returns what to say of values that a dtype cannot hold."""
+    """Returns the message about values that a dtype cannot hold, or an empty string."""
     integers = jnp.issubdtype(cast.dtype, jnp.integer)
     if integers or cast.dtype == np.bool_:
         limits: Any = jnp.iinfo(cast.dtype) if integers else None  # type: ignore[no-untyped-call]

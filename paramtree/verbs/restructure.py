@@ -1,8 +1,10 @@
-"""Trees with other paths: renamed, without some, with more."""
+"""Verbs that change the paths of a tree: rename, drop and insert."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import jax
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import NameCollisionError, RuleError
@@ -23,13 +25,12 @@ def rename(tree: T, pairs: Sequence[tuple[Any, str]]) -> T:
 
     Args:
       tree: a parameter tree, or nested dicts.
-      pairs: regular expressions and what replaces them, each searched for in every path, such as
-        "encoder/layer0/weight", in what the ones before it made of the path. In a replacement ``\1``
-        is the first group, and "/" starts a level.
+      pairs: regular expressions and their replacements, applied one after another to every path, such
+        as "encoder/layer0/weight". In a replacement ``\1`` is the first group, and "/" starts a level.
 
     Raises:
       NameCollisionError: two paths become one.
-      RuleError: a pattern is in no path, or a path would have an empty part.
+      RuleError: a pattern is found in no path, or a path would have an empty segment.
       TypeError: the tree is another container, whose keys cannot be renamed.
 
     Example:
@@ -40,18 +41,16 @@ def rename(tree: T, pairs: Sequence[tuple[Any, str]]) -> T:
       Parameter blocks_1_weight (2)
     """
     source, back = _editable(tree, "rename")
-    parts = take_apart(source)
-    rewrite = rewriter(pairs, ["/".join(entry.path) for entry in parts.entries], "rename")
+    draft = take_apart(source)
+    rewrite = rewriter(pairs, ["/".join(entry.path) for entry in draft.entries], "rename")
     entries = []
-    for entry in parts.entries:
+    for entry in draft.entries:
         path = _path(rewrite("/".join(entry.path)), entry.path)
-        stack = []
-        for position, size in entry.stack:
-            above = tuple(rewrite("/".join(entry.path[:position])).split("/")) if position else ()
-            fits = path[: len(above)] == above
-            stack.append((len(above) if fits else min(position, len(path) - 1), size))
+        stack = [
+            (_position(rewrite, entry.path, path, position), size) for position, size in entry.stack
+        ]
         entries.append(Entry(path, entry.label, tuple(stack)))
-    return back(parts.assembled(entries))
+    return back(draft.assembled(entries))
 
 
 def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
@@ -60,7 +59,7 @@ def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
     Of a tied leaf only the names that match go; the leaf stays under the others.
 
     Args:
-      tree: a parameter tree; in any other pytree None takes the place of a leaf.
+      tree: a parameter tree, or any other pytree, in which the leaves become None.
       pattern: a pattern or several.
       kind: "param" or "state" to drop only these.
 
@@ -74,17 +73,23 @@ def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
     """
     source = open_tree(tree)
     chosen, rest = select_slots(source, pattern, kind, "drop")
-    if not isinstance(tree, ParamTree) and not hasattr(type(tree), "__open__"):
-        return source.part(rest.structure, rest.take)
-    plain = unflatten(source.structure, source.leaves, source.place)
     slots, structure = set(chosen.slots), source.structure
     listed = pattern if isinstance(pattern, list | tuple) else (pattern,)
-    matched = [any(each) for each in zip(*(hits(source, one) for one in listed), strict=True)]
-    entries = zip(structure.entries(), matched, strict=True)
+    matched = [any(row) for row in zip(*(hits(source, one) for one in listed), strict=True)]
+    entries = list(zip(structure.entries(), matched, strict=True))
+    if source.containers:  # there a leaf has one place, whatever its names
+        kept = [join(path) for (path, slot), hit in entries if slot in slots and not hit]
+        if kept:
+            raise RuleError(
+                f"drop: {', '.join(kept)} are names of tied leaves that would go: match all of their "
+                "names, or drop from the parameter tree itself."
+            )
+        return source.part(rest.structure, rest.take)
+    plain = unflatten(source.structure, source.leaves, source.place)
     gone = {path for (path, slot), hit in entries if hit and slot in slots}
-    parts = take_apart(plain)
-    made = parts.assembled(entry for entry in parts.entries if entry.path not in gone)
-    result: T = source.rebuild(*flatten(made), KEEP)
+    draft = take_apart(plain)
+    edited = draft.assembled(entry for entry in draft.entries if entry.path not in gone)
+    result: T = source.rebuild(*flatten(edited), KEEP)
     return result
 
 
@@ -93,12 +98,13 @@ def insert(tree: T, values: Mapping[str, Any]) -> T:
 
     Args:
       tree: a parameter tree, or nested dicts.
-      values: new paths to arrays, parameter trees, which keep their kinds and ties, or mappings. Levels
-        on the way are made.
+      values: new paths to arrays, mappings or parameter trees, which keep their kinds and ties; missing
+        levels are created.
 
     Raises:
       NameCollisionError: there is already something at a path, or a leaf on the way to it.
-      RuleError: a path is empty or has an empty part.
+      RuleError: a path is empty or has an empty segment.
+      TypeError: the tree is another container, whose keys are fixed.
 
     Example:
       >>> import paramtree as pt
@@ -108,11 +114,11 @@ def insert(tree: T, values: Mapping[str, Any]) -> T:
       Parameter head_w (3)
     """
     source, back = _editable(tree, "insert")
-    parts = take_apart(source)
+    draft = take_apart(source)
     if not isinstance(values, Mapping):
         raise RuleError(f"insert takes a mapping of paths to arrays or trees, but found {values!r}.")
-    known = {path[:i] for path, _, _ in parts.entries for i in range(1, len(path) + 1)}
-    entries = list(parts.entries)
+    known = {path[:i] for path, _, _ in draft.entries for i in range(1, len(path) + 1)}
+    entries = list(draft.entries)
     for text, value in values.items():
         path = _path(text, ())
         if path in known:
@@ -126,12 +132,12 @@ def insert(tree: T, values: Mapping[str, Any]) -> T:
             for entry in below.entries:
                 label = None if entry.label is None else (text, entry.label)
                 entries.append(Entry(path + entry.path, label, moved(entry.stack, len(path))))
-            parts.kinds.update({(text, label): kind for label, kind in below.kinds.items()})
-            parts.leaves.update({(text, label): leaf for label, leaf in below.leaves.items()})
+            draft.kinds.update({(text, label): kind for label, kind in below.kinds.items()})
+            draft.leaves.update({(text, label): leaf for label, leaf in below.leaves.items()})
         else:
             entries.append(Entry(path, (text,)))
-            parts.kinds[text,], parts.leaves[text,] = PARAM, value
-    return back(parts.assembled(entries))
+            draft.kinds[text,], draft.leaves[text,] = PARAM, value
+    return back(draft.assembled(entries))
 
 
 def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any]:
@@ -140,11 +146,13 @@ def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any
     A replacement of None gives None.
 
     Raises:
-      RuleError: a pattern is not one, or is found in none of the texts; or a replacement does not fit.
+      RuleError: a pattern is not valid or is found in no text, or a replacement does not fit it.
       TypeError: they are not pairs.
     """
     try:
         table = [(compiled(pattern), to) for pattern, to in pairs]
+        if any(not isinstance(to, str | None) for _, to in table):
+            raise TypeError
     except (TypeError, ValueError) as error:
         if isinstance(error, RuleError):
             raise
@@ -171,10 +179,9 @@ def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any
     for text in texts:
         rewrite(text)
     if unused:
-        problems = "; ".join(no_match(f".*({pattern.pattern}).*", texts) for pattern in unused.values())
+        problems = "; ".join(no_match(pattern, texts) for pattern in unused.values())
         raise RuleError(
-            f"{verb}: {problems}. Each pattern is searched for in what the ones before it made of a "
-            "name."
+            f"{verb}: {problems}. Each pattern is applied to the result of the patterns before it."
         )
     return rewrite
 
@@ -182,29 +189,54 @@ def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any
 def _path(text: Any, old: Path) -> Path:
     path = tuple(text.split("/")) if isinstance(text, str) else ("",)
     if not all(path):
-        what = f"`{'/'.join(old)}` becomes {text!r}, which" if old else f"{text!r}"
-        raise RuleError(f"{what} is not a path: names joined with '/', none of them empty.")
+        subject = f"`{'/'.join(old)}` becomes {text!r}, which" if old else f"{text!r}"
+        raise RuleError(f"{subject} is not a path: names joined with '/', none of them empty.")
     return path
 
 
+def _position(rewrite: Callable[[str], Any], old: Path, new: Path, position: int) -> int:
+    """Returns the depth in a rewritten path of a level that is a stack.
+
+    Raises:
+      RuleError: the level has no path of its own there.
+    """
+    level = "/".join(old[:position])
+    for text in (f"{level}/" if level else "", level):
+        above = tuple(segment for segment in rewrite(text).split("/") if segment)
+        if new[: len(above)] == above and len(above) < len(new):
+            return len(above)
+    raise RuleError(
+        f"rename: `{'/'.join(old)}` becomes `{'/'.join(new)}`, in which the level `{level}`, a stack "
+        "of copies, is not recognised: pt.unstack it first, or rename the level by itself."
+    )
+
+
 def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], Any]]:
-    """Returns the tree to edit, and what makes the container of the result.
+    """Returns the tree to edit, and a function that turns the result into the same container.
 
     Raises:
       TypeError: the tree is neither a parameter tree nor nested dicts.
     """
     if type(tree) is ParamTree:
-        return tree, lambda made: made
+        return tree, lambda edited: edited
     source = open_tree(tree, counts=None)
     if hasattr(type(tree), "__open__"):
         plain = unflatten(source.structure, source.leaves, source.place)
-        return plain, lambda made: source.rebuild(*flatten(made), KEEP)
-    if (
-        any(container.type is not dict for container in source.containers.values())
-        or not source.containers
-    ):
+        return plain, lambda edited: source.rebuild(*flatten(edited), KEEP)
+    if not _is_nested(tree):
         raise TypeError(
-            f"{verb} takes a parameter tree or nested dicts, as the names in other containers are "
-            f"fixed, but found {type(tree).__name__}: {verb} pt.from_tree(tree)."
+            f"{verb} takes a parameter tree, or nested dicts whose keys are names without '/', as "
+            f"paths in other containers are fixed, but found {type(tree).__name__}: {verb} "
+            "pt.from_tree(tree)."
         )
     return from_tree(tree), ParamTree.to_dict
+
+
+def _is_nested(tree: Any) -> bool:
+    """Whether a tree is made of dicts with names as keys, and of nothing else."""
+    if type(tree) is not dict:
+        return False
+    names = all(isinstance(key, str) and key and "/" not in key for key in tree)
+    return names and all(
+        _is_nested(value) or jax.tree_util.all_leaves([value]) for value in tree.values()
+    )

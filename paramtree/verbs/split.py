@@ -1,4 +1,4 @@
-"""Trees taken apart by name and put together again: what is trained, what is frozen."""
+"""Trees partitioned by name and merged again, such as into trained and frozen leaves."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def select(tree: T, pattern: Patterns = None, *, kind: str | None = None) -> T:
     """Returns the tree with only the leaves whose names match; the others are left out.
 
-    A tied leaf is there if any of its names matches.
+    A tied leaf is included if any of its names matches.
 
     Args:
       tree: a parameter tree or any other pytree.
@@ -31,7 +31,7 @@ def select(tree: T, pattern: Patterns = None, *, kind: str | None = None) -> T:
       kind: "param" or "state" to take only these.
 
     Returns:
-      The same structure with holes; in other containers None in place of what is left out.
+      The same structure with holes; in other containers the leaves left out are None.
 
     Raises:
       RuleError: a pattern matches nothing.
@@ -75,7 +75,7 @@ def partition(tree: T, pattern: Patterns = None, *, kind: str | None = None) -> 
 
 
 def merge(*trees: T) -> T:
-    """Returns one tree from parts of it: what is left out of one comes from the others.
+    """Returns one tree from its parts: leaves left out of one come from the others.
 
     Args:
       *trees: parts of one tree, from ``partition`` or ``select``, in any order.
@@ -86,6 +86,7 @@ def merge(*trees: T) -> T:
 
     Raises:
       MismatchError: the parts come from different trees, or have a leaf in common; all are listed.
+      TypeError: there are no parts.
 
     Example:
       >>> import paramtree as pt
@@ -106,7 +107,7 @@ def merge(*trees: T) -> T:
 
 
 def _merged(parts: Sequence[Any], trees: Sequence[Any], doubled: list[str]) -> Any:
-    """Merges parts of one level; ``doubled`` collects the names of what more than one has."""
+    """Merges parts of one level; ``doubled`` collects the names that more than one of them has."""
     if all(type(part) is ParamTree for part in parts):
         return _merged_trees(parts, trees, doubled)
     if all(hasattr(type(part), "__open__") or isinstance(part, ParamTree) for part in parts):
@@ -148,17 +149,17 @@ def _merged_trees(parts: Sequence[ParamTree], trees: Sequence[Any], doubled: lis
         by_slot: dict[int, list[int]] = {}
         for i in sorted(range(len(slots)), key=slots.__getitem__):
             by_slot.setdefault(slots[i], []).append(i)
-        shared = [places for places in by_slot.values() if len(places) > 1]
-        return full.keep(by_slot), picker([places[0] for places in by_slot.values()]), shared
+        shared = [rows for rows in by_slot.values() if len(rows) > 1]
+        return full.keep(by_slot), picker([rows[0] for rows in by_slot.values()]), shared
 
     merged, take, shared = full.cached(("merge", tuple(s.kept for s in structures)), order)
-    for places in shared:  # a leaf that is a container may be divided itself
-        values = [together[i] for i in places]
+    for rows in shared:  # a leaf that is a container may itself be partitioned
+        values = [together[i] for i in rows]
         if jax.tree_util.all_leaves(values):
-            slot = list(itertools.chain.from_iterable(s.kept for s in structures))[places[0]]
+            slot = list(itertools.chain.from_iterable(s.kept for s in structures))[rows[0]]
             doubled.append(join(full.canonical[slot]))
         else:
-            together[places[0]] = _merged(values, trees, doubled)
+            together[rows[0]] = _merged(values, trees, doubled)
     return unflatten(merged, take(together), place_of(parts[0]))
 
 
@@ -167,9 +168,9 @@ def _unlike(parts: Sequence[Any]) -> MismatchError:
     first, *others = map(bare, parts)
     shown = []
     for i, other in enumerate(others, 2):
-        if found := differences(first, other):
-            shown += [f"part {i} is not like the first:", *lines(found)]
+        if mismatches := differences(first, other):
+            shown += [f"part {i} is not like the first:", *lines(mismatches)]
     return MismatchError(
         "\n".join(["merge: the parts differ in structure.", *shown])
-        + "\nMerge what partition or select made of one tree."
+        + "\nMerge the parts that partition or select made of one tree."
     )

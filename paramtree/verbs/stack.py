@@ -1,10 +1,11 @@
-"""One stacked leaf, or as many leaves with names: the two forms of a repeated layer.
+"""Stacked leaves, or a named leaf for each copy: the two forms of a repeated layer.
 
 ``nn.Repeat`` stacks the parameters of its copies along a first axis, which is what a scan needs.
 Unstacked, copy 2 of ``blocks/dense0/weight`` is ``blocks/2/dense0/weight``: a name of its own, to
 inspect, to train differently, to save, or to match with a rule.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 from paramtree.core.arrays import join, shape_of
 from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, suggest
 from paramtree.core.structure import EMPTY, Path, Stack
-from paramtree.core.tree import ParamTree, flatten
-from paramtree.verbs.assemble import Entry, Parts, check_no_holes, for_trees, take_apart
+from paramtree.core.tree import ParamTree, flatten, is_flat
+from paramtree.verbs.assemble import Draft, Entry, check_no_holes, for_trees, take_apart
 from paramtree.verbs.compare import differences, lines
 
 __all__ = ["axis_of", "stack", "unstack"]
@@ -25,9 +26,9 @@ _on_trees = for_trees("whose levels are stacks of copies")
 
 
 def axis_of(stack: Stack, position: int) -> int | None:
-    """Returns which axis of a leaf runs over the copies of the level at some depth, the outermost one.
+    """Returns the axis of a leaf, the outermost if several, over the copies of the level at a depth.
 
-    A leaf that is not known to be stacked may be a stack all the same, along its first axis.
+    A leaf without a stack in the structure may still be one, along its first axis.
     """
     if not stack:
         return 0
@@ -63,32 +64,38 @@ def unstack(tree: ParamTree, path: str) -> ParamTree:
       Parameter blocks_2_w (shape=(2,), dtype=float64)
       Parameter head (shape=(2,), dtype=float64)
     """
-    parts, at = _level(tree, path, "unstack")
-    below = _below(parts, at, path)
+    draft, at = _level(tree, path, "unstack")
+    below = _below(draft, at, path)
     axes = {entry.label: axis_of(entry.stack, len(at)) for entry in below if entry.label is not None}
     sizes = {
-        label: None if axis is None else (shape_of(parts.leaves[label]) or ())[axis : axis + 1]
+        label: None if axis is None else (shape_of(draft.leaves[label]) or ())[axis : axis + 1]
         for label, axis in axes.items()
     }
-    if len({*sizes.values()}) != 1 or () in sizes.values() or None in sizes.values():
+    known = {
+        entry.label: entry.stack[axis][1:]
+        for entry in below
+        if entry.stack and (axis := axes[entry.label]) is not None
+    }
+    odd = any(sizes[label] != size for label, size in known.items())
+    if odd or len({*sizes.values()}) != 1 or () in sizes.values() or None in sizes.values():
         names = {entry.label: join(entry.path) for entry in reversed(below)}
-        shown = [f"`{names[label]}` {shape_of(parts.leaves[label])}" for label in sizes]
+        shown = [f"`{names[label]}` {shape_of(draft.leaves[label])}" for label in sizes]
         raise MismatchError(
             f"unstack: the leaves below `{path}` are not stacks of one size: "
             f"{', '.join(shown) or 'there are none'}. Name the level of an nn.Repeat."
         )
     count = next(size[0] for size in sizes.values() if size)
     entries: list[Entry] = []
-    for entry in parts.entries:
+    for entry in draft.entries:
         if entry.path[: len(at)] != at:
             entries.append(entry)
         elif entry is below[0]:
             entries += [_copy(copied, at, i, axes) for i in range(count) for copied in below]
     for label, axis in axes.items():
-        kind, leaf = parts.kinds.pop(label), parts.leaves.pop(label)
-        parts.kinds.update({(label, i): kind for i in range(count)})
-        parts.leaves.update({(label, i): _slice(leaf, axis or 0, i) for i in range(count)})
-    return parts.assembled(entries)
+        kind, leaf = draft.kinds.pop(label), draft.leaves.pop(label)
+        draft.kinds.update({(label, i): kind for i in range(count)})
+        draft.leaves.update({(label, i): _slice(leaf, axis or 0, i) for i in range(count)})
+    return draft.assembled(entries)
 
 
 def _copy(entry: Entry, at: Path, i: int, axes: dict[Any, int | None]) -> Entry:
@@ -96,7 +103,7 @@ def _copy(entry: Entry, at: Path, i: int, axes: dict[Any, int | None]) -> Entry:
     path = (*at, str(i), *entry.path[len(at) :])
     if entry.label is None:
         return Entry(path, None)
-    rest = [each for axis, each in enumerate(entry.stack) if axis != axes[entry.label]]
+    rest = [pair for axis, pair in enumerate(entry.stack) if axis != axes[entry.label]]
     inner = [(position + (position >= len(at)), size) for position, size in rest]
     return Entry(path, (entry.label, i), tuple(inner))
 
@@ -121,9 +128,9 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
       array([[0., 0.],
              [1., 1.]])
     """
-    parts, at = _level(tree, path, "stack")
+    draft, at = _level(tree, path, "stack")
     depth = len(at)
-    below = _below(parts, at, path)
+    below = _below(draft, at, path)
     copies: dict[str, list[Entry]] = {}
     for entry in below:
         if len(entry.path) == depth + 1 and entry.label is not None:
@@ -135,24 +142,31 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
         )
     level = tree[path] if path else tree
     unlike = [
-        f"`{path}/{i}` is not like `{path}/0`:\n" + "\n".join(lines(found))
+        f"`{path}/{i}` is not like `{path}/0`:\n" + "\n".join(lines(mismatches))
         for i in copies
-        if (found := differences(level["0"], level[i]))
+        if (mismatches := differences(level["0"], level[i]))
     ]
     if unlike:
         raise MismatchError("\n".join(["stack: only copies of one layer can be stacked.", *unlike]))
     first, count = copies["0"], len(copies)
+    counts = Counter(label for copy in copies.values() for label in {entry.label for entry in copy})
+    if shared := {label for label, times in counts.items() if times > 1} - {None}:
+        names = sorted({f"`{join(entry.path)}`" for entry in below if entry.label in shared})
+        raise ParamTreeError(
+            f"stack: {', '.join(names)} are tied, and copies in a stack cannot share a leaf: pt.untie "
+            "them first."
+        )
     rows = {row[0].label: row for row in zip(*copies.values(), strict=True) if row[0].label is not None}
     for label, row in rows.items():
         axis = sum(position <= depth for position, _ in row[0].stack)
-        parts.leaves[label] = _stacked([parts.leaves[entry.label] for entry in row], axis)
+        draft.leaves[label] = _stacked([draft.leaves[entry.label] for entry in row], axis)
     entries = []
-    for entry in parts.entries:
+    for entry in draft.entries:
         if entry.path[:depth] != at:
             entries.append(entry)
         elif entry is below[0]:
             entries += [_joined(copy, depth, count) for copy in first]
-    return parts.assembled(entries)
+    return draft.assembled(entries)
 
 
 def _joined(entry: Entry, depth: int, count: int) -> Entry:
@@ -160,14 +174,18 @@ def _joined(entry: Entry, depth: int, count: int) -> Entry:
     path = entry.path[:depth] + entry.path[depth + 1 :]
     if entry.label is None:
         return Entry(path, None)
-    outer = [each for each in entry.stack if each[0] <= depth]
+    outer = [pair for pair in entry.stack if pair[0] <= depth]
     inner = [(position - 1, size) for position, size in entry.stack if position > depth]
     return Entry(path, entry.label, (*outer, (depth, count), *inner))
 
 
-def _level(tree: Any, path: str, verb: str) -> tuple[Parts, Path]:
+def _level(tree: Any, path: str, verb: str) -> tuple[Draft, Path]:
     """Returns a tree taken apart, and the path of a level in it."""
     check_no_holes(tree, verb)
+    if not isinstance(path, str):
+        raise TypeError(f"{verb} takes the path of a level, such as 'blocks', but found {path!r}.")
+    if not is_flat(tree):
+        raise MismatchError(f"{verb} takes a tree of arrays, but a leaf of it is itself a container.")
     structure, _ = flatten(tree)
     entries = zip(structure.paths, structure.slots, strict=True)
     levels = {"/".join(p[:i]) for p, s in entries for i in range(1, len(p) + (s == EMPTY))}
@@ -176,10 +194,10 @@ def _level(tree: Any, path: str, verb: str) -> tuple[Parts, Path]:
     return take_apart(tree), tuple(path.split("/")) if path else ()
 
 
-def _below(parts: Parts, at: Path, path: str) -> list[Entry]:
+def _below(draft: Draft, at: Path, path: str) -> list[Entry]:
     """Returns the entries below a level; none of their leaves may have a name outside of it."""
-    below = [entry for entry in parts.entries if entry.path[: len(at)] == at]
-    outside = {entry.label for entry in parts.entries if entry.path[: len(at)] != at}
+    below = [entry for entry in draft.entries if entry.path[: len(at)] == at]
+    outside = {entry.label for entry in draft.entries if entry.path[: len(at)] != at}
     inside: dict[Any, str] = {}
     for entry in below:
         inside.setdefault(entry.label, join(entry.path))

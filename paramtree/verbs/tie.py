@@ -27,7 +27,7 @@ _on_trees = for_trees("as only its structure can hold ties")
 
 @_on_trees
 def ties(tree: ParamTree, *, sep: str = "_") -> dict[str, str]:
-    """Returns the name of every alias with the name of the leaf that it leads to.
+    """Returns the canonical name of the leaf that each alias leads to.
 
     Args:
       tree: a parameter tree.
@@ -63,8 +63,9 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
 
     Raises:
       RuleError: a path is unknown, is tied to itself, to a level that holds it or in a circle, or
-        a leaf to a level, or two levels do not have the same children. One error lists all.
-      MismatchError: the two leaves differ in shape, dtype or kind; all are listed.
+        a leaf to a level, or two levels do not have the same leaves. One error lists all.
+      ParamTreeError: the tree has holes.
+      MismatchError: the two leaves differ in shape, dtype, kind or stack; all are listed.
 
     Example:
       >>> import paramtree as pt
@@ -74,8 +75,10 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
       True
     """
     check_no_holes(tree, "tie")
-    parts = take_apart(tree)
+    draft = take_apart(tree)
     structure, leaves = flatten(tree)
+    if not isinstance(pairs, Mapping):
+        raise RuleError(f"tie takes a mapping of paths, {{alias: source}}, but found {pairs!r}.")
     problems: list[str] = []
     target: dict[Path, list[Path]] = {}
     for alias, source in pairs.items():
@@ -87,12 +90,12 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
         raise RuleError(f"tie: {' '.join(problems)}")
     slot_of = dict(structure.entries())
     ends = {path: _follow(path, target, slot_of) for path in target}
-    sizes = {entry.path: tuple(size for _, size in entry.stack) for entry in parts.entries}
+    sizes = {entry.path: tuple(size for _, size in entry.stack) for entry in draft.entries}
     for path, end in ends.items():
         sides = [
-            (shape_of(leaves[slot]), dtype_of(leaves[slot]), structure.kinds[slot], sizes[each])
-            for each in (path, end)
-            for slot in (slot_of[each],)
+            (shape_of(leaves[slot]), dtype_of(leaves[slot]), structure.kinds[slot], sizes[p])
+            for p in (path, end)
+            for slot in (slot_of[p],)
         ]
         for word, a, b in zip(("shapes", "dtypes", "kinds", "stacks"), *sides, strict=True):
             if a != b:
@@ -100,9 +103,9 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
                 break
     if problems:
         raise MismatchError(f"tie: {'; '.join(problems)}. Only leaves that match can be tied.")
-    return parts.assembled(
+    return draft.assembled(
         entry._replace(label=slot_of[ends[entry.path]]) if entry.path in ends else entry
-        for entry in parts.entries
+        for entry in draft.entries
     )
 
 
@@ -114,10 +117,11 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
 
     Args:
       tree: a parameter tree without holes.
-      pattern: a regular expression for whole names; None unties all.
+      pattern: a pattern for tied names; None unties all.
 
     Raises:
       RuleError: the pattern matches no tied name.
+      ParamTreeError: the tree has holes.
 
     Example:
       >>> import paramtree as pt
@@ -127,7 +131,7 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
       (False, array([1., 1.]))
     """
     check_no_holes(tree, "untie")
-    parts = take_apart(tree)
+    draft = take_apart(tree)
     structure, leaves = flatten(tree)
     source = open_tree(tree)._replace(structure=structure, leaves=leaves)
     paths: dict[int, list[Path]] = {}
@@ -145,17 +149,17 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
     entries = []
     values: dict[Any, Any] = {}
     used: set[Any] = set()
-    for entry in parts.entries:
+    for entry in draft.entries:
         old: Any = entry.label
         label = entry.path if entry.path in loose else old
         entries.append(entry._replace(label=label))
         if old is not None and label not in values:
             # The first to take the value has the array itself, the others copies: a buffer that is in
             # a tree twice could not be donated.
-            values[label] = _copied(parts.leaves[old]) if old in used else parts.leaves[old]
-            parts.kinds[label] = parts.kinds[old]
+            values[label] = _copied(draft.leaves[old]) if old in used else draft.leaves[old]
+            draft.kinds[label] = draft.kinds[old]
             used.add(old)
-    return parts._replace(leaves=values).assembled(entries)
+    return draft._replace(leaves=values).assembled(entries)
 
 
 def _copied(leaf: Any) -> Any:
@@ -182,24 +186,25 @@ def _path(structure: Structure, text: str) -> Path:
 
 
 def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, list[Path]]) -> None:
-    """Notes that every leaf at or below ``alias`` is to be the one of ``source``."""
-    here, there = "/".join(alias), "/".join(source)
+    """Records that every leaf at or below ``alias`` is to be that of ``source``."""
+    alias_text, source_text = "/".join(alias), "/".join(source)
     short = min(len(alias), len(source))
     if alias == source:
-        raise RuleError(f"`{here}` cannot be tied to itself.")
+        raise RuleError(f"`{alias_text}` cannot be tied to itself.")
     if alias[:short] == source[:short]:
-        raise RuleError(f"`{here}` and `{there}` cannot be tied: one holds the other.")
+        raise RuleError(f"`{alias_text}` and `{source_text}` cannot be tied: one holds the other.")
     below = [_below(structure, path) for path in (alias, source)]
     if below[0].keys() != below[1].keys():
-        kind = ["a leaf" if () in part else "a level" for part in below]
-        if kind[0] != kind[1]:
-            raise RuleError(f"`{here}` is {kind[0]} and `{there}` {kind[1]}: tie like to like.")
+        nodes = ["a leaf" if () in paths else "a level" for paths in below]
+        if nodes[0] != nodes[1]:
+            shown = f"`{alias_text}` is {nodes[0]} and `{source_text}` {nodes[1]}"
+            raise RuleError(f"{shown}: tie like to like.")
         only = [
             ", ".join("/".join((*path, *rest)) for rest in below[i] if rest not in below[1 - i])
             for i, path in enumerate((alias, source))
         ]
         lacking = "; ".join(f"only {text}" for text in only if text)
-        raise RuleError(f"`{here}` and `{there}` do not have the same leaves: {lacking}.")
+        raise RuleError(f"`{alias_text}` and `{source_text}` do not have the same leaves: {lacking}.")
     for rest in below[0]:
         target.setdefault((*alias, *rest), []).append((*source, *rest))
 
@@ -219,7 +224,7 @@ def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int
     shown = "/".join(alias)
     if not ends:
         circle = " -> ".join("/".join(path) for path in (*seen, alias))
-        raise RuleError(f"tie: the ties go in a circle, {circle}: take one of them out.")
+        raise RuleError(f"tie: the ties go in a circle, {circle}: remove one of them.")
     if len({slot_of[end] for end in ends}) > 1:
         different = " and ".join("/".join(end) for end in ends)
         raise RuleError(f"tie: `{shown}` is tied twice, to different leaves, {different}.")

@@ -311,7 +311,7 @@ def test_state_and_whole_numbers_are_not_trained(key: jax.Array) -> None:
     assert list(pt.collect(pt.grad(f, "bn.*")(tree))) == ["bn_gamma"]  # state is never trained
     with pytest.raises(pt.RuleError, match="'.*mean' matches no name of kind param"):
         pt.grad(f, ".*mean")(tree)
-    with pytest.raises(pt.RuleError, match=r"steps \(int32\) cannot be differentiated by"):
+    with pytest.raises(pt.RuleError, match=r"cannot differentiate with respect to steps \(int32\)"):
         pt.grad(f, "bn.*|steps")(tree)
     with pytest.raises(pt.RuleError, match="'bnn.*' matches no name"):
         pt.grad(f, "bnn.*")(tree)

@@ -69,7 +69,7 @@ def test_other_containers() -> None:
         assert type(new) is type(packed)
     for call in (lambda t: pt.rename(t, [("a", "b")]), lambda t: pt.insert(t, {"a": 1})):
         with pytest.raises(
-            TypeError, match="takes a parameter tree or nested dicts.*but found list: .*pt.from_tree"
+            TypeError, match="takes a parameter tree, or nested dicts.*but found list: .*pt.from_tree"
         ):
             call([1, 2])
 
@@ -77,7 +77,7 @@ def test_other_containers() -> None:
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [
-        (lambda t: pt.rename(t, [("embd", "e")]), pt.RuleError, r"rename: '\.\*\(embd\)\.\*' matches no name"),
+        (lambda t: pt.rename(t, [("embd", "e")]), pt.RuleError, "rename: 'embd' matches no name; the closest are embed/weight"),
         (lambda t: pt.rename(t, [("embed|decoder", "x")]), pt.NameCollisionError, "`x/weight` is given twice"),
         (lambda t: pt.rename(t, [("embed/", "/")]), pt.RuleError, "`embed/weight` becomes '/weight', which is not a path"),
         (lambda t: pt.rename(t, [("embed", r"\1")]), pt.RuleError, r"rename: '\\\\1' cannot replace 'embed'"),
