@@ -65,11 +65,7 @@ class Layout:
             block.shapes.append(shape)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Layout)
-            and (self.structure, self.like, self.max_bytes)
-            == (other.structure, other.like, other.max_bytes)
-        )
+        return self is other or (isinstance(other, Layout) and self.__reduce__() == other.__reduce__())
 
     def __hash__(self) -> int:
         return self._hash
@@ -88,10 +84,8 @@ def _fits(shape: Any, dtype: Any, max_bytes: int) -> bool:
 
 
 def _layout(structure: Structure, like: Likeness, max_bytes: int) -> Layout:
-    layout: Layout = structure.cached(
-        ("pack", like, max_bytes), lambda: Layout(structure, like, max_bytes)
-    )
-    return layout
+    key = ("pack", like, max_bytes)
+    return structure.cached(key, lambda: Layout(structure, like, max_bytes))
 
 
 class Packed:
@@ -130,8 +124,7 @@ class Packed:
                 leaves = self._take()
             object.__setattr__(self, "_split", (trace, leaves))
         assert self._split is not None
-        split: tuple[Any, ...] = self._split[1]
-        return split
+        return self._split[1]
 
     def _take(self) -> tuple[Any, ...]:
         leaves: list[Any] = [None] * len(self._layout.like)
@@ -174,9 +167,6 @@ class Packed:
 
     def __repr__(self) -> str:
         return repr(self._tree())
-
-    def _repr_html_(self) -> str:
-        return self._tree()._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Packed.make, (self._layout, self._arrays, self._at)
@@ -303,30 +293,22 @@ def _packed(
         for leaf in leaves
     )
     layout = _layout(structure, like, max_bytes)
-    known = {
-        (block.key, tuple(source._layout.structure.kept[slot] for slot in block.slots)): (
-            array,
-            block,
-            source,
-        )
-        for source in sources
-        for block, array in zip(source._layout.blocks, source._arrays, strict=True)
-        if block.shapes is not None
-    }
+    known: dict[Any, tuple[Any, Any]] = {}  # the buffers of the sources, and the leaves in each
+    for source in sources:
+        split, slots = source._unpacked(), source._layout.structure.kept
+        for block, array in zip(source._layout.blocks, source._arrays, strict=True):
+            key = block.key, tuple(slots[slot] for slot in block.slots)
+            known[key] = array, [split[slot] for slot in block.slots]
     arrays = []
     for block in layout.blocks:
         pieces = [leaves[slot] for slot in block.slots]
-        array, old, source = known.get(
-            (block.key, tuple(kept[slot] for slot in block.slots)), (None,) * 3
-        )
-        if old is not None and source is not None:
-            split = source._unpacked()
-            if all(piece is split[slot] for piece, slot in zip(pieces, old.slots, strict=True)):
-                arrays.append(array)
-                continue
-        arrays.append(
-            pieces[0] if block.shapes is None else _joined(pieces, like[block.slots[0]][1], lead)
-        )
+        array, old = known.get((block.key, tuple(kept[slot] for slot in block.slots)), (None, None))
+        if block.shapes is None:
+            arrays.append(pieces[0])
+        elif old is not None and all(piece is leaf for piece, leaf in zip(pieces, old, strict=True)):
+            arrays.append(array)
+        else:
+            arrays.append(_joined(pieces, like[block.slots[0]][1], lead))
     return Packed.make(layout, arrays, place, leaves)
 
 
