@@ -82,7 +82,7 @@ class ParamTree(_Fields):
         if type(child) is int and child >= 0:
             return self._leaves[child]
         if type(child) is tuple or type(child) is slice:
-            return self._level(name)
+            return self._level(name, child)
         if name.startswith("__"):  # a protocol that Python probes for
             raise AttributeError(name)
         if name in ("key", "update"):
@@ -105,7 +105,7 @@ class ParamTree(_Fields):
                 raise MissingError(f"`{join((*self._place, name))}` is a leaf: it has no `{rest}`.")
             if child is None or child == HOLE:
                 raise self._missing(key, child)
-            return self._level(key)
+            return self._level(key, child)
         if isinstance(key, int | np.integer):
             names = list(self._structure.children())
             if -len(names) <= key < len(names):
@@ -119,8 +119,8 @@ class ParamTree(_Fields):
             'tree["dense0"], tree["dense0/weight"] or tree[0].'
         )
 
-    def _level(self, name: str) -> "ParamTree":
-        structure, take = self._structure.level(name)
+    def _level(self, name: str, child: Any) -> "ParamTree":
+        structure, take = child if type(child) is tuple else self._structure.level(name)
         return unflatten(structure, take(self._leaves), (*self._place, name))
 
     def __contains__(self, key: object) -> bool:
