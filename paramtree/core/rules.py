@@ -16,7 +16,7 @@ from paramtree.core.structure import PARAM, STATE, Structure, picker
 
 __all__ = [
     "UNSET", "Assigned", "Pattern", "Patterns", "Rules", "Slots", "assign", "check_kind", "check_table",
-    "compiled", "hits", "no_match", "pattern_text", "resolve", "select_slots", "slots_of",
+    "compiled", "hits", "no_match", "pattern_text", "resolve", "select_slots", "sep_of", "slots_of",
 ]  # fmt: skip
 
 Pattern = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -82,7 +82,7 @@ def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]
     depths = source.depths if nested else {}
 
     def match() -> tuple[bool, ...]:
-        test, sep = compiled(pattern).fullmatch, _sep(pattern)
+        test, sep = compiled(pattern).fullmatch, sep_of(pattern)
         matched = [test(name) is not None for name in structure.names(sep)]
         if depths:
             for i, (path, _) in enumerate(structure.entries()):
@@ -208,7 +208,7 @@ def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
     if callable(pattern):
         return f"{pattern_text(pattern)} is true for no leaf"
     text = pattern if isinstance(pattern, str) else pattern.pattern
-    names = known.names(_sep(pattern)) if isinstance(known, Structure) else known
+    names = known.names(sep_of(pattern)) if isinstance(known, Structure) else known
     inside = [name for name in names if re.search(pattern, name)][:3]
     if inside:
         wider = f".*(?:{text}).*" if "|" in text else f".*{text}.*"
@@ -245,7 +245,8 @@ def pattern_text(pattern: Any) -> str:
     return repr(pattern)
 
 
-def _sep(pattern: str | re.Pattern[str]) -> str:
+def sep_of(pattern: str | re.Pattern[str]) -> str:
+    """Returns what joins the segments of the names that a pattern matches."""
     return "/" if "/" in (pattern if isinstance(pattern, str) else pattern.pattern) else "_"
 
 

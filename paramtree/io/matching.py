@@ -12,7 +12,7 @@ from typing import Any
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import RuleError, close_names
-from paramtree.core.rules import compiled, pattern_text
+from paramtree.core.rules import compiled, pattern_text, sep_of
 from paramtree.core.structure import Path, Stack, Structure
 from paramtree.verbs.restructure import rewriter
 
@@ -72,8 +72,7 @@ def name_pattern(pattern: Any) -> tuple[re.Pattern[str], str]:
             f"{pattern_text(pattern)} cannot select arrays of a file, which are read later: use a "
             "regular expression, as in '.*weight'."
         )
-    regex = compiled(pattern)
-    return regex, "/" if "/" in regex.pattern else "_"
+    return compiled(pattern), sep_of(pattern)
 
 
 class Lookup:
