@@ -77,7 +77,7 @@ class ParamTree(_Fields):
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_SCOPES:
-            return getattr(_lazy._scope(self), name)
+            return _lazy._scope(self, name)
         child = self._structure.children().get(name)
         if type(child) is int and child >= 0:
             return self._leaves[child]
@@ -86,7 +86,7 @@ class ParamTree(_Fields):
         if name.startswith("__"):  # a protocol that Python probes for
             raise AttributeError(name)
         if name in ("key", "update"):
-            return getattr(_lazy._scope(self), name)
+            return _lazy._scope(self, name)
         raise self._missing(name, child)
 
     def __getitem__(self, key: str | int) -> Any:

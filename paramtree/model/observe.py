@@ -143,6 +143,8 @@ def announced(method: F) -> F:
     @functools.wraps(method)
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         scope = args[0] if args else next(filter(_observed, kwargs.values()), None)
+        if type(scope) is ParamTree:  # the usual case, which must cost nothing
+            return method(self, *args, **kwargs)
         if as_scope := getattr(scope, "__scope__", None):  # a packed tree
             args = (as_scope(), *args[1:])
         if not _observed(scope):

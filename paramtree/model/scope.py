@@ -4,6 +4,7 @@ A ``ParamTree`` given to a model is the scope of a plain run for inference. Ever
 ``Scope``: it reads like the tree, and leaves reads, writes and draws to its run.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -71,9 +72,44 @@ class Inference:
         return (), Inference
 
 
-def inference(tree: ParamTree) -> "Scope":
-    """Returns a tree as the scope of a run for inference."""
-    return Scope(tree, Inference())
+_INFERENCE = Inference()
+
+
+def inference(tree: ParamTree, name: str) -> Any:
+    """Returns an attribute that a tree has as the scope of a run for inference."""
+    if name in ("param", "state"):  # without a scope, which would take as long as reading
+        return functools.partial(_declared, tree)
+    return getattr(Scope(tree, _INFERENCE), name)
+
+
+def _declared(
+    tree: ParamTree, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32
+) -> Any:
+    return _leaf(tree, name, shape)
+
+
+def _leaf(scope: ParamTree, name: str, shape: Sequence[int]) -> Any:
+    """Returns the leaf of a name; ``Scope.param`` says what is raised."""
+    try:
+        leaf = scope[name]
+    except MissingError as error:
+        leaf, problem = scope, str(error)
+    else:
+        problem = ""
+    if isinstance(leaf, ParamTree):
+        problem = problem or f"`{join((*path_of(scope), name))}` is a level, not a leaf."
+        raise MissingError(
+            f"the model needs a leaf `{join((*path_of(scope), name))}` of shape {tuple(shape)}: "
+            f"{problem} Call it with the tree that pt.init gives for this model."
+        ) from None
+    have = shape_of(leaf)
+    if have is not None and have != tuple(shape):
+        raise MismatchError(
+            f"`{join((*path_of(scope), name))}` has shape {have}, but the model needs {tuple(shape)}. "
+            "Either the input does not have the size that the tree was initialised for, or the tree "
+            "belongs to another model: check the input's shape, or call pt.init again."
+        )
+    return leaf
 
 
 _FIELDS = frozenset(("_live", "_run", "_tree", "_flat", "_leaves", "_place", "_structure"))
@@ -169,25 +205,8 @@ class Scope(ParamTree):
           MissingError: the tree has no such leaf.
           MismatchError: it has another shape.
         """
-        path = (*place_of(self._tree), name)
-        try:
-            leaf = self[name]
-            problem = f"`{join(path)}` is a level, not a leaf." if isinstance(leaf, ParamTree) else ""
-        except MissingError as error:
-            problem = str(error)
-        if problem:
-            raise MissingError(
-                f"the model needs a leaf `{join(path)}` of shape {tuple(shape)}: {problem} Call it "
-                "with the tree that pt.init gives for this model."
-            )
-        have = shape_of(leaf)
-        if have is not None and have != tuple(shape):
-            raise MismatchError(
-                f"`{join(path)}` has shape {have}, but the model needs {tuple(shape)}. Either the "
-                "input does not have the size that the tree was initialised for, or the tree belongs "
-                "to another model: check the input's shape, or call pt.init again."
-            )
-        self._run.on_read(path)
+        leaf = _leaf(self, name, shape)
+        self._run.on_read((*place_of(self._tree), name))
         return leaf
 
     def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
@@ -270,15 +289,15 @@ def child(scope: Any, name: str) -> Any:
     Raises:
       TypeError: the scope is not one.
     """
+    if type(scope) is ParamTree:
+        level = flatten(scope)[0].children().get(name)
+        if type(level) is tuple or type(level) is slice:
+            return scope[name]
+        return unflatten(_NOTHING, (), (*place_of(scope), name))
     check_scope(scope)
     if type(scope) is Scope:
         return Scope(child(scope._tree, name), scope._run, scope._live)
-    if not isinstance(scope, ParamTree) or type(flatten(scope)[0].children().get(name)) in (
-        slice,
-        tuple,
-    ):
-        return scope[name]
-    return unflatten(_NOTHING, (), (*place_of(scope), name))
+    return scope[name]
 
 
 def write(scope: Scope, tree: ParamTree) -> None:
