@@ -83,7 +83,7 @@ def hits(source: Opened, pattern: Any, nested: bool = False) -> tuple[bool, ...]
 
     def match() -> tuple[bool, ...]:
         test, sep = compiled(pattern).fullmatch, sep_of(pattern)
-        matched = [test(name) is not None for name in structure.names(sep)]
+        matched = [*map(bool, map(test, structure.names(sep)))]
         if depths:
             for i, (path, _) in enumerate(structure.entries()):
                 matched[i] = matched[i] or test(join(path[depths.get(path, 0) :], sep)) is not None
@@ -105,7 +105,6 @@ def select_slots(
     check_kind(kind)
     structure = source.structure
     listed = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
-
     if not listed:
         raise RuleError(f"{verb}: the list of patterns is empty.")
 
@@ -144,11 +143,12 @@ def assign(source: Opened, patterns: tuple[Any, ...], nested: bool = False) -> A
         # Each pattern is tried on all names: one that others merely shadow is not a typo.
         matches = [hits(source, pattern, nested) for pattern in patterns]
         unused = [i for i, row in enumerate(matches) if True not in row]
-        rule = [-1] * len(structure.names())
-        for i in reversed(range(len(patterns))):
-            rule = [i if hit else old for hit, old in zip(matches[i], rule, strict=True)]
+        last = len(patterns) - 1
+        rule = picker(matches[last])((-1, last)) if patterns else (-1,) * len(structure.names())
+        for i in reversed(range(last)):
+            rule = tuple([i if hit else old for hit, old in zip(matches[i], rule, strict=True)])
         if len(rule) == len(structure.kinds):  # nothing is tied: entries are slots
-            return Assigned(tuple(rule), structure.names(), [], unused)
+            return Assigned(rule, structure.names(), [], unused)
         by_slot: list[list[tuple[int, str]]] = [[] for _ in structure.kinds]
         for (_, slot), name, i in zip(structure.entries(), structure.names(), rule, strict=True):
             by_slot[slot] += [(i, name)] if i >= 0 else []
@@ -219,7 +219,8 @@ def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
     size = len(plain)
     ends = {end: name for name in reversed(names) for end in (name[-size:], name[:size])}
     close = close_names(plain, names) or [ends[end] for end in close_names(plain, list(ends))]
-    hint = f"; the closest are {', '.join(close)}" if close else ""
+    word, shown = ("closest", close) if close else ("first", names[:5])
+    hint = f"; the {word} are {', '.join(shown)}" if names else ""
     return f"{text!r} matches no name{hint}"
 
 

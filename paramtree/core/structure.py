@@ -59,8 +59,8 @@ class Structure:
       kept: the slots of ``full`` that are present, in order.
     """
 
-    __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_holed", "full", "kept",
-                 "kinds", "paths", "slots", "stacks")  # fmt: skip
+    __slots__ = ("__weakref__", "_cache", "_canonical", "_children", "_complete", "_holed", "full",
+                 "kept", "kinds", "paths", "slots", "stacks")  # fmt: skip
 
     def __init__(self, paths: Any, slots: Any, kinds: Any, stacks: Any) -> None:
         self.paths: tuple[Path, ...] = paths
@@ -68,6 +68,7 @@ class Structure:
         self.kinds: tuple[str, ...] = kinds
         self.stacks: tuple[Stack, ...] = stacks
         self.full, self.kept = self, tuple(range(len(kinds)))
+        self._complete = min(slots, default=0) >= 0  # then Python takes no step per leaf
         self._cache: dict[Hashable, Any] = {}
         self._children: dict[str, Any] | None = None
         self._canonical: tuple[Path, ...] | None = None
@@ -124,13 +125,12 @@ class Structure:
     def entries(self) -> Iterable[tuple[Path, int]]:
         """Returns the path and slot of every leaf that is present, including aliases."""
         pairs = zip(self.paths, self.slots, strict=True)
-        complete = min(self.slots, default=0) >= 0  # then Python takes no step per leaf
-        return pairs if complete else ((path, slot) for path, slot in pairs if slot >= 0)
+        return pairs if self._complete else ((path, slot) for path, slot in pairs if slot >= 0)
 
     def names(self, sep: str = "_") -> tuple[str, ...]:
         """Returns the name of every leaf that is present, in the order of ``entries``."""
-        make = lambda: tuple(sep.join(path) for path, _ in self.entries())  # noqa: E731
-        return self.cached(("names", sep), make)
+        paths = self.paths if self._complete else (path for path, _ in self.entries())
+        return self.cached(("names", sep), lambda: tuple(map(sep.join, paths)))
 
     def slots_by_path(self) -> dict[str, int]:
         """Returns the slot of every leaf that is present, by path, such as "dense0/weight"."""

@@ -45,6 +45,11 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 
 def as_activation(activation: Any) -> Callable[..., Any]:
+    """Returns the function of an activation that is given by name or as a function.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
     if callable(activation):
         return activation
     if activation not in _ACTIVATIONS:
@@ -56,6 +61,7 @@ def as_activation(activation: Any) -> Callable[..., Any]:
 
 
 def is_integer(value: Any, minimum: int) -> bool:
+    """Whether a value is an integer, not a boolean, of at least ``minimum``."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return integer and int(value) >= minimum
 

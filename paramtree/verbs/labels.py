@@ -14,6 +14,7 @@ from paramtree.core.rules import (
     pattern_text,
     resolve,
 )
+from paramtree.core.structure import picker
 from paramtree.core.tree import ParamTree, unflatten
 
 __all__ = ["check_values", "labels", "mask"]
@@ -96,7 +97,7 @@ def labels(tree: T, rules: Rules, *, default: Any = UNSET) -> T:
 def _values(source: Opened, verb: str, rules: Rules, default: Any) -> tuple[Any, ...]:
     assigned = resolve(source, rules, f"the rules of {verb}", default=default)
     values = (*rules.values(), default)  # a leaf without a rule has the last, at -1
-    return tuple(values[i] for i in assigned.rules)
+    return picker(assigned.rules)(values)
 
 
 def _key(rules: Any) -> Any:
