@@ -266,6 +266,69 @@ def transplant(old: Any, net: Model, key: jax.Array, head: str, x: Any) -> pt.Pa
     return pt.replace(pt.init(net, key, x), pt.collect(body, aliases=True).to_dict())
 
 
+# Models in training
+
+
+def frozen_encoder(encoder: Model, head: Model) -> Model:
+    """Returns a model whose encoder gets no gradients, while its dropout and statistics go on.
+
+    Use it to train a head on a trained encoder. The parts read ``p.encoder`` and ``p.head``.
+    """
+
+    def model(p: Any, x: jax.Array) -> Any:
+        return head(p.head, encoder(jax.lax.stop_gradient(p.encoder), x))
+
+    return model
+
+
+class Experts(nn.Layer):
+    """A mixture of experts: the outputs of ``n`` copies of a layer, weighted by a gate.
+
+    Use it for capacity: the experts run side by side, each with parameters, dropout and statistics of
+    its own, and ``pt.unstack(params, "experts")`` gives each its own names.
+    """
+
+    expert: nn.Layer
+    n: int
+
+    def __call__(self, p: Any, x: jax.Array) -> jax.Array:
+        """Returns the weighted outputs, (batch, features)."""
+        gate = jax.nn.softmax(nn.Dense(self.n)(p.gate, x))
+        outputs = nn.Vmap(self.expert, self.n, in_axes=None)(p.experts, x)
+        return jnp.einsum("bn,nbf->bf", gate, outputs)
+
+
+def checkpointed(layer: Model, p: Any, name: str, x: jax.Array) -> Any:
+    """Returns the output of a layer on the child ``name`` of a scope, recomputed in the backward pass.
+
+    Use it for layers that keep state, such as batch normalization: what they write inside
+    ``jax.checkpoint`` has to get out of it. Without state ``jax.checkpoint(layer)`` is enough,
+    and for a stack of blocks ``nn.Repeat(block, n, remat=True)``.
+    """
+    if not p.training:
+        return jax.checkpoint(layer)(p[name], x)
+    y, new = jax.checkpoint(pt.training(layer))(p[name], x)
+    p.update(name, new)
+    return y
+
+
+def resnet(width: int, classes: int, frozen_statistics: bool = False) -> nn.Sequential:
+    """Returns a small residual net; frozen statistics are neither updated nor those of the batch.
+
+    Use them to fine-tune on small batches. The parameters are the same either way, so a net is trained
+    with one and fine-tuned with the other.
+    """
+
+    def conv() -> list[nn.Layer]:
+        norm = nn.BatchNorm(use_global_stats=frozen_statistics)
+        return [nn.Conv2D(width, 3, padding=1, use_bias=False), norm, nn.Activation("relu")]
+
+    blocks = [nn.Residual(*conv()) for _ in range(2)]
+    return nn.Sequential(
+        *conv(), *blocks, nn.GlobalAvgPool2D(), nn.Dropout(0.5), head=nn.Dense(classes)
+    )
+
+
 # A demonstration
 
 

@@ -12,6 +12,7 @@ from paramtree.core.errors import ParamTreeError as ParamTreeError
 from paramtree.core.errors import RuleError as RuleError
 from paramtree.core.errors import ScopeError as ScopeError
 from paramtree.core.tree import ParamTree as ParamTree
+from paramtree.initializers.reinit import reinit as reinit
 from paramtree.inspect import plots as plots
 from paramtree.inspect.diff import diff as diff
 from paramtree.inspect.plan import plan as plan
@@ -34,7 +35,7 @@ from paramtree.model.grad import grad as grad
 from paramtree.model.grad import value_and_grad as value_and_grad
 from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init
-from paramtree.model.init import reinit as reinit
+from paramtree.model.loops import scan as scan
 from paramtree.model.scope import inference as _scope  # noqa: F401  # a tree asks for it by name
 from paramtree.model.training import training as training
 from paramtree.packed import pack as pack

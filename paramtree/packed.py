@@ -22,7 +22,7 @@ from paramtree.core.pytrees import Opened, is_array, open_tree
 from paramtree.core.structure import Path, Structure
 from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.model.scope import Scope
-from paramtree.model.training import trace_state
+from paramtree.model.traces import current_trace
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -174,7 +174,7 @@ class Packed:
     # The walker, merge and layers
 
     def __open__(self) -> Opened:
-        def rebuild(part: Structure, leaves: Sequence[Any], _: Any) -> Packed:
+        def rebuild(part: Structure, leaves: Sequence[Any], unnamed: Any = None) -> Packed:
             return _packed(part, tuple(leaves), self._layout.max_bytes, self._at, (self,))
 
         structure = self._layout.structure
@@ -190,7 +190,7 @@ class Packed:
 
 def _trace(arrays: Sequence[Any]) -> Any:
     """Returns the current trace if any of the arrays is a tracer."""
-    return trace_state() if any(isinstance(array, jax.core.Tracer) for array in arrays) else None
+    return current_trace() if any(isinstance(array, jax.core.Tracer) for array in arrays) else None
 
 
 def _pieces(buffer: Any, block: Block) -> list[Any]:

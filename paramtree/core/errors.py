@@ -58,12 +58,7 @@ class LoadError(ParamTreeError, ValueError):
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or an empty string.
-
-    Example:
-      >>> suggest("wieght", ["weight", "bias"])
-      ' Did you mean `weight`?'
-    """
+    """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or an empty string."""
     close = close_names(wrong, list(known))
     return f" Did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else ""
 

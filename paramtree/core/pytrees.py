@@ -14,19 +14,7 @@ from jax.tree_util import DictKey
 
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.errors import RuleError
-from paramtree.core.structure import (
-    EMPTY,
-    HOLE,
-    PARAM,
-    STATE,
-    Path,
-    Picker,
-    Stack,
-    Structure,
-    build,
-    clash,
-    moved,
-)  # fmt: skip
+from paramtree.core.structure import EMPTY, HOLE, PARAM, STATE, Path, Structure, build, clash, moved
 from paramtree.core.tree import ParamTree, flatten, is_flat, place_of, unflatten
 
 __all__ = ["KEEP", "Container", "Opened", "is_array", "is_array_or_number", "open_tree"]
@@ -56,6 +44,8 @@ class Opened(NamedTuple):
       place: the path of a sub-tree, for messages.
       depths: for each path in a parameter tree inside a container, the length of the path to that tree.
       containers: the containers, by path.
+      renamed: like ``rebuild``, for a structure in which paths were changed, if that differs.
+      pending: a run that may still add leaves, so patterns may match later.
     """
 
     structure: Structure
@@ -65,12 +55,20 @@ class Opened(NamedTuple):
     place: Path = ()
     depths: Mapping[Path, int] = {}
     containers: Mapping[Path, Container] = {}
+    renamed: Callable[..., Any] | None = None
+    pending: Any = None
 
     def restore(self, leaves: Sequence[Any], unnamed: Any = KEEP) -> Any:
         """Returns the pytree with other leaves, one for each slot."""
         return self.rebuild(self.structure, leaves, unnamed)
 
-    def part(self, structure: Structure, take: Picker, unnamed: Any = KEEP) -> Any:
+    def fail(self, error: RuleError) -> None:
+        """Raises an error about patterns, now or when all leaves are known."""
+        if self.pending is None:
+            raise error
+        self.pending.doubt(error)
+
+    def part(self, structure: Structure, take: Callable[..., Any], unnamed: Any = KEEP) -> Any:
         """Returns the pytree with some leaves only: holes in parameter trees, None elsewhere."""
         return self.rebuild(structure, take(self.leaves), unnamed)
 
@@ -108,7 +106,9 @@ def open_tree(
 
 def _opened(tree: ParamTree) -> Opened:
     (structure, leaves), place = flatten(tree), place_of(tree)
-    return Opened(structure, leaves, lambda s, new, _: unflatten(s, new, place), structure.kinds, place)
+    return Opened(
+        structure, leaves, lambda s, new, _=None: unflatten(s, new, place), structure.kinds, place
+    )
 
 
 class _Node(NamedTuple):
@@ -135,9 +135,10 @@ class _Walk:
         self.leaves: dict[Path, Any] = {}
         self.items: list[tuple[Path, Path | None]] = []
         self.kinds: dict[Path | None, str | None] = {}
-        self.stacks: dict[Path, Stack] = {}
+        self.stacks: dict[Path, Any] = {}
         self.depths: dict[Path, int] = {}
         self.containers: dict[Path, Container] = {}
+        self.scope: tuple[Any, Any] = (None, None)  # how to rename in it, and its pending run
 
     def open(self, tree: Any) -> Opened:
         # Values still to be visited, as the arguments of ``visit``.
@@ -155,7 +156,8 @@ class _Walk:
 
         place = place_of(tree) if type(tree) is ParamTree else ()
         own_kinds = tuple(self.kinds[order[slot]] for slot in kept)
-        return Opened(full.keep(kept), leaves, rebuild, own_kinds, place, self.depths, self.containers)
+        more = own_kinds, place, self.depths, self.containers, *self.scope
+        return Opened(full.keep(kept), leaves, rebuild, *more)
 
     def visit(self, value: Any, path: Path, label: Path, *more: Any) -> list[Any]:
         """Records a value, and returns the values to visit below it.
@@ -203,6 +205,7 @@ class _Walk:
         if isinstance(value, ParamTree) or hasattr(type(value), "__open__"):
             source = _opened(value) if type(value) is ParamTree else open_tree(value)
             structure = source.structure
+            self.scope = (source.renamed, source.pending) if source.renamed else self.scope
             children = [label + structure.full.canonical[slot] for slot in structure.kept]
             return _Node(value, children, source.rebuild, structure), (), source.leaves, None
         if self.declared and isinstance(value, Mapping):

@@ -120,12 +120,12 @@ def select_slots(
                 problems.append(problem if matched else no_match(pattern, structure))
             chosen |= of_kind
         if problems:
-            raise RuleError(f"{verb}: {'; '.join(problems)}.")
+            source.fail(RuleError(f"{verb}: {'; '.join(problems)}."))
         return slots_of(structure, chosen)
 
-    if all(isinstance(pattern, str | re.Pattern | None) for pattern in listed):
-        return structure.cached(("slots", listed, kind), choose)
-    return choose()
+    if source.pending or not all(isinstance(one, str | re.Pattern | None) for one in listed):
+        return choose()
+    return structure.cached(("slots", listed, kind), choose)
 
 
 def slots_of(structure: Structure, chosen: set[int]) -> tuple[Slots, Slots]:
@@ -199,7 +199,7 @@ def resolve(
         if names := ", ".join(join(structure.canonical[slot]) for slot in sorted(without)):
             wrong.append(f"no pattern matches {names}; add a last rule '.*'")
     if wrong:
-        raise RuleError(f"{table} do not fit the tree: {'; '.join(wrong)}.{advice}")
+        source.fail(RuleError(f"{table} do not fit the tree: {'; '.join(wrong)}.{advice}"))
     return assigned
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.core
 from jax.extend.core import Literal
 
-from paramtree.model.observe import call_of
+from paramtree.inspect.observe import call_of
 
 __all__ = ["Work", "calls_in", "count_flops", "split_by_call"]
 

@@ -12,9 +12,9 @@ import jax
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.structure import PARAM, Path
 from paramtree.core.tree import ParamTree, flatten, place_of
-from paramtree.model.observe import Call
+from paramtree.inspect.observe import Call
 from paramtree.model.training import TrainingModel
-from paramtree.nn import Activation, Lambda, Repeat
+from paramtree.nn import Activation, Lambda, Repeat, Vmap
 
 __all__ = ["Row", "arrays_text", "count_leaves", "rows_of", "title", "unwrapped"]
 
@@ -164,7 +164,7 @@ def _layer_text(layer: Any) -> str:
     if isinstance(layer, Activation | Lambda):  # their arguments say what they do
         text = repr(layer)
         return text if len(text) <= 30 else name
-    return f"{name}({layer.n} x)" if isinstance(layer, Repeat) else name
+    return f"{name}({layer.n} x)" if isinstance(layer, Repeat | Vmap) else name
 
 
 def arrays_text(arrays: Sequence[Any]) -> str:

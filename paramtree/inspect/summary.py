@@ -19,9 +19,9 @@ from paramtree.core.rules import Patterns, select_slots
 from paramtree.core.structure import HOLE, PARAM
 from paramtree.core.tree import ParamTree, unflatten
 from paramtree.inspect.flops import calls_in, count_flops, split_by_call
+from paramtree.inspect.observe import Observer
 from paramtree.inspect.report import Report, Table, bytes_text, some, with_unit
 from paramtree.inspect.rows import Row, arrays_text, count_leaves, rows_of, title, unwrapped
-from paramtree.model.observe import Observer
 
 __all__ = ["Summary", "summary"]
 

@@ -1,32 +1,24 @@
-"""Initialises the parameters of a model.
-
-A model is a function of a scope and inputs. ``init`` records the leaves it asks for and computes them;
-``reinit`` computes some leaves again, by the same rules and from the same keys.
-"""
+"""Initialises the parameters of a model: records the leaves that it asks for, and computes them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
-from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, RuleError
-from paramtree.core.pytrees import Opened, open_tree
-from paramtree.core.rules import Rules, resolve
+from paramtree.core.pytrees import open_tree
+from paramtree.core.rules import Rules
 from paramtree.core.tree import ParamTree, flatten, unflatten
-from paramtree.initializers import get
-from paramtree.model.draw import check_key, draw
-from paramtree.model.record import Spec, record
+from paramtree.initializers.draw import check_key, draw
+from paramtree.initializers.reinit import initializers_of
+from paramtree.model.record import record
 from paramtree.sharding.place import spread
 
-__all__ = ["abstract", "init", "reinit"]
-
-T = TypeVar("T")
+__all__ = ["abstract", "init"]
 
 
 def abstract(
-    f: Callable[..., Any], *inputs: Any, ties: Mapping[str, str] | None = None, **kwargs: Any
+    f: Callable[..., Any], /, *inputs: Any, ties: Mapping[str, str] | None = None, **kwargs: Any
 ) -> ParamTree:
     """Returns the shapes and dtypes of a model's parameters for some inputs.
 
@@ -51,6 +43,7 @@ def abstract(
 def init(
     f: Callable[..., Any],
     key: jax.Array,
+    /,
     *inputs: Any,
     rules: Rules | None = None,
     ties: Mapping[str, str] | None = None,
@@ -97,7 +90,7 @@ def init(
     tree = record(f, inputs, kwargs, ties)
     structure, specs = flatten(tree)
     if rules is not None:
-        chosen = _initializers(open_tree(_shapes(tree)), rules)
+        chosen = initializers_of(open_tree(_shapes(tree)), rules)
         specs = tuple(
             dataclasses.replace(spec, initializer=rule or spec.initializer)
             for spec, rule in zip(specs, chosen, strict=True)
@@ -109,65 +102,3 @@ def init(
 def _shapes(tree: ParamTree) -> ParamTree:
     structure, specs = flatten(tree)
     return unflatten(structure, tuple(spec.abstract() for spec in specs))
-
-
-def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
-    """Returns the tree with new values for the leaves whose names match; the others stay.
-
-    The new values are exactly those of ``pt.init`` with the same key and these rules. In a stack, as
-    ``nn.Repeat`` makes it, each copy is initialised by itself.
-
-    Args:
-      tree: a parameter tree, or any other pytree.
-      key: a PRNG key, from ``jax.random.key``.
-      rules: patterns to initializers; the first that matches a name wins.
-
-    Raises:
-      TypeError: ``key`` is not a PRNG key.
-      RuleError: a pattern matches nothing or has no initializer.
-      MismatchError: a leaf is not an array, or not a stack of the sizes in the structure.
-
-    Example:
-      >>> import paramtree as pt, jax.numpy as jnp
-      >>> params = pt.from_tree({"dense0": {"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}})
-      >>> params = pt.reinit(params, jax.random.key(0), {".*bias": pt.initializers.Constant(42)})
-      >>> params.dense0.bias
-      Array([42., 42.], dtype=float32)
-    """
-    check_key(key)
-    source = open_tree(tree)
-    structure, leaves = source.structure, list(source.leaves)
-    chosen = _initializers(source, rules)
-    slots = [slot for slot, rule in enumerate(chosen) if rule is not None]
-    specs = []
-    for slot in slots:
-        shape, dtype, stack = shape_of(leaves[slot]), dtype_of(leaves[slot]), structure.stack_of(slot)
-        name = join(structure.canonical[slot])
-        if shape is None or dtype is None:
-            raise MismatchError(f"reinit: `{name}` is a {type(leaves[slot]).__name__}, not an array.")
-        sizes = tuple(size for _, size in stack)
-        if shape[: len(sizes)] != sizes:
-            raise MismatchError(
-                f"reinit: `{name}` has shape {shape}, but is a stack of {sizes} copies, which are its "
-                "first axes. Where jax.vmap has put another axis first, reinit under jax.vmap as well."
-            )
-        specs.append(Spec(shape, dtype, structure.kinds[slot], chosen[slot], stack))
-    paths = [structure.canonical[slot] for slot in slots]
-    for slot, leaf in zip(slots, draw(paths, specs, key), strict=True):
-        leaves[slot] = leaf
-    return source.restore(leaves)
-
-
-def _initializers(source: Opened, rules: Rules) -> tuple[Any, ...]:
-    """Returns the initializer that the rules give to each slot, None where they give none."""
-    assigned = resolve(source, rules, "the initializer rules", default=None)
-    wrong = [
-        f"{p!r} gives {v!r}" for p, v in rules.items() if not callable(v) and not isinstance(v, str)
-    ]
-    if wrong:
-        raise RuleError(
-            f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
-            "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
-        )
-    values = tuple(get(value) for value in rules.values())
-    return tuple(None if i < 0 else values[i] for i in assigned.rules)

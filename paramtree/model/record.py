@@ -1,15 +1,17 @@
-"""The recorder: the scope of a model that is being initialised.
+"""The run of a model that is being initialised: it records what the model asks for.
 
-A model runs on it once, abstractly: only shapes flow. It records what the model asks for and returns
-zeros made in the model's current trace. It keeps no value, so nothing can leak from a ``scan`` or
-a ``checkpoint``, and a branch may be traced once or twice.
+The model is traced abstractly: only shapes flow. A declared leaf reads as zeros, so the tree needs no
+values. A verb on a scope needs the leaves below it, which are not known the first time; so the model is
+traced again, with a tree of what it asked for before, until it asks for nothing else.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,125 +19,155 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, join
-from paramtree.core.errors import MismatchError, MissingError, ParamTreeError
-from paramtree.core.structure import PARAM, STATE, Path, Stack, build
-from paramtree.core.tree import RESERVED, ParamTree, located, unflatten
-from paramtree.initializers import Initializer, get
+from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, ScopeError
+from paramtree.core.structure import PARAM, Path, Stack, Structure, build
+from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
+from paramtree.initializers import get
+from paramtree.initializers.spec import Spec, same_initializer
+from paramtree.model.run import Run
+from paramtree.model.scope import Scope, scope_of
+from paramtree.model.traces import current_trace, within
 from paramtree.verbs.tie import tie
 
-__all__ = ["Recorder", "Spec", "record", "tie_in_recorder"]
+__all__ = ["record"]
 
-
+_MOST = 1000  # traces of one model, in case it asks for something else each time
+_NOTHING = Structure.intern((), (), ())
 # Reading one of these means that the model takes the scope for an array.
 _OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape", "at"))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spec:
-    """A leaf that a model asks for and that is still to be computed.
-
-    ``stack`` gives its leading axes over copies of the layer, as in ``Structure.stacks``.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    kind: str
-    initializer: Initializer
-    stack: Stack = ()
-
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        """Returns the shape and dtype."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
-
-
-class _Run:
-    """The data that the recorders of one run share: a clock for the order, and the ties."""
+class _Record:
+    """What a model has asked for in one trace: leaves, levels and ties, and when it did."""
 
     def __init__(self) -> None:
         self.clock = itertools.count()
+        self.specs: dict[Path, Spec] = {}
+        self.levels: dict[Path, int] = {(): 0}  # in the order of their first leaf, else first read
+        self.filled: set[Path] = set()
         self.ties: dict[str, str] = {}
+        self.trace = current_trace()
+        self.opened = False  # whether a verb saw the tree
+        self.doubts: list[Exception] = []  # errors if the verbs saw all leaves
+        self.mapped = False  # whether a scope was an argument of jax.vmap
+
+    def declare(self, path: Path, spec: Spec) -> None:
+        """Records a leaf, and orders the levels above by their first leaf.
+
+        Not by the first read: in ``dense(p.out, dense(p.hidden, x))`` that would put ``out`` first.
+        """
+        self.specs[path] = spec
+        self.levels[path] = next(self.clock)
+        for depth in range(len(path) - 1, 0, -1):
+            if path[:depth] in self.filled:
+                break
+            self.filled.add(path[:depth])
+            self.levels[path[:depth]] = next(self.clock)
+
+    def tree(self, extra: Mapping[str, str]) -> ParamTree:
+        """Returns the tree of specs."""
+        order = self.levels
+        paths = sorted(order, key=lambda path: [order[path[:i]] for i in range(1, len(path) + 1)])
+        items = [(path, path if path in self.specs else None) for path in paths if path]
+        kinds = {path: spec.kind for path, spec in self.specs.items()}
+        stacks = {path: spec.stack for path, spec in self.specs.items() if spec.stack}
+        structure, labels = build(items, kinds, stacks)
+        tree = unflatten(structure, tuple(self.specs[path] for path in labels))
+        ties = {**self.ties, **extra}
+        return tie(tree, ties) if ties else tree
 
 
-class Recorder:
-    """The scope of a model that is being initialised: records what it asks for, returns zeros."""
+class _Reading(Run):
+    __slots__ = ()
 
-    __slots__ = ("__weakref__", "_children", "_declared", "_order", "_parent", "_path", "_run",
-                 "_stack", "_views")  # fmt: skip
+    recording = True
 
-    def __init__(self, path: Path, run: "_Run", parent: "Recorder | None" = None) -> None:
-        self._path = path
-        self._run = run
-        self._parent = parent
-        self._stack: Stack = () if parent is None else parent._stack
-        self._children: dict[str, Recorder | Spec] = {}
-        self._views: dict[int, Recorder] = {}
-        self._order: dict[str, int] = {}
-        self._declared = False
+    def update(self, path: Path, value: Any, like: Any) -> None:
+        """Discards the value."""
 
-    training = False
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # Python probes for protocols
-            raise AttributeError(name)
-        if name in _OF_ARRAYS:
-            self.__jax_array__()
-        if name in RESERVED or name in ("key", "update"):
-            raise ParamTreeError(
-                f"`{name}` is an attribute of every tree, so `p.{name}` cannot be a child: write "
-                f"p[{name!r}], or use another name."
-            )
-        return self[name]
-
-    def __getitem__(self, name: str) -> Any:
-        if not isinstance(name, str) or not all(name.split("/")):
-            raise ParamTreeError(
-                f"while initialising, the children of {located(self._path)} are read by name, as in "
-                f"p.hidden, p['hidden'] or p['hidden/dense'], not by {name!r}."
-            )
-        first, _, rest = name.partition("/")
-        child = self._children.get(first)
-        if child is None:
-            child = self._children[first] = Recorder((*self._path, first), self._run, self)
-            self._order[first] = next(self._run.clock)
-        if isinstance(child, Spec):
-            if rest:
-                raise MismatchError(f"`{self._full(first)}` is a leaf: it has no `{rest}`.")
-            return self._zeros(child)
-        return child[rest] if rest else child
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._children
-
-    def param(
-        self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
-    ) -> jax.Array:
-        """Records a parameter and returns zeros of its shape."""
-        return self._note(PARAM, name, shape, initializer, dtype)
-
-    def state(
-        self, name: str, shape: Sequence[int], initializer: Initializer, dtype: Any = jnp.float32
-    ) -> jax.Array:
-        """Records a state and returns zeros of its shape."""
-        return self._note(STATE, name, shape, initializer, dtype)
-
-    def update(self, name: str, value: Any) -> None:
-        """Checks that the state is declared; the value is discarded."""
-        if not isinstance(self._children.get(name), Spec):
-            raise MissingError(
-                f"`{self._full(name)}` is written before it is declared: call "
-                f"p.state({name!r}, shape, initializer) first."
-            )
-
-    def key(self) -> jax.Array:
-        """Returns an arbitrary key, as the model is only traced."""
+    def key(self, path: Path) -> jax.Array:
+        """Returns an arbitrary key."""
         return jax.random.key(0)
 
-    def _note(self, kind: str, name: str, shape: Any, initializer: Any, dtype: Any) -> jax.Array:
-        full = self._full(name)
-        if not isinstance(name, str) or not name or "/" in name:
+
+class Recording(_Reading):
+    """The run of a model that is being initialised.
+
+    Its scopes show a tree of what the model asked for in the trace before, if there was one.
+    """
+
+    __slots__ = ("_record", "_stack")
+
+    def __init__(self, record: _Record, stack: Stack = ()) -> None:
+        self._record, self._stack = record, stack
+
+    def child(self, scope: Scope, key: Any) -> Any:
+        """Returns a level, or a leaf that was declared."""
+        place = place_of(scope)
+        if isinstance(key, str) and key in _OF_ARRAYS and (*place, key) not in self._record.levels:
+            _used_as_array(place)
+        if not isinstance(key, str) or not all(key.split("/")) or key.startswith("_repr_"):
             raise ParamTreeError(
-                f"{name!r} cannot name a leaf of {located(self._path)}: no '/', not empty."
+                f"while initialising, the children of {located(place)} are read by name, as in "
+                f"p.hidden, p['hidden'] or p['hidden/dense'], not by {key!r}."
             )
+        first, _, rest = key.partition("/")
+        path = (*place, first)
+        if path in self._record.specs:
+            if rest:
+                raise MismatchError(f"`{join(path)}` is a leaf: it has no `{rest}`.")
+            return self._value(scope, first, self._record.specs[path])
+        if path not in self._record.levels:
+            self._record.levels[path] = next(self._record.clock)
+        known = flatten(scope._tree)[0].children().get(first)
+        below = scope._tree[first] if type(known) in (tuple, slice) else unflatten(_NOTHING, (), path)
+        child = Scope(below, scope._cells, self)
+        return child[rest] if rest else child
+
+    def names(self, scope: Scope) -> ParamTree:
+        """Returns a level with what the model has asked for so far."""
+        place = place_of(scope)
+        below = (path for path in self._record.levels if path[: len(place)] == place != path)
+        names = dict.fromkeys(path[len(place)] for path in below)
+        structure, leaves = build([((name,), name) for name in names], dict.fromkeys(names, PARAM))
+        return unflatten(structure, leaves, place)
+
+    def declare(
+        self,
+        scope: Any,
+        kind: str,
+        name: str,
+        shape: Any,
+        initializer: Any,
+        dtype: Any = jnp.float32,
+    ) -> Any:
+        """Records a leaf and returns zeros of its shape."""
+        place = place_of(scope)
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ParamTreeError(f"{name!r} cannot name a leaf of {located(place)}: no '/', not empty.")
+        path = (*place, name)
+        spec = self._spec(join(path), kind, shape, initializer, dtype)
+        old = self._record.specs.get(path)
+        if old is None:
+            if path in self._record.levels:
+                raise MismatchError(
+                    f"`{join(path)}` is declared as a leaf, and is also a level with children."
+                )
+            self._record.declare(path, spec)
+        elif dataclasses.replace(old, initializer=spec.initializer) != spec:
+            raise MismatchError(
+                f"`{join(path)}` was declared as {old} and now as {spec}. Two calls on one scope share "
+                "its parameters: give the second call a scope of its own, or inputs of the same size."
+            )
+        elif not same_initializer(old.initializer, spec.initializer):
+            raise MismatchError(
+                f"`{join(path)}` was declared with the initializer {old.initializer!r} and now with "
+                f"{spec.initializer!r}. Two calls on one scope share its parameters: give both the "
+                "same initializer, or the second call a scope of its own."
+            )
+        return self._value(scope, name, spec)
+
+    def _spec(self, full: str, kind: str, shape: Any, initializer: Any, dtype: Any) -> Spec:
         try:
             sizes = tuple(operator.index(size) for size in shape)
         except TypeError:
@@ -150,113 +182,145 @@ class Recorder:
                 f"the initializer of `{full}` is {initializer!r}; expected a function "
                 "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
             )
-        initializer = get(initializer)
         sizes = (*(size for _, size in self._stack), *sizes)
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        spec = Spec(sizes, dtype, kind, initializer, self._stack)
-        if name not in self._children:
-            self._children[name] = spec
-            self._declare(name)
-        child = self._children[name]
-        if isinstance(child, Recorder):
-            raise MismatchError(f"`{full}` is declared as a leaf, and is also a level with children.")
-        if any(
-            getattr(child, field) != getattr(spec, field)
-            for field in ("shape", "dtype", "kind", "stack")
-        ):
-            old, new = (f"{s.kind} {s.shape} {jnp.dtype(s.dtype).name}" for s in (child, spec))
-            raise MismatchError(
-                f"`{full}` was declared as {old} and now as {new}. Two calls on one scope share its "
-                "parameters: give the second call a scope of its own, or inputs of the same size."
-            )
-        return self._zeros(child)
+        return Spec(sizes, dtype, kind, get(initializer), self._stack)
 
-    def repeated(self, count: int) -> "Recorder":
-        """Returns this level as a scope whose every leaf is a stack of ``count`` copies.
-
-        The model sees a single copy.
-        """
-        if count not in self._views:
-            view = self._views[count] = Recorder(self._path, self._run, self._parent)
-            view._children, view._order = self._children, self._order
-            view._stack = (*self._stack, (len(self._path), count))
-        return self._views[count]
-
-    def _zeros(self, spec: Spec) -> jax.Array:
+    def _value(self, scope: Scope, name: str, spec: Spec) -> Any:
+        known = flatten(scope._tree)[0].children().get(name)
+        if known is not None:  # a verb may have changed it, or left it out
+            return scope._value(scope._tree[name])
         # jnp.zeros would take a fifth of the time of recording a model.
         return jax.lax.broadcast(np.zeros((), spec.dtype), spec.shape[len(spec.stack) :])
 
-    def _declare(self, name: str) -> None:
-        """Orders a child by the first declaration at or below it.
+    def repeated(self, scope: Scope, count: int) -> Scope:
+        """Returns a level as a scope whose every leaf is a stack of ``count`` copies.
 
-        Not by the first read: in ``dense(p.out, dense(p.hidden, x))`` that would put ``out`` first.
+        The model sees a single copy.
         """
-        self._order[name] = next(self._run.clock)
-        level = self
-        while not level._declared:
-            level._declared = True
-            if level._parent is not None:
-                level._parent._order[level._path[-1]] = next(self._run.clock)
-                level = level._parent
+        tree = jax.tree.map(lambda cell: scope._cells.values[cell][0], scope._tree)
+        run = Recording(self._record, (*self._stack, (len(place_of(scope)), count)))
+        return scope_of(unflatten(*flatten(tree), place_of(scope)), run)
 
-    def _full(self, name: object) -> str:
-        return join((*self._path, str(name)))
+    def update(self, path: Path, value: Any, like: Any) -> None:
+        """Checks that the state is declared; the value is discarded."""
+        if path not in self._record.specs:
+            raise MissingError(
+                f"`{join(path)}` is written before it is declared: call "
+                f"p.state({path[-1]!r}, shape, initializer) first."
+            )
 
-    def __jax_array__(self) -> Any:
-        raise MissingError(
-            f"`{join(self._path)}` is used as an array before the model declares it: call "
-            "p.param(name, shape, initializer), or the layer that it belongs to, first."
-        )
+    def tie(self, scope: Any, pairs: Mapping[str, str]) -> None:
+        """Asks for ties between paths below a scope."""
+        prefix = "".join(f"{segment}/" for segment in place_of(scope))
+        self._record.ties.update((prefix + alias, prefix + source) for alias, source in pairs.items())
 
-    def __repr__(self) -> str:
-        return f"Recorder({join(self._path)!r}: {', '.join(self._children)})"
+    def pending(self) -> "Recording":
+        """Returns the run, in which patterns that match nothing yet may match later."""
+        self._record.opened = True
+        return self
+
+    def doubt(self, error: Exception) -> None:
+        """Notes an error that holds only if all leaves are known."""
+        self._record.doubts.append(error)
+
+    def sealed(self) -> Run:
+        """Returns a run that reads what is known; the model cannot ask for more by other names."""
+        return _Reading()
+
+    def structural(self, verb: str, scope: Scope, *args: Any) -> Any:
+        """Does what a verb that changes paths or ties does, as far as that is possible.
+
+        Raises:
+          ScopeError: it is not.
+        """
+        if verb == "tie":
+            self.tie(scope, args[0])
+        elif verb not in ("untie", "ties"):
+            raise ScopeError(
+                f"{verb}: the tree is not yet known while the model is being initialised. Initialise "
+                f"the model without pt.{verb}, and call pt.{verb} on its parameters before the call."
+            )
+        return {} if verb == "ties" else scope
+
+    def token(self) -> tuple["_Token", tuple[Any, ...]]:
+        """Returns what makes the run again."""
+        return _Token(weakref.ref(self._record), self._stack, current_trace()), ()
 
 
-# A pytree without leaves, compared by identity: scopes may go through jit and checkpoint as arguments,
-# and a new recorder is always traced anew. A weak reference, as jax keeps static data alive.
-_again: Any = lambda scope, _: scope()  # noqa: E731
-jax.tree_util.register_pytree_node(Recorder, lambda scope: ((), weakref.ref(scope)), _again)
+@dataclasses.dataclass(frozen=True)
+class _Token:
+    """Makes the run of a scope that went through a transform."""
+
+    record: "weakref.ref[_Record]"
+    stack: Stack
+    flattened: Any = dataclasses.field(compare=False)
+
+    def again(self, *arrays: Any) -> Recording | None:
+        record = self.record()
+        if record is None:
+            return None
+        if current_trace() == self.flattened:  # by jax.tree.map, which must see the leaves
+            record.opened = True
+        elif within(self.flattened)[-1:] == ["vmap"]:
+            record.mapped = True
+        return Recording(record, self.stack)
 
 
-def tie_in_recorder(scope: Any, pairs: Sequence[tuple[str, str]]) -> None:
-    """Asks a recorder for ties between paths below a scope; other scopes have their ties already."""
-    if isinstance(scope, Recorder):
-        prefix = "".join(f"{segment}/" for segment in scope._path)
-        scope._run.ties.update((prefix + alias, prefix + source) for alias, source in pairs)
+def _used_as_array(path: Path) -> None:
+    raise MissingError(
+        f"`{join(path)}` is used as an array before the model declares it: call "
+        "p.param(name, shape, initializer), or the layer that it belongs to, first."
+    )
 
 
 def record(
     f: Callable[..., Any], inputs: Any, kwargs: Any, extra: Mapping[str, str] | None
 ) -> ParamTree:
     """Returns the tree that a model asks for, with specs as its leaves."""
-    run = _Run()
-    scope = Recorder((), run)
     flat, treedef = jax.tree.flatten((inputs, kwargs))
     where = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
+    records: list[_Record] = []
 
-    def call(arrays: list[Any]) -> None:
+    def call(arrays: list[Any], known: ParamTree) -> None:
         values = list(flat)  # values that are not arrays, such as flags, are not traced
         for i, array in zip(where, arrays, strict=True):
             values[i] = array
         args, keywords = jax.tree.unflatten(treedef, values)
-        f(scope, *args, **keywords)
+        records.append(_Record())
+        f(scope_of(known, Recording(records[-1])), *args, **keywords)
 
-    jax.eval_shape(call, [flat[i] for i in where])
-    items: list[tuple[Path, Any]] = []
-    specs: dict[Path, Spec] = {}
-    stack: list[Recorder] = [scope]
-    while stack:
-        level = stack.pop()
-        items.append((level._path, None))
-        for name in sorted(level._children, key=level._order.__getitem__):
-            child = level._children[name]
-            path = (*level._path, name)
-            if isinstance(child, Spec):
-                specs[path] = child
-            items.append((path, path if isinstance(child, Spec) else None))
-        stack.extend(c for c in level._children.values() if isinstance(c, Recorder))
-    kinds = {path: spec.kind for path, spec in specs.items()}
-    stacks = {path: spec.stack for path, spec in specs.items() if spec.stack}
-    structure, order = build(items, kinds, stacks)
-    tree = unflatten(structure, tuple(specs[path] for path in order))
-    return tie(tree, {**run.ties, **(extra or {})}) if run.ties or extra else tree
+    known = unflatten(_NOTHING, ())
+    lenient, error = False, None  # a model in which a verb saw too little may mix dtypes
+    for _ in range(_MOST):
+        promotion = jax.numpy_dtype_promotion("standard") if lenient else contextlib.nullcontext()
+        shapes = jax.tree.map(Spec.abstract, known)
+        try:
+            with promotion:
+                jax.eval_shape(functools.partial(call), [flat[i] for i in where], shapes)
+            error = None
+        except Exception as exception:
+            error = exception
+        again = any(record.opened or record.mapped for record in records)
+        tree = records[-1].tree(extra or {}) if records else known
+        if (not again or _alike(tree, known)) and (error or not lenient):
+            break
+        known, lenient = tree, error is not None
+    if error and "vmap" in str(error) and any(record.mapped for record in records):
+        raise ScopeError(
+            "the scope is an argument that jax.vmap maps, which declares one copy of each leaf: use "
+            "nn.Vmap(layer, n) for copies with parameters of their own, or close over the scope, as in "
+            "jax.vmap(lambda x: layer(p.block, x))(xs), to share them."
+        ) from error
+    problem = next(iter(records[-1].doubts), error) if records else error
+    if problem is not None:
+        raise problem
+    return tree
+
+
+def _alike(tree: ParamTree, known: ParamTree) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+    (structure, leaves), (old_structure, old_leaves) = flatten(tree), flatten(known)
+    return structure is old_structure and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(leaves, old_leaves, strict=True)
+    )

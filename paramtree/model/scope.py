@@ -1,118 +1,94 @@
 """What a model reads its parameters from: one level of a tree, and the run that is reading it.
 
-A ``ParamTree`` given to a model is the scope of a plain run for inference. Every other run has a
-``Scope``: it reads like the tree, and leaves reads, writes and draws to its run.
+A ``ParamTree`` given to a model is the scope of a run for inference. Every other run has a ``Scope``:
+it reads like the tree, and leaves declarations, writes and draws to its run. A verb on a scope, and
+``jax.tree.map``, give a scope of the same run, so a model in training never stops training.
 """
 
+import copy
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.arrays import join, shape_of
-from paramtree.core.errors import MismatchError, MissingError, ScopeError
+from paramtree.core.arrays import join
+from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, ScopeError
 from paramtree.core.pytrees import Opened
-from paramtree.core.structure import STATE, Path, Structure
+from paramtree.core.structure import PARAM, STATE, Path, Structure
 from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
+from paramtree.model.run import INFERENCE, Run
 
 __all__ = [
-    "Inference", "Run", "Scope", "check_scope", "child", "inference", "level_of", "path_of", "run_of",
-    "write",
+    "Cells", "Scope", "as_scope", "child", "inference", "level_of",
+    "run_of", "scope_of", "write",
 ]  # fmt: skip
-
-
-class Run(Protocol):
-    """Why a model is called, and so what reads, writes and draws on its scope do."""
-
-    training: bool
-    leaves: Sequence[Any] | None  # the current values by slot, where they may change; else None
-
-    def on_read(self, path: Path) -> None:
-        """Records that the model asks for a leaf."""
-
-    def update(self, path: Path, value: Any) -> None:
-        """Writes state."""
-
-    def key(self, path: Path) -> jax.Array:
-        """Draws a PRNG key for a layer."""
-
-    def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns the arrays of the run, and a function that makes the run again from these."""
-
-
-class Inference:
-    """The run of a model that is called with a tree."""
-
-    __slots__ = ()
-
-    training = False
-    leaves = None
-
-    def on_read(self, path: Path) -> None:
-        """Ignores reads."""
-
-    def update(self, path: Path, value: Any) -> None:
-        """Refuses to write."""
-        raise ScopeError(
-            f"`{join(path)}` cannot be written: the model was called for inference. Call it as "
-            "`output, params = pt.training(model)(params, x)`."
-        )
-
-    def key(self, path: Path) -> jax.Array:
-        """Refuses to draw."""
-        raise ScopeError(
-            f"{located(path)} draws random numbers, but the model was called for inference. Call it as "
-            "`output, params = pt.training(model)(params, x, key=key)`."
-        )
-
-    def flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns no arrays, and what makes the run again."""
-        return (), Inference
-
-
-_INFERENCE = Inference()
 
 
 def inference(tree: ParamTree, name: str) -> Any:
     """Returns an attribute that a tree has as the scope of a run for inference."""
     if name in ("param", "state"):  # without a scope, which would take as long as reading
-        return functools.partial(_declared, tree)
-    return getattr(Scope(tree, _INFERENCE), name)
+        return functools.partial(INFERENCE.declare, tree, name)
+    return getattr(scope_of(tree, INFERENCE), name)
 
 
-def _declared(
-    tree: ParamTree, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32
-) -> Any:
-    return _leaf(tree, name, shape)
+class _Without(Run):
+    """The run of a layer that is called with an empty dict."""
+
+    def declare(self, *_: Any) -> Any:
+        raise _no_scope({})
 
 
-def _leaf(scope: ParamTree, name: str, shape: Sequence[int]) -> Any:
-    """Returns the leaf of a name; ``Scope.param`` says what is raised."""
-    try:
-        leaf = scope[name]
-    except MissingError as error:
-        leaf, problem = scope, str(error)
-    else:
-        problem = ""
-    if isinstance(leaf, ParamTree):
-        problem = problem or f"`{join((*path_of(scope), name))}` is a level, not a leaf."
-        raise MissingError(
-            f"the model needs a leaf `{join((*path_of(scope), name))}` of shape {tuple(shape)}: "
-            f"{problem} Call it with the tree that pt.init gives for this model."
-        ) from None
-    have = shape_of(leaf)
-    if have is not None and have != tuple(shape):
-        raise MismatchError(
-            f"`{join((*path_of(scope), name))}` has shape {have}, but the model needs {tuple(shape)}. "
-            "Either the input does not have the size that the tree was initialised for, or the tree "
-            "belongs to another model: check the input's shape, or call pt.init again."
-        )
-    return leaf
+class Cells:
+    """The values that the scopes of one tree show.
+
+    Attributes:
+      values: one for each leaf.
+      paths: where each is written to in the tree that the model was called with; None for nowhere.
+      sources: what was there when a verb made these values from it, None if they are the run's own.
+    """
+
+    __slots__ = ("paths", "sources", "values")
+
+    def __init__(self, values: list[Any], paths: Sequence[Path | None], sources: Any = None) -> None:
+        self.values, self.paths, self.sources = values, tuple(paths), sources
 
 
-_FIELDS = frozenset(("_live", "_run", "_tree", "_flat", "_leaves", "_place", "_structure"))
+class _Method:
+    """A method of a scope. One that is taken for a child says that such a child is read by item."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, scope: Any, owner: Any) -> Any:
+        return self if scope is None else _Bound(self._function, scope)
+
+
+class _Bound:
+    __slots__ = ("_function", "_scope")
+
+    def __init__(self, function: Any, scope: Any) -> None:
+        self._function, self._scope = function, scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._scope, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python probes for protocols
+            raise AttributeError(name)
+        raise _not_a_child(self._function.__name__)
+
+
+def _not_a_child(name: str) -> ParamTreeError:
+    return ParamTreeError(
+        f"`p.{name}` is a method that every scope has, so a child of that name is read by item: write "
+        f"p[{name!r}], or use another name."
+    )
+
+
+_FIELDS = frozenset(("_cells", "_run", "_tree", "_flat", "_leaves", "_place", "_structure"))
 
 
 class Scope(ParamTree):
@@ -121,53 +97,51 @@ class Scope(ParamTree):
     It is an instance of ``ParamTree`` but has none of its fields: everything goes through the level.
     """
 
-    __slots__ = ("_live", "_run", "_tree")
+    __slots__ = ("_cells", "_run", "_tree")
 
-    _tree: ParamTree  # of values, or of slots of the run's leaves
+    _tree: ParamTree  # of positions in the cells
+    _cells: Cells
     _run: Any
-    _live: bool  # whether the tree holds slots
 
-    def __init__(self, tree: ParamTree, run: Any, live: bool = False) -> None:
-        for name, value in (("_tree", tree), ("_run", run), ("_live", live)):
+    def __init__(self, tree: ParamTree, cells: Cells, run: Any) -> None:
+        for name, value in (
+            ("_tree", tree),
+            ("_cells", cells),
+            ("_run", run),
+            ("_place", place_of(tree)),
+        ):
             object.__setattr__(self, name, value)
 
     def _value(self, child: Any) -> Any:
         """Returns a child of the tree as the model sees it."""
         if type(child) is ParamTree:
-            return Scope(child, self._run, self._live)
-        return self._run.leaves[child] if self._live else child
+            return Scope(child, self._cells, self._run)
+        if self._cells.sources is not None:
+            self._run.check_fresh(self._cells, (child,))
+        return self._cells.values[child]
 
     # Reading
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _FIELDS:  # Python probes for protocols
             raise AttributeError(name)
-        return self._value(getattr(self._tree, name))
+        return self._run.child(self, name)
 
     def __getitem__(self, key: str | int) -> Any:
-        return self._value(self._tree[key])
+        return self._run.child(self, key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._tree
+        return key in self._run.names(self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tree)
+        return iter(self._run.names(self))
 
     def __len__(self) -> int:
-        return len(self._tree)
+        return len(self._run.names(self))
 
-    def keys(self) -> Any:
-        """Returns the names of the children, in order of declaration."""
-        return self._tree.keys()
+    keys, values, items = map(_Method, (ParamTree.keys, ParamTree.values, ParamTree.items))
 
-    def values(self) -> Any:
-        """Returns the children, in order of declaration."""
-        return [self[name] for name in self]
-
-    def items(self) -> Any:
-        """Returns the names and the children, in order of declaration."""
-        return [(name, self[name]) for name in self]
-
+    @_Method
     def to_dict(self) -> dict[str, Any]:
         """Returns the level as nested dicts."""
         return level_of(self).to_dict()
@@ -175,14 +149,17 @@ class Scope(ParamTree):
     def __repr__(self) -> str:
         return repr(level_of(self))
 
-    def _repr_html_(self) -> str:
-        return level_of(self)._repr_html_()
+    def __copy__(self) -> "Scope":
+        return self
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        level_of(self)._repr_pretty_(printer, cycle)
+    def __deepcopy__(self, memo: Any) -> "Scope":
+        return jax.tree.map(copy.deepcopy, self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return level_of(self).__reduce__()
+    def __reduce__(self) -> Any:
+        raise ScopeError(
+            "a scope belongs to one call of a model and cannot be pickled: pickle the parameters that "
+            "the model is called with."
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._tree, name, value)
@@ -205,50 +182,102 @@ class Scope(ParamTree):
           MissingError: the tree has no such leaf.
           MismatchError: it has another shape.
         """
-        leaf = _leaf(self, name, shape)
-        self._run.on_read((*place_of(self._tree), name))
-        return leaf
+        return self._run.declare(self, PARAM, name, shape, initializer, dtype)
 
     def state(self, name: str, shape: Sequence[int], initializer: Any, dtype: Any = jnp.float32) -> Any:
         """Returns the state ``name``, checked as ``param`` does."""
-        return self.param(name, shape, initializer, dtype)
+        return self._run.declare(self, STATE, name, shape, initializer, dtype)
 
+    @_Method
     def update(self, name: str, value: Any) -> None:
-        """Writes new state of the same shape and dtype; the call returns it in its tree.
+        """Writes new state; the call returns it in its tree.
+
+        Args:
+          name: a state, or a level.
+          value: an array of the same shape and dtype; for a level, the tree that ``pt.training`` of a
+            layer has returned for it, whose state is written.
 
         Raises:
           MissingError: the state was not declared.
           MismatchError: the value has another shape or dtype.
           ScopeError: the model is not in training, or the write is inside a jax transform in the model.
         """
-        if self._run.training:
-            self._tree[name]  # raises if there is none
-        self._run.update((*place_of(self._tree), name), value)
+        old = self[name] if self._run.training else None
+        if isinstance(value, ParamTree) and (old is None or isinstance(old, ParamTree)):
+            write(self[name], value)
+            return
+        if isinstance(old, ParamTree):
+            raise MissingError(f"`{join((*place_of(self), name))}` is a level: write a tree to it.")
+        cell = self._tree[name] if self._run.training else None
+        self._write(cell, (*place_of(self), name), value)
 
+    def _write(self, cell: Any, path: Path, value: Any) -> None:
+        if cell is None:  # there is no such cell yet, or the run refuses to write
+            self._run.update(path, value, None)
+            return
+        if self._cells.sources is not None:
+            self._run.check_fresh(self._cells, (cell,))
+        origin = self._cells.paths[cell]
+        if origin is None:
+            raise ScopeError(
+                f"`{join(path)}` cannot be written: a verb has given this scope other paths than those "
+                "of the tree that the model was called with. Change the paths of the parameters before "
+                "the call."
+            )
+        written = self._run.update(origin, value, self._cells.values[cell])
+        if self._cells.sources is not None:
+            self._cells.values[cell], self._cells.sources[cell] = value, written
+
+    @_Method
     def key(self) -> jax.Array:
         """Draws a PRNG key, a new one each time, from the call's key and the layer's path.
 
         Raises:
-          ScopeError: the call was given no key.
+          ScopeError: the call was given no key, or the draw would be repeated, as in a scan.
         """
-        key: jax.Array = self._run.key(place_of(self._tree))
+        key: jax.Array = self._run.key(place_of(self))
         return key
 
     # Verbs and transforms give a scope of the same run
 
     def __open__(self) -> Opened:
-        structure, leaves = flatten(level_of(self))
-        place, run = place_of(self._tree), self._run
+        structure, cells = flatten(self._tree)
+        place, run = place_of(self), self._run
+        if self._cells.sources is not None:
+            run.check_fresh(self._cells, cells)
+        paths = [self._cells.paths[cell] for cell in cells]
 
-        def rebuild(part: Structure, leaves: Sequence[Any], unnamed: Any) -> Scope:
-            return Scope(unflatten(part, leaves, place), run)
+        def rebuild(part: Structure, leaves: Sequence[Any], unnamed: Any = None) -> Scope:
+            known = {path: paths[slot] for path, slot in structure.entries()}
+            if None in paths:
+                origins = tuple(known.get(path) for path in part.canonical)
+            else:  # a hole may be filled again, by merge
+                origins = tuple(known.get(path, (*place, *path)) for path in part.canonical)
+            return scope_of(unflatten(part, tuple(leaves), place), run, origins)
 
-        return Opened(structure, leaves, rebuild, structure.kinds, place)
+        def renamed(part: Structure, leaves: Sequence[Any]) -> Scope:
+            tree = unflatten(part, tuple(leaves), place)
+            return scope_of(tree, run.sealed(), (None,) * len(leaves))
+
+        leaves = tuple(self._cells.values[cell] for cell in cells)
+        return Opened(
+            structure, leaves, rebuild, structure.kinds, place, renamed=renamed, pending=run.pending()
+        )
+
+
+def scope_of(tree: ParamTree, run: Any, paths: Sequence[Path | None] | None = None) -> Scope:
+    """Returns the scope of a run on a tree; ``paths`` says where each of its leaves is written to."""
+    structure, leaves = flatten(tree)
+    place = place_of(tree)
+    if paths is None:
+        paths = tuple((*place, *path) for path in structure.canonical)
+    cells = Cells(list(leaves), paths, run.sources(paths))
+    return Scope(unflatten(structure, tuple(range(len(leaves))), place), cells, run)
 
 
 def run_of(scope: Any) -> Any:
-    """Returns the run of a scope; None for a tree, which is the scope of a plain run for inference."""
-    return scope._run if type(scope) is Scope else None
+    """Returns the run of a scope."""
+    return scope._run if type(scope) is Scope else INFERENCE
 
 
 def level_of(scope: Any) -> ParamTree:
@@ -256,25 +285,29 @@ def level_of(scope: Any) -> ParamTree:
     if type(scope) is not Scope:
         tree: ParamTree = scope
         return tree
-    if not scope._live:
-        return scope._tree
-    structure, slots = flatten(scope._tree)
-    return unflatten(structure, tuple(scope._run.leaves[slot] for slot in slots), place_of(scope._tree))
+    structure, cells = flatten(scope._tree)
+    values = scope._cells.values
+    return unflatten(structure, tuple(values[cell] for cell in cells), place_of(scope))
 
 
-def path_of(scope: Any) -> Path:
-    """Returns the path of a scope in the tree that the model was called with."""
-    return place_of(scope._tree if type(scope) is Scope else scope)
+def write(scope: Scope, tree: Any) -> None:
+    """Writes all state at and below the level of a scope, from a tree of the same structure.
 
-
-def check_scope(scope: Any) -> None:
-    """Raises TypeError if the first argument of a layer is not a scope."""
-    if not isinstance(scope, ParamTree) and not hasattr(scope, "param"):
-        raise TypeError(
-            f"a model is called with its parameters first, model(params, x), but found "
-            f"{type(scope).__name__} in their place. pt.init(model, key, x) makes the parameters; "
-            "pt.from_tree(mapping) turns a nested mapping into a tree."
+    Raises:
+      MismatchError: the tree has another structure.
+      ScopeError: the model is not in training.
+    """
+    structure, leaves = flatten(level_of(tree))
+    own, cells = flatten(scope._tree)
+    if structure is not own and scope._run.training:
+        raise MismatchError(
+            f"{located(place_of(scope))} cannot be given a tree of another structure: write the tree "
+            "that `y, new = pt.training(layer)(scope, x)` has returned for this level."
         )
+    for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
+        if structure.kinds[slot] == STATE:
+            cell = cells[slot] if scope._run.training else None
+            scope._write(cell, (*place_of(scope), *path), leaves[slot])
 
 
 _NOTHING = Structure.intern((), (), ())
@@ -285,48 +318,71 @@ def child(scope: Any, name: str) -> Any:
 
     A layer without parameters has a level in the tree that ``pt.init`` makes, but not in one built from
     the names in a file. It still runs; a layer that needs a parameter says which.
-
-    Raises:
-      TypeError: the scope is not one.
     """
     if type(scope) is ParamTree:
         level = flatten(scope)[0].children().get(name)
         if type(level) is tuple or type(level) is slice:
             return scope[name]
         return unflatten(_NOTHING, (), (*place_of(scope), name))
-    check_scope(scope)
-    if type(scope) is Scope:
-        return Scope(child(scope._tree, name), scope._run, scope._live)
+    if type(scope) is Scope and not scope._run.recording:
+        return Scope(child(scope._tree, name), scope._cells, scope._run)
     return scope[name]
 
 
-def write(scope: Scope, tree: ParamTree) -> None:
-    """Writes all state at and below the level of a scope, from a tree of the same structure."""
-    structure, leaves = flatten(tree)
-    for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
-        if structure.kinds[slot] == STATE:
-            scope._run.update((*place_of(scope._tree), *path), leaves[slot])
+def as_scope(value: Any) -> Any:
+    """Returns the first argument of a layer as a scope.
+
+    Raises:
+      ParamTreeError: it is a method of a scope that a child has the name of.
+      TypeError: it is not a scope.
+    """
+    if isinstance(value, ParamTree):
+        return value
+    if opened := getattr(value, "__scope__", None):  # a packed tree
+        return opened()
+    if isinstance(getattr(value, "__self__", None), ParamTree):
+        raise _not_a_child(value.__name__)
+    if isinstance(value, functools.partial) and value.func == INFERENCE.declare:
+        raise _not_a_child(value.args[1])
+    if hasattr(value, "param"):
+        return value
+    if isinstance(value, Mapping) and not value:  # enough for a layer without parameters
+        return scope_of(unflatten(_NOTHING, ()), _Without())
+    raise _no_scope(value)
+
+
+def _no_scope(value: Any) -> TypeError:
+    return TypeError(
+        f"a model is called with its parameters first, model(params, x), but found "
+        f"{type(value).__name__} in their place. pt.init(model, key, x) makes the parameters; "
+        "pt.from_tree(mapping) turns a nested mapping into a tree; a child called `training` is read "
+        "by item, p['training']."
+    )
 
 
 def _flatten(scope: Scope) -> tuple[tuple[Any, ...], Any]:
     # A scope that is an argument of a transform keeps its run, so that dropout still works under
     # jax.checkpoint, and its path, so that a layer still draws from its own key.
-    structure, leaves = flatten(level_of(scope))
-    more, run = scope._run.flatten()
-    return (*leaves, *more), (structure, place_of(scope._tree), run)
+    structure, cells = flatten(scope._tree)
+    values, paths = scope._cells.values, scope._cells.paths
+    if scope._cells.sources is not None:
+        scope._run.check_fresh(scope._cells, cells)
+    token, arrays = scope._run.token()
+    static = structure, place_of(scope), tuple(paths[c] for c in cells), token
+    return (*(values[cell] for cell in cells), *arrays), static
 
 
 def _flatten_with_keys(scope: Scope) -> tuple[Any, Any]:
     leaves, static = _flatten(scope)
-    return [(jax.tree_util.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], static
+    names = [*map("/".join, static[0].canonical), "key"]
+    return list(zip(map(jax.tree_util.DictKey, names), leaves, strict=False)), static
 
 
 def _unflatten(static: Any, leaves: Any) -> Any:
-    structure, place, run = static
-    count = len(structure.kinds)
-    tree = unflatten(structure, tuple(leaves[:count]), place)
-    again = run(*leaves[count:])
-    return tree if again is None else Scope(tree, again)
+    structure, place, paths, token = static
+    leaves, count = tuple(leaves), len(structure.kinds)
+    tree, run = unflatten(structure, leaves[:count], place), token.again(*leaves[count:])
+    return tree if run is None else scope_of(tree, run, paths)
 
 
 jax.tree_util.register_pytree_with_keys(Scope, _flatten_with_keys, _unflatten, _flatten)

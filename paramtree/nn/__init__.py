@@ -16,7 +16,6 @@ from paramtree.nn.basic import Embedding as Embedding
 from paramtree.nn.basic import Flatten as Flatten
 from paramtree.nn.batch_norm import BatchNorm as BatchNorm
 from paramtree.nn.containers import Parallel as Parallel
-from paramtree.nn.containers import Repeat as Repeat
 from paramtree.nn.containers import Residual as Residual
 from paramtree.nn.conv import Conv1D as Conv1D
 from paramtree.nn.conv import Conv2D as Conv2D
@@ -24,6 +23,8 @@ from paramtree.nn.conv import Conv3D as Conv3D
 from paramtree.nn.conv_transpose import Conv1DTranspose as Conv1DTranspose
 from paramtree.nn.conv_transpose import Conv2DTranspose as Conv2DTranspose
 from paramtree.nn.conv_transpose import Conv3DTranspose as Conv3DTranspose
+from paramtree.nn.copies import Repeat as Repeat
+from paramtree.nn.copies import Vmap as Vmap
 from paramtree.nn.global_pool import GlobalAvgPool1D as GlobalAvgPool1D
 from paramtree.nn.global_pool import GlobalAvgPool2D as GlobalAvgPool2D
 from paramtree.nn.global_pool import GlobalAvgPool3D as GlobalAvgPool3D

@@ -1,20 +1,18 @@
 """Activations with settings or a parameter; ``Activation`` provides the others by name."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Constant, Initializer, get
-from paramtree.model.scope import check_scope
 from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
 
 __all__ = ["ELU", "GELU", "SELU", "LeakyReLU", "PReLU", "SiLU", "Swish"]
 
 
-@dataclass(frozen=True, repr=False)
 class LeakyReLU(Layer):
     """x where x ≥ 0, and ``alpha`` x elsewhere.
 
@@ -42,7 +40,6 @@ class LeakyReLU(Layer):
         return f"LeakyReLU({self.alpha})"
 
 
-@dataclass(frozen=True, repr=False)
 class PReLU(Layer):
     """x where x ≥ 0, and ``alpha`` x elsewhere, with a trainable slope.
 
@@ -75,7 +72,6 @@ class PReLU(Layer):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     def __call__(self, p: Any, x: Any) -> Any:
-        check_scope(p)
         shape = [1] * x.ndim
         if self.in_channels > 1:
             if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.in_channels:
@@ -93,7 +89,6 @@ class PReLU(Layer):
         return f"PReLU({', '.join(text)})" if text else "PReLU"
 
 
-@dataclass(frozen=True)
 class ELU(Layer):
     """x where x is positive, and ``alpha`` (exp(x) - 1) elsewhere.
 
@@ -113,7 +108,6 @@ class ELU(Layer):
         return jax.nn.elu(x, self.alpha)
 
 
-@dataclass(frozen=True, repr=False)
 class SELU(Layer):
     """A scaled ``ELU`` that drives the mean and variance of activations towards 0 and 1.
 
@@ -131,7 +125,6 @@ class SELU(Layer):
         return "SELU"
 
 
-@dataclass(frozen=True)
 class GELU(Layer):
     """x Φ(x), with Φ the cumulative distribution function of the standard normal distribution.
 
@@ -161,7 +154,6 @@ class GELU(Layer):
         return jax.nn.gelu(x, approximate=self.approximation == "tanh")
 
 
-@dataclass(frozen=True)
 class Swish(Layer):
     """x sigmoid(``beta`` x).
 
@@ -181,7 +173,6 @@ class Swish(Layer):
         return x * jax.nn.sigmoid(self.beta * x)
 
 
-@dataclass(frozen=True, repr=False)
 class SiLU(Layer):
     """x sigmoid(x), which is ``Swish(1.0)``.
 

@@ -1,13 +1,12 @@
 """Multi-head attention and rotary position embeddings."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, Zero, get
-from paramtree.model.scope import check_scope, child
+from paramtree.model.scope import child
 from paramtree.nn.basic import Dense, check_integers
 from paramtree.nn.layer import Layer
 
@@ -41,7 +40,6 @@ def rotate(x: Any, positions: Any, base: float = 10_000.0) -> Any:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
 class MultiHeadAttention(Layer):
     """Multi-head attention, of a sequence to itself or to another sequence.
 
@@ -114,7 +112,6 @@ class MultiHeadAttention(Layer):
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any, memory: Any = None, mask: Any = None) -> Any:
-        check_scope(p)
         source = x if memory is None else memory
         if x.ndim != 3 or source.ndim != 3 or x.shape[0] != source.shape[0]:
             raise ValueError(

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import numpy as np
 
 from paramtree.core.errors import suggest
 from paramtree.initializers import Initializer, Uniform, get
-from paramtree.model.scope import check_scope
 from paramtree.nn.layer import Layer
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
@@ -80,7 +78,6 @@ def _flat(x: Any) -> Any:
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))  # not -1: the batch may be empty
 
 
-@dataclass(frozen=True, repr=False)
 class Activation(Layer):
     """Applies an activation, given by name or as a function.
 
@@ -112,7 +109,6 @@ class Activation(Layer):
         return f"Activation({name})"
 
 
-@dataclass(frozen=True, repr=False)
 class Dense(Layer):
     """A dense layer: ``activation(x @ weight.T + bias)``.
 
@@ -157,7 +153,6 @@ class Dense(Layer):
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:
-        check_scope(p)
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
         if self.flatten and x.ndim > 2:
@@ -179,7 +174,6 @@ class Dense(Layer):
         return f"Dense({self.in_units or None} -> {self.units}, {last})"
 
 
-@dataclass(frozen=True, repr=False)
 class Embedding(Layer):
     """Looks up rows of a table by index. The parameter ``weight`` is (input_dim, output_dim).
 
@@ -211,7 +205,6 @@ class Embedding(Layer):
         object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
 
     def __call__(self, p: Any, x: Any) -> Any:
-        check_scope(p)
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
@@ -221,7 +214,6 @@ class Embedding(Layer):
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"
 
 
-@dataclass(frozen=True, repr=False)
 class Dropout(Layer):
     """Under ``pt.training``, zeros random entries and scales up the others; otherwise the identity.
 
@@ -262,7 +254,6 @@ class Dropout(Layer):
         return f"Dropout(p = {self.rate}, axes={self.axes})"
 
 
-@dataclass(frozen=True, repr=False)
 class Flatten(Layer):
     """Flattens the input to (batch, features).
 

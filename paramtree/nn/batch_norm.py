@@ -1,7 +1,6 @@
 """Batch normalization. See ``norm`` for the parameters and dtypes that all normalizing layers share."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ from paramtree.nn.norm import Norm, broadcast_along, moments_of, widened
 __all__ = ["BatchNorm"]
 
 
-@dataclass(frozen=True, repr=False)
 class BatchNorm(Norm):
     """Normalizes each channel over the batch, and keeps running statistics for inference.
 

@@ -1,14 +1,12 @@
 """Convolutions over one, two and three spatial axes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
-from paramtree.model.scope import check_scope
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
 
@@ -40,7 +38,6 @@ class Convolution(Spatial):
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self: Any, p: Any, x: Any) -> Any:
-        check_scope(p)
         sizes = self._sizes(x)
         axis = self.layout.index("C")
         size = x.shape[axis]
@@ -103,7 +100,6 @@ class Convolution(Spatial):
         return f"{type(self).__name__}({text})"
 
 
-@dataclass(frozen=True, repr=False)
 class _Conv(Convolution):
     channels: int
     kernel_size: Sizes
@@ -131,7 +127,6 @@ class _Conv(Convolution):
         return self._apply(x, weight, self.strides, pads)
 
 
-@dataclass(frozen=True, repr=False)
 class Conv1D(_Conv):
     """A convolution over sequences (batch, width, channels): ``Conv2D`` with one spatial axis.
 
@@ -149,7 +144,6 @@ class Conv1D(_Conv):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class Conv2D(_Conv):
     """A convolution over images: ``activation(weight * x + bias)``.
 
@@ -196,7 +190,6 @@ class Conv2D(_Conv):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class Conv3D(_Conv):
     """A convolution over volumes or videos (batch, depth, height, width, channels), as ``Conv2D``.
 

@@ -1,7 +1,6 @@
 """Transposed convolutions over one, two and three spatial axes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from paramtree.nn.spatial import Padding, Sizes, shown_padding
 __all__ = ["Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"]
 
 
-@dataclass(frozen=True, repr=False)
 class _ConvTranspose(Convolution):
     channels: int
     kernel_size: Sizes
@@ -77,7 +75,6 @@ class _ConvTranspose(Convolution):
         return self._apply(x, weight, (1,) * len(sizes), input_pads, strides)
 
 
-@dataclass(frozen=True, repr=False)
 class Conv1DTranspose(_ConvTranspose):
     """A transposed convolution over sequences: ``Conv2DTranspose`` with one spatial axis.
 
@@ -95,7 +92,6 @@ class Conv1DTranspose(_ConvTranspose):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class Conv2DTranspose(_ConvTranspose):
     """A transposed convolution over images: the gradient of a convolution, as a layer.
 
@@ -134,7 +130,6 @@ class Conv2DTranspose(_ConvTranspose):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class Conv3DTranspose(_ConvTranspose):
     """A transposed convolution over volumes or videos: ``Conv2DTranspose`` with three spatial axes.
 

@@ -1,6 +1,5 @@
 """Global pooling: the maximum or the mean of each channel over all spatial axes."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, repr=False)
 class _GlobalPool(Pooling):
     layout: str = ""
 
@@ -42,7 +40,6 @@ class _GlobalAvgPool(_GlobalPool):
         return jnp.mean(x, self._axes, keepdims=True)
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalMaxPool1D(_GlobalMaxPool):
     """The maximum of each channel: (batch, width, channels) to (batch, 1, channels).
 
@@ -56,7 +53,6 @@ class GlobalMaxPool1D(_GlobalMaxPool):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalMaxPool2D(_GlobalMaxPool):
     """The maximum of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
 
@@ -76,7 +72,6 @@ class GlobalMaxPool2D(_GlobalMaxPool):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalMaxPool3D(_GlobalMaxPool):
     """The maximum of each channel over depth, height and width, which keep size 1.
 
@@ -90,7 +85,6 @@ class GlobalMaxPool3D(_GlobalMaxPool):
     layout: str = "NDHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalAvgPool1D(_GlobalAvgPool):
     """The mean of each channel: (batch, width, channels) to (batch, 1, channels).
 
@@ -104,7 +98,6 @@ class GlobalAvgPool1D(_GlobalAvgPool):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalAvgPool2D(_GlobalAvgPool):
     """The mean of each channel: (batch, height, width, channels) to (batch, 1, 1, channels).
 
@@ -123,7 +116,6 @@ class GlobalAvgPool2D(_GlobalAvgPool):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class GlobalAvgPool3D(_GlobalAvgPool):
     """The mean of each channel over depth, height and width, which keep size 1.
 

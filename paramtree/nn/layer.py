@@ -1,35 +1,136 @@
 """The ``Layer`` base class, ``Sequential``, and ``Lambda`` for plain functions.
 
-A layer is a frozen dataclass whose ``__call__(p, x)`` reads parameters from its scope and computes
-the output. It holds settings, never arrays: nets with equal settings are equal, have equal hashes
-and share compiled code.
+A layer is a class with fields, a frozen dataclass, whose ``__call__(p, x)`` reads parameters from its
+scope and computes the output. It holds settings, never arrays: nets with equal settings are equal, have
+equal hashes and share compiled code.
 """
 
 import dataclasses
+import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
+import numpy as np
 
 from paramtree.core.errors import suggest
 from paramtree.core.rules import Rules
 from paramtree.core.tree import ParamTree
 from paramtree.model.init import init
-from paramtree.model.observe import announced
-from paramtree.model.record import tie_in_recorder
-from paramtree.model.scope import child
+from paramtree.model.scope import as_scope, child, run_of
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Any:
+        """Does nothing at run time; the standard library has it from Python 3.11 on."""
+        return lambda cls: cls
+
 
 __all__ = ["Lambda", "Layer", "Sequential", "as_layer"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The base class of layers. A subclass is a frozen dataclass that defines ``__call__(p, x)``.
+F = TypeVar("F", bound=Callable[..., Any])
+_lock = threading.RLock()  # two threads may make the first layer of a class
+
+
+def _called(method: F) -> F:
+    """Returns a layer's ``__call__`` that takes any form of a scope, and tells its run of the call."""
+    if getattr(method, "_tells_run", False):
+        return method
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # the scope was given by name
+            name = next((name for name, v in kwargs.items() if _is_scope(v)), None)
+            if name is None:
+                return method(self, **kwargs)
+            args = (kwargs.pop(name),)
+        scope, *rest = args
+        if type(scope) is ParamTree:  # the usual case, which must cost nothing
+            return method(self, *args, **kwargs)
+        scope = as_scope(scope)
+        return run_of(scope).call(self, scope, method, rest, kwargs)
+
+    call._tells_run = True  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]  # it has the same signature
+
+
+def _is_scope(value: Any) -> bool:
+    return isinstance(value, ParamTree) or hasattr(value, "__scope__")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+class LayerType(type):
+    """The type of layer classes: makes a frozen dataclass of each, unless it is decorated as one.
+
+    Not before the first layer is made, as a decorator is applied after the class is.
+    """
+
+    def __init__(cls, name: str, bases: Any, namespace: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, namespace, **kwargs)
+        own_init = "__init__" in namespace or getattr(cls.__mro__[1], "_own_init", False)
+        # A dataclass with slots is a copy of the class, which has these already.
+        cls._own_equality: bool = namespace.get("_own_equality", "__eq__" in namespace)
+        cls._own_init: bool = namespace.get("_own_init", own_init)
+        cls._fields: dict[str, Any] | None = namespace.get("_fields")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        cls._complete()
+        layer = super().__call__(*args, **kwargs)
+        _check_fields(layer)
+        return layer
+
+    def _complete(cls) -> None:
+        if "_completed" in cls.__dict__:
+            return
+        with _lock:
+            if "_completed" in cls.__dict__ or cls.__mro__[1] is object:
+                return
+            if cls._fields is None:
+                init = not cls._own_init
+                make: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)
+                make(cls)
+                del cls.__setattr__, cls.__delattr__  # those of Layer let __init__ assign
+            if not cls._own_equality:  # the fields of a decorated class may not be all that it has
+                for name in ("__eq__", "__hash__"):
+                    setattr(cls, name, getattr(Layer, name))
+            cls._completed = True
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        cls._complete()
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # of the class, not a layer
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __dataclass_fields__(cls) -> dict[str, Any]:
+        cls._complete()
+        if cls._fields is None:
+            raise AttributeError("__dataclass_fields__")  # Layer itself has none
+        return cls._fields
+
+    @__dataclass_fields__.setter
+    def __dataclass_fields__(cls, fields: dict[str, Any]) -> None:
+        cls._fields = fields
+
+
+class Layer(metaclass=LayerType):
+    """The base class of layers: a class with fields, and ``__call__(p, x)``.
+
+    A subclass is a frozen dataclass; there is nothing to decorate. Two layers are equal exactly when
+    they are of one class and their fields are equal, so ``jax.jit`` shares what it compiled for them. A
+    class with its own ``__init__`` assigns its attributes there, and these are its fields.
+
+    Raises:
+      TypeError: when a layer is made: a field is an array, or cannot be hashed.
 
     Example:
       >>> import paramtree as pt, jax.numpy as jnp
-      >>> @dataclasses.dataclass(frozen=True)
-      ... class Scale(pt.nn.Layer):
+      >>> class Scale(pt.nn.Layer):
       ...     start: float = 1.0
       ...
       ...     def __call__(self, p, x):
@@ -37,18 +138,60 @@ class Layer:
       ...         return jnp.expand_dims(scale, range(x.ndim - 1)) * x
       >>> Scale(2.0).init(jax.random.key(0), jnp.ones((4, 3))).scale
       Array([2., 2., 2.], dtype=float32)
+      >>> Scale(2.0), Scale(2.0) == Scale(start=2.0)
+      (Scale(start=2.0), True)
     """
+
+    __slots__ = ("__dict__", "__weakref__", "_names")
+
+    _names: ClassVar[tuple[str, ...]]  # of the fields, from when the layer is made
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        call: Any = announced(cls.__call__)
+        call: Any = _called(cls.__call__)
         if call is not cls.__call__:  # otherwise inherited, and another base may override it
             cls.__call__ = call  # type: ignore[method-assign]
 
-    @announced
+    @_called
     def __call__(self, p: Any, x: Any) -> Any:
         """Returns the output for the scope ``p`` and the input ``x``."""
         raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x): define it.")
+
+    @property
+    def __dataclass_fields__(self) -> dict[str, Any]:
+        return type(self).__dataclass_fields__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(self, "_names"):
+            raise dataclasses.FrozenInstanceError(
+                f"cannot assign to field {name!r} of {type(self).__name__}: a layer is frozen. Make "
+                f"another, as in dataclasses.replace(layer, {name}=value)."
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(
+            f"cannot delete field {name!r} of {type(self).__name__}: a layer is frozen."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _check_fields(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Layer) and type(self) is type(other) and _values(self) == _values(other)
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), _values(self)))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in _values(self))
+        return f"{type(self).__name__}({shown})"
 
     @property
     def alias(self) -> str:
@@ -58,6 +201,7 @@ class Layer:
     def init(
         self,
         key: jax.Array,
+        /,
         *inputs: Any,
         rules: Rules | None = None,
         ties: Mapping[str, str] | None = None,
@@ -67,7 +211,6 @@ class Layer:
         return init(self, key, *inputs, rules=rules, ties=ties, **kwargs)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
 class Lambda(Layer):
     """Turns a function of the input into a layer without parameters.
 
@@ -86,7 +229,6 @@ class Lambda(Layer):
         return f"Lambda({getattr(self.function, '__name__', repr(self.function))})"
 
 
-@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Sequential(Layer):
     """Applies layers one after another.
 
@@ -144,7 +286,7 @@ class Sequential(Layer):
 
     def __call__(self, p: Any, x: Any) -> Any:
         if self.shared:
-            tie_in_recorder(p, self.shared)
+            run_of(p).tie(p, dict(self.shared))
         for name, layer in zip(self.names, self.layers, strict=True):
             x = layer(child(p, name), x)
         return x
@@ -154,6 +296,7 @@ class Sequential(Layer):
             # Children keep their names, so a slice runs on the parameters of the full net.
             net = object.__new__(Sequential)
             net._set(self.layers[key], self.names[key])
+            _check_fields(net)
             return net
         if isinstance(key, str):
             if key not in self.names:
@@ -177,6 +320,40 @@ class Sequential(Layer):
             text = repr(layer).replace("\n", "\n  ")
             lines.append(f"  ({label}): {text}\n")
         return f"Sequential(\n{''.join(lines)})"
+
+
+def _check_fields(layer: Layer) -> None:
+    """Notes the fields of a new layer.
+
+    Raises:
+      TypeError: a field is an array, or cannot be hashed.
+    """
+    fields = {field.name: field for field in dataclasses.fields(layer)}
+    names = [name for name in fields if hasattr(layer, name)]
+    names += [name for name in vars(layer) if name not in fields]
+    names = [name for name in names if name not in fields or fields[name].compare]
+    for name in names:
+        value = getattr(layer, name)
+        start = f"{type(layer).__name__}: the field `{name}` is"
+        if isinstance(value, np.ndarray | jax.Array):
+            raise TypeError(
+                f"{start} an array. A layer holds settings, and arrays are in the tree: declare it in "
+                f"__call__ with p.param or p.state, as in p.state({name!r}, shape, "
+                "pt.initializers.Constant(array)), or give it to the call as an input."
+            )
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{start} {value!r} of type {type(value).__name__}, which cannot be hashed ({error}), "
+                "so jax.jit could not tell layers apart. Give a tuple for a list, a tuple of pairs for "
+                "a dict, a frozenset for a set, or a frozen dataclass."
+            ) from None
+    object.__setattr__(layer, "_names", tuple(names))
+
+
+def _values(layer: Layer) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, getattr(layer, name)) for name in layer._names)
 
 
 def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:

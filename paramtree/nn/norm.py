@@ -7,7 +7,7 @@ statistics of a bfloat16 net may stay in float32.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import jax
@@ -15,14 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from paramtree.initializers import Initializer, get
-from paramtree.model.scope import check_scope
 from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
-@dataclass(frozen=True, repr=False)
 class Norm(Layer):
     """Base of normalizing layers. Subclasses declare the fields, each in Gluon's order."""
 
@@ -43,7 +41,6 @@ class Norm(Layer):
 
     def _axis(self: Any, p: Any, x: Any) -> int:
         """Checks the scope and the input, and returns the channel axis as a non-negative number."""
-        check_scope(p)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
                 f"{self!r} needs floating-point numbers, but found {x.dtype}: cast the input first."
@@ -121,7 +118,6 @@ def moments_of(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any,
     return center, mean(lax.square(deviations)), deviations
 
 
-@dataclass(frozen=True, repr=False)
 class _AxisNorm(Norm):
     axis: int = -1
     epsilon: float = 1e-5
@@ -133,7 +129,6 @@ class _AxisNorm(Norm):
     dtype: Any = "float32"
 
 
-@dataclass(frozen=True, repr=False)
 class LayerNorm(_AxisNorm):
     """Normalizes over one axis: ``y = gamma (x - mean) / √(var + epsilon) + beta``.
 
@@ -165,7 +160,6 @@ class LayerNorm(_AxisNorm):
         return self._normalized(p, x, axis, [axis])
 
 
-@dataclass(frozen=True, repr=False)
 class InstanceNorm(_AxisNorm):
     """Normalizes each channel of each example over all other axes, such as height and width.
 
@@ -197,7 +191,6 @@ class InstanceNorm(_AxisNorm):
         return self._normalized(p, x, axis, [i for i in range(1, x.ndim) if i != axis])
 
 
-@dataclass(frozen=True, repr=False)
 class GroupNorm(Norm):
     """Normalizes each group of adjacent channels of each example, over all axes except the batch.
 
@@ -253,7 +246,6 @@ class GroupNorm(Norm):
         return self._normalized(p, x, axis, over, shape)
 
 
-@dataclass(frozen=True, repr=False)
 class RMSNorm(Norm):
     """Divides by the root mean square over one axis: ``y = gamma x / √(mean(x²) + epsilon)``.
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ class Pooling(Spatial):
             )
 
 
-@dataclass(frozen=True, repr=False)
 class _Pool(Pooling):
     pool_size: Sizes = 2
     strides: Sizes | None = None
@@ -94,7 +92,6 @@ class _MaxPool(_Pool):
         return self._reduce(x, np.array(lowest, x.dtype), lax.max, geometry)
 
 
-@dataclass(frozen=True, repr=False)
 class _AvgPool(_Pool):
     count_include_pad: bool = True
 
@@ -123,7 +120,6 @@ class _AvgPool(_Pool):
         return text if self.count_include_pad else f"{text[:-1]}, count_include_pad=False)"
 
 
-@dataclass(frozen=True, repr=False)
 class MaxPool1D(_MaxPool):
     """Max pooling over sequences (batch, width, channels): ``MaxPool2D`` with one spatial axis.
 
@@ -137,7 +133,6 @@ class MaxPool1D(_MaxPool):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class MaxPool2D(_MaxPool):
     """Max pooling over images: the maximum of every window, per channel.
 
@@ -166,7 +161,6 @@ class MaxPool2D(_MaxPool):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class MaxPool3D(_MaxPool):
     """Max pooling over volumes or videos (batch, depth, height, width, channels), as ``MaxPool2D``.
 
@@ -180,7 +174,6 @@ class MaxPool3D(_MaxPool):
     layout: str = "NDHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class AvgPool1D(_AvgPool):
     """Average pooling over sequences (batch, width, channels): ``AvgPool2D`` with one spatial axis.
 
@@ -194,7 +187,6 @@ class AvgPool1D(_AvgPool):
     layout: str = "NWC"
 
 
-@dataclass(frozen=True, repr=False)
 class AvgPool2D(_AvgPool):
     """Average pooling over images: the mean of every window, per channel.
 
@@ -221,7 +213,6 @@ class AvgPool2D(_AvgPool):
     layout: str = "NHWC"
 
 
-@dataclass(frozen=True, repr=False)
 class AvgPool3D(_AvgPool):
     """Average pooling over volumes or videos (batch, depth, height, width, channels), as ``AvgPool2D``.
 

@@ -7,7 +7,6 @@ Their rows are the gates in sequence, as in PyTorch and cuDNN.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
-from paramtree.model.scope import check_scope
 from paramtree.nn.basic import Dropout, as_activation, check_integers
 from paramtree.nn.layer import Layer
 
@@ -56,7 +54,6 @@ def _run(
     return y, final
 
 
-@dataclass(frozen=True, repr=False)
 class _Recurrent(Layer):
     """Base of recurrent layers. Subclasses declare the fields, each in Gluon's order, and ``_step``."""
 
@@ -88,7 +85,6 @@ class _Recurrent(Layer):
         return [jnp.zeros(shape, dtype or self.dtype) for _ in self._states]
 
     def __call__(self: Any, p: Any, x: Any, state: Any = None, *, lengths: Any = None) -> Any:
-        check_scope(p)
         self._check(x)
         if self.layout == "NTC":
             x = x.swapaxes(0, 1)
@@ -190,7 +186,6 @@ class _Recurrent(Layer):
         return f"{type(self).__name__}({', '.join(settings)})"
 
 
-@dataclass(frozen=True, repr=False)
 class RNN(_Recurrent):
     """A simple recurrent network of one or more layers: ``h' = activation(i2h(x) + h2h(h))``.
 
@@ -255,7 +250,6 @@ class RNN(_Recurrent):
         return _simple(as_activation(self.activation))
 
 
-@dataclass(frozen=True, repr=False)
 class _Gated(_Recurrent):
     hidden_size: int
     num_layers: int = 1
@@ -270,7 +264,6 @@ class _Gated(_Recurrent):
     dtype: Any = "float32"
 
 
-@dataclass(frozen=True, repr=False)
 class LSTM(_Gated):
     """A long short-term memory of one or more layers.
 
@@ -302,7 +295,6 @@ class LSTM(_Gated):
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
-@dataclass(frozen=True, repr=False)
 class GRU(_Gated):
     """A gated recurrent unit of one or more layers.
 

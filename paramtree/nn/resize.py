@@ -1,6 +1,5 @@
 """Layers that resize images without parameters."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ from paramtree.nn.spatial import Sizes, Spatial
 __all__ = ["Bilinear"]
 
 
-@dataclass(frozen=True, repr=False)
 class Bilinear(Spatial):
     """Upsamples images by an integer factor with bilinear interpolation.
 

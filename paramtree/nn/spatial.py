@@ -22,7 +22,7 @@ _WORDS = {"N": "batch", "D": "depth", "H": "height", "W": "width", "C": "channel
 class Spatial(Layer):
     """Base of layers with spatial axes. Subclasses declare ``layout`` and the settings per axis."""
 
-    layout: str
+    layout = ""
 
     @property
     def _axes(self: Any) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ class Spatial(Layer):
         return tuple(i for i, letter in enumerate(self.layout) if letter not in "NC")
 
     def _check_layout(self: Any) -> None:
-        # A dataclass keeps the default of a field as a class attribute: "NHWC" for Conv2D.
+        # The default of a field is a class attribute: "NHWC" for Conv2D.
         known = [layout for layout in _LAYOUTS if len(layout) == len(type(self).layout)]
         if self.layout not in known:
             raise ValueError(

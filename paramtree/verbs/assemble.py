@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from paramtree.core.errors import ParamTreeError
-from paramtree.core.pytrees import KEEP, open_tree
+from paramtree.core.pytrees import open_tree
 from paramtree.core.structure import EMPTY, HOLE, Path, Stack, build
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 
@@ -57,10 +57,11 @@ def take_apart(tree: ParamTree) -> Draft:
     return Draft(entries, kinds, dict(zip(structure.kept, leaves, strict=True)), place_of(tree))
 
 
-def for_trees(why: str) -> Callable[[F], F]:
+def for_trees(why: str, moves: bool = False) -> Callable[[F], F]:
     """Returns a decorator for verbs that take parameter trees only; its TypeError says ``why``.
 
     An object that opens as a parameter tree, such as a packed one, comes back in its own form.
+    ``moves`` says that the verb gives leaves other paths, in which a scope cannot be written.
     """
 
     def decorate(verb: F) -> F:
@@ -70,11 +71,12 @@ def for_trees(why: str) -> Callable[[F], F]:
                 return verb(tree, *args, **kwargs)
             if hasattr(type(tree), "__open__"):
                 source = open_tree(tree)
+                if source.pending is not None:
+                    return source.pending.structural(verb.__name__, tree, *args)
                 plain = unflatten(source.structure, source.leaves, source.place)
                 edited = verb(plain, *args, **kwargs)
-                return (
-                    source.rebuild(*flatten(edited), KEEP) if isinstance(edited, ParamTree) else edited
-                )
+                rebuild = (moves and source.renamed) or source.rebuild
+                return rebuild(*flatten(edited)) if isinstance(edited, ParamTree) else edited
             raise TypeError(
                 f"{verb.__name__} takes a parameter tree, {why}, but found {type(tree).__name__}: "
                 "pt.from_tree(tree) makes one."

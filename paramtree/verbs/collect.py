@@ -61,6 +61,9 @@ def collect(
         )
     else:
         flat, take = _flat(source, pattern, sep, kind, aliases)
+    if source.renamed:  # a scope, in which a layer must not stop training
+        result: ParamTree = source.renamed(flat, take(source.leaves))
+        return result
     return unflatten(flat, take(source.leaves), source.place)
 
 

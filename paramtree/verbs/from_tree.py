@@ -53,7 +53,9 @@ def from_tree(
                 f"a tree is made from a container of leaves, but found a single "
                 f"{type(tree).__name__}: give it a name, as in pt.from_tree({{'name': value}})."
             )
-        result = unflatten(source.structure, source.leaves)
+        if source.pending is not None:
+            source.pending.structural("from_tree", tree)
+        result = (source.renamed or unflatten)(source.structure, source.leaves)
     if kinds is not None:
         result = _with_kinds(result, kinds)
     return result if ties is None else tie(result, ties)

@@ -9,9 +9,9 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.errors import MismatchError, NameCollisionError, RuleError, suggest
-from paramtree.core.pytrees import open_tree
+from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Patterns, resolve
-from paramtree.core.structure import Path, Structure
+from paramtree.core.structure import Path
 from paramtree.core.tree import ParamTree
 from paramtree.verbs.cast import casts
 
@@ -52,7 +52,7 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
     leaves = list(source.leaves)
     named: dict[int, str] = {}
     problems, tied = [], []
-    for name, slot in _find(source.structure, flat).items():
+    for name, slot in _find(source, flat).items():
         if slot in named:
             if not _equal(flat[named[slot]], flat[name]):
                 tied.append(
@@ -80,7 +80,7 @@ def _spread(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _find(structure: Structure, names: Iterable[str]) -> dict[str, int]:
+def _find(source: Opened, names: Iterable[str]) -> dict[str, int]:
     """Returns the slots of exact names or paths.
 
     Raises:
@@ -95,13 +95,15 @@ def _find(structure: Structure, names: Iterable[str]) -> dict[str, int]:
         # A path is never ambiguous: "a_b" is the leaf of that path, even if a/b has that name.
         return {**slots, **{join(path, "/"): {slot: path} for path, slot in structure.entries()}}
 
+    structure = source.structure
     by_name: dict[str, dict[int, Path]] = structure.cached("by name", index)
     names = list(names)
     unknown = [name for name in names if name not in by_name]
     if unknown:
         known = structure.names()
         lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
-        raise RuleError(f"replace: {' '.join(lines)}")
+        source.fail(RuleError(f"replace: {' '.join(lines)}"))
+        names = [name for name in names if name in by_name]
     for name in names:
         if len(by_name[name]) > 1:
             paths = " and ".join("/".join(path) for path in by_name[name].values())

@@ -8,7 +8,7 @@ import jax
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import NameCollisionError, RuleError
-from paramtree.core.pytrees import KEEP, open_tree
+from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, compiled, hits, no_match, select_slots
 from paramtree.core.structure import PARAM, Path, moved
 from paramtree.core.tree import ParamTree, flatten, unflatten
@@ -72,6 +72,8 @@ def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
       Parameter body_w (1)
     """
     source = open_tree(tree)
+    if source.pending is not None:
+        source.pending.structural("drop", tree)
     chosen, rest = select_slots(source, pattern, kind, "drop")
     slots, structure = set(chosen.slots), source.structure
     listed = pattern if isinstance(pattern, list | tuple) else (pattern,)
@@ -89,7 +91,7 @@ def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
     gone = {path for (path, slot), hit in entries if hit and slot in slots}
     draft = take_apart(plain)
     edited = draft.assembled(entry for entry in draft.entries if entry.path not in gone)
-    result: T = source.rebuild(*flatten(edited), KEEP)
+    result: T = source.rebuild(*flatten(edited))
     return result
 
 
@@ -221,8 +223,11 @@ def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], An
         return tree, lambda edited: edited
     source = open_tree(tree, counts=None)
     if hasattr(type(tree), "__open__"):
+        if source.pending is not None:
+            source.pending.structural(verb, tree)
         plain = unflatten(source.structure, source.leaves, source.place)
-        return plain, lambda edited: source.rebuild(*flatten(edited), KEEP)
+        rebuild = (verb == "rename" and source.renamed) or source.rebuild
+        return plain, lambda edited: rebuild(*flatten(edited))
     if not _is_nested(tree):
         raise TypeError(
             f"{verb} takes a parameter tree, or nested dicts whose keys are names without '/', as "

@@ -8,7 +8,7 @@ import jax
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError
-from paramtree.core.pytrees import KEEP, open_tree
+from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots
 from paramtree.core.structure import Structure, picker
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
@@ -116,7 +116,8 @@ def _merged(parts: Sequence[Any], trees: Sequence[Any], doubled: list[str]) -> A
         merged = _merged_trees(plain, trees, doubled)
         if hasattr(type(parts[0]), "__merge__") and len({*map(type, parts)}) == 1:
             return type(parts[0]).__merge__(parts, merged)
-        return opened[0].rebuild(*flatten(merged), KEEP)
+        scope = next((source for source in opened if source.renamed), opened[0])
+        return scope.rebuild(*flatten(merged))
     flat = [jax.tree_util.tree_flatten_with_path(part, is_leaf=_is_unit) for part in parts]
     treedef: Any = flat[0][1]
     if any(other != treedef for _, other in flat):

@@ -22,7 +22,7 @@ from paramtree.verbs.compare import differences, lines
 
 __all__ = ["axis_of", "stack", "unstack"]
 
-_on_trees = for_trees("whose levels are stacks of copies")
+_on_trees = for_trees("whose levels are stacks of copies", moves=True)
 
 
 def axis_of(stack: Stack, position: int) -> int | None:

@@ -531,3 +531,96 @@ def test_an_ensemble_trains_each_member_as_if_alone() -> None:
         for name, leaf in pt.collect(alone).items():
             trained = leaf - LR * pt.collect(grads)[name]
             np.testing.assert_allclose(pt.collect(members[i])[name], trained, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_encoder_drops_out_and_counts_but_does_not_learn() -> None:
+    encoder = nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dropout(0.5))
+    model = recipes.frozen_encoder(encoder, nn.Dense(2))
+    x = jax.random.normal(jax.random.key(1), (16, 5))
+    params = pt.init(model, jax.random.key(0), x)
+
+    def loss(trained: Any, rest: Any, key: Any) -> Any:
+        y, new = pt.training(model)(pt.merge(trained, rest), x, key=key)
+        return y.sum(), (y, new)
+
+    trained, rest = pt.partition(params, kind="param")
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    grads, (y, new) = step(trained, rest, jax.random.key(2))
+    _, (other, _) = step(trained, rest, jax.random.key(3))
+    assert not np.any(grads.encoder.dense0.weight)
+    assert np.any(grads.head.weight)
+    assert np.any(new.encoder.batchnorm0.running_mean != params.encoder.batchnorm0.running_mean)
+    assert np.any(y != other)  # dropout drops
+
+
+def test_experts_equal_the_loop_over_them_and_drop_out_in_training() -> None:
+    expert = nn.Sequential(nn.Dense(8, activation="relu"), nn.Dropout(0.5), nn.Dense(3))
+    net = recipes.Experts(expert, 4)
+    x = jax.random.normal(jax.random.key(1), (16, 5))
+    params = net.init(jax.random.key(0), x)
+    gate = jax.nn.softmax(nn.Dense(4)(params.gate, x))
+    experts = pt.unstack(params, "experts").experts
+    want = jnp.stack([gate[:, i : i + 1] * expert(experts[str(i)], x) for i in range(4)]).sum(0)
+    np.testing.assert_allclose(net(params, x), want, rtol=1e-5, atol=1e-6)
+    y, _ = pt.training(net)(params, x, key=jax.random.key(2))
+    other, _ = pt.training(net)(params, x, key=jax.random.key(3))
+    assert np.any(y != other)
+
+
+def test_checkpointed_keeps_dropout_and_statistics() -> None:
+    block = nn.Sequential(nn.Dense(5), nn.BatchNorm(), nn.Dropout(0.5))
+    x = jax.random.normal(jax.random.key(1), (16, 5))
+
+    def plain(p: Any, x: Any) -> Any:
+        return block(p.b, block(p.a, x))
+
+    def saving(p: Any, x: Any) -> Any:
+        return recipes.checkpointed(block, p, "b", recipes.checkpointed(block, p, "a", x))
+
+    params = pt.init(saving, jax.random.key(0), x)
+    assert jax.tree.structure(params) == jax.tree.structure(pt.init(plain, jax.random.key(0), x))
+    np.testing.assert_array_equal(saving(params, x), plain(params, x))
+
+    def loss(model: Any, trained: Any, rest: Any) -> Any:
+        y, new = pt.training(model)(pt.merge(trained, rest), x, key=jax.random.key(2))
+        return (y**2).sum(), (y, new)
+
+    parts = pt.partition(params, kind="param")
+    grads, (y, new) = jax.jit(jax.grad(functools.partial(loss, saving), has_aux=True))(*parts)
+    assert np.any(y == 0)
+    for name in ("a", "b"):
+        assert np.any(new[name].batchnorm0.running_mean != 0)
+        assert np.any(grads[name].dense0.weight)
+    want = pt.training(plain)(params, x, key=jax.random.key(2))[1]
+    np.testing.assert_allclose(
+        new.a.batchnorm0.running_mean, want.a.batchnorm0.running_mean, rtol=1e-5, atol=1e-6
+    )
+    text = str(jax.make_jaxpr(jax.grad(functools.partial(loss, saving), has_aux=True))(*parts))
+    assert "checkpoint" in text or "remat" in text
+
+
+def test_a_resnet_is_fine_tuned_with_frozen_statistics() -> None:
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    net, tuned = recipes.resnet(4, 3), recipes.resnet(4, 3, frozen_statistics=True)
+    params = net.init(jax.random.key(0), x)
+    _, params = pt.training(net)(params, x, key=jax.random.key(2))
+    assert np.any(params.batchnorm0.running_mean != 0)
+    y, new = pt.training(tuned)(params, x, key=jax.random.key(3))
+    other, _ = pt.training(tuned)(params, x, key=jax.random.key(4))
+    for leaf, old in zip(jax.tree.leaves(new), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(leaf, old)
+    assert np.any(y != other)  # dropout drops
+    np.testing.assert_allclose(tuned(params, x), net(params, x), rtol=1e-5)
+    grads = pt.grad(lambda p: pt.training(tuned)(p, x, key=jax.random.key(3))[0].sum())(params)
+    assert np.any(grads.head.weight)
+
+
+def test_mixed_precision_keeps_training() -> None:
+    net = nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dropout(0.5))
+    half = recipes.mixed_precision(net, "batchnorm.*")
+    x = jax.random.normal(jax.random.key(1), (16, 5))
+    params = pt.init(half, jax.random.key(0), x)
+    y, new = pt.training(half)(params, x, key=jax.random.key(2))
+    assert np.any(y == 0)
+    assert np.any(new.batchnorm0.running_mean != 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype("float32")}

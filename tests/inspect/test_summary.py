@@ -19,8 +19,8 @@ import paramtree as pt
 from examples import char_lm, fashion_cnn
 from paramtree import nn
 from paramtree.inspect import flops
+from paramtree.inspect.observe import call_of
 from paramtree.inspect.summary import Summary
-from paramtree.model.observe import call_of
 from tests.catalogue import trees
 
 

@@ -15,7 +15,7 @@ from paramtree import initializers as init
 from paramtree import nn
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.tree import flatten
-from paramtree.model.draw import path_words
+from paramtree.initializers.draw import path_words
 
 
 def mlp(p: Any, x: jax.Array) -> jax.Array:
@@ -110,9 +110,7 @@ def test_leaves_that_are_alike_share_one_compiled_function(key: jax.Array) -> No
 def test_keys_come_from_64_bits_of_the_delimited_path() -> None:
     assert path_words(("a", "bc")).tolist() != path_words(("ab", "c")).tolist()
     assert path_words(("dense0", "weight")).tolist() == [4081219357, 4117170533]
-    code = (
-        "from paramtree.model.draw import path_words; print(path_words(('dense0', 'weight')).tolist())"
-    )
+    code = "from paramtree.initializers.draw import path_words; print(path_words(('dense0', 'weight')).tolist())"
     for seed in ("0", "1"):
         run = subprocess.run(
             [sys.executable, "-c", code],
@@ -133,7 +131,11 @@ def test_old_keys_and_custom_initializers(key: jax.Array) -> None:
     unhashable = type(
         "Unhashable", (), {"__call__": lambda self, k, s, d: jnp.ones(s, d), "__hash__": None}
     )()
-    assert pt.init(nn.Dense(2, weight_initializer=unhashable), key, X).weight.sum() == 8
+    rules = {".*weight": unhashable}
+    assert pt.init(nn.Dense(2), key, X, rules=rules).weight.sum() == 8
+    assert pt.init(lambda p: p.param("w", (3,), unhashable), key).w.sum() == 3
+    with pytest.raises(TypeError, match="Dense: the field `weight_initializer` .* cannot be hashed"):
+        nn.Dense(2, weight_initializer=unhashable)
 
 
 def test_two_leaves_never_share_a_buffer(key: jax.Array) -> None:
@@ -398,8 +400,8 @@ def test_dropout_survives_transforms_as_argument_and_closure(key: jax.Array) -> 
 
     def model(p: Any, x: jax.Array) -> jax.Array:
         a = jax.checkpoint(drop)(p.a, x)
-        b = jax.checkpoint(lambda x: drop(p.b, x))(x)
-        c = jax.lax.scan(lambda c, _: (drop(p.c, c), None), x, None, length=1)[0]
+        b = jax.lax.cond(True, lambda x: drop(p.b, x), lambda x: x, x)
+        c = pt.scan(lambda p, c, _: (drop(p, c), None), p.c, x, length=1)[0]
         return jnp.stack([a, b, c])
 
     x = jnp.ones((8, 8))

@@ -145,6 +145,10 @@ TABLE = {
     "Sequential empty": Row(nn.Sequential, (of(2, 5),)),
     "Residual": Row(lambda: nn.Residual(nn.Dense(4, "tanh"), nn.Dense(5)), (of(2, 5),)),
     "Parallel": Row(lambda: nn.Parallel(nn.Dense(4), double), (of(2, 5),)),
+    "Vmap": Row(lambda: nn.Vmap(nn.Dense(3, "tanh"), 4, in_axes=None), (of(2, 5),)),
+    "Vmap with state, dropping": Row(
+        lambda: nn.Vmap(nn.Sequential(nn.BatchNorm(), nn.Dropout(0.5)), 3), (of(3, 4, 2),)
+    ),
     "Repeat": Row(lambda: nn.Repeat(nn.Dense(5, "tanh"), 3), (of(2, 5),)),
     "Repeat with state, tied and dropping": Row(
         lambda: nn.Repeat(nn.Sequential(tied(), nn.Dense(5), nn.Dropout(0.5)), 2, remat=True),

@@ -316,7 +316,7 @@ def test_under_jit_every_device_makes_its_part(given_inside: bool) -> None:
 
 
 def test_no_leaf_is_whole_on_one_device_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paramtree.model import draw
+    from paramtree.initializers import draw
 
     net, x = nn.Sequential(nn.Dense(256), blocks=nn.Repeat(nn.Dense(256), 4)), jnp.ones((2, 256))
     rules = {"blocks_weight": P(None, "data", "model"), "dense0_weight": P("model", "data"), ".*": None}
@@ -346,7 +346,7 @@ def test_no_leaf_is_whole_on_one_device_while_it_is_made(monkeypatch: pytest.Mon
 
 
 def test_leaves_that_are_alike_are_compiled_once() -> None:
-    from paramtree.model import draw
+    from paramtree.initializers import draw
 
     net = nn.Sequential(*[nn.Dense(24, use_bias=False) for _ in range(5)])
     placed = pt.shardings(pt.abstract(net, X), mesh(), {".*": P("model")})

@@ -21,8 +21,8 @@ import numpy as np
 from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Path
-from paramtree.initializers import Initializer
-from paramtree.model.record import Spec
+from paramtree.initializers.spec import Spec
+from paramtree.initializers.values import Initializer
 from paramtree.sharding.place import scatter
 
 __all__ = ["check_key", "draw", "path_key", "path_words"]

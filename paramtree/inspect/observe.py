@@ -10,18 +10,17 @@ import functools
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.structure import Path
-from paramtree.core.tree import ParamTree
-from paramtree.model.scope import Inference, Scope, path_of, run_of
+from paramtree.core.tree import ParamTree, place_of
+from paramtree.model.run import Run
+from paramtree.model.scope import Scope, scope_of
 
-__all__ = ["Call", "Observer", "announced", "call_of"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["Call", "Observer", "call_of"]
 
 _MARK = "paramtree.call:"
 
@@ -59,7 +58,7 @@ class Observer:
 
     def scope(self, tree: ParamTree) -> Scope:
         """Returns a scope on a tree; this observer records its calls and reads."""
-        return Scope(tree, _Observing(self))
+        return scope_of(tree, _Observing(self))
 
     def call(
         self, layer: Any, place: Path, run: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -107,7 +106,7 @@ def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
-class _Observing(Inference):
+class _Observing(Run):
     """An observed run for inference."""
 
     __slots__ = ("observer",)
@@ -115,46 +114,30 @@ class _Observing(Inference):
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
 
-    def on_read(self, path: Path) -> None:
-        self.observer.read(path)
+    def declare(self, scope: Any, kind: str, name: str, *how: Any) -> Any:
+        leaf = super().declare(scope, kind, name, *how)
+        self.observer.read((*place_of(scope), name))
+        return leaf
 
-    def flatten(self) -> tuple[tuple[Any, ...], Any]:
+    def call(self, layer: Any, scope: Scope, method: Any, args: Any, kwargs: Any) -> Any:
+        run = functools.partial(method, layer)
+        return self.observer.call(layer, place_of(scope), run, scope, *args, **kwargs)
+
+    def inside(self, tree: ParamTree, part: Any) -> Any:
+        return scope_of(tree, self)
+
+    def token(self) -> tuple["_Token", tuple[Any, ...]]:
         # A scope that goes through a transform keeps its observer, so a layer under jax.checkpoint is
         # recorded. The reference is weak, as jax keeps static data alive.
-        return (), _Again(weakref.ref(self.observer))
+        return _Token(weakref.ref(self.observer)), ()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Again:
+class _Token:
     """Makes the run of a scope that went through a transform."""
 
     observer: "weakref.ref[Observer]"
 
-    def __call__(self) -> _Observing | None:
+    def again(self, *arrays: Any) -> _Observing | None:
         observer = self.observer()
         return None if observer is None else _Observing(observer)
-
-
-def announced(method: F) -> F:
-    """Returns a layer's ``__call__`` that announces itself on an observed scope."""
-    if getattr(method, "_announced", False):
-        return method
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        scope = args[0] if args else next(filter(_observed, kwargs.values()), None)
-        if type(scope) is ParamTree:  # the usual case, which must cost nothing
-            return method(self, *args, **kwargs)
-        if as_scope := getattr(scope, "__scope__", None):  # a packed tree
-            args = (as_scope(), *args[1:])
-        if not _observed(scope):
-            return method(self, *args, **kwargs)
-        run = functools.partial(method, self)
-        return run_of(scope).observer.call(self, path_of(scope), run, *args, **kwargs)
-
-    call._announced = True  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]  # it has the same signature
-
-
-def _observed(value: Any) -> bool:
-    return type(run_of(value)) is _Observing

@@ -1,0 +1,63 @@
+"""Leaves that are still to be computed, and whether two initializers would compute the same."""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paramtree.core.structure import Stack
+from paramtree.initializers.values import Initializer
+
+__all__ = ["Spec", "same_initializer"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """A leaf that a model asks for and that is still to be computed.
+
+    ``stack`` gives its leading axes over copies of the layer, as in ``Structure.stacks``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str
+    initializer: Initializer
+    stack: Stack = ()
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.shape} {jnp.dtype(self.dtype).name}"
+
+
+def same_initializer(a: Any, b: Any) -> bool:
+    """Whether two initializers, or the values that they hold, are the same.
+
+    Example:
+      >>> make = lambda scale: lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype)
+      >>> same_initializer(make(1.0), make(1.0)), same_initializer(make(1.0), make(2.0))
+      (True, False)
+    """
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, types.FunctionType):
+        held = [
+            (f.__defaults__, f.__kwdefaults__, *(cell.cell_contents for cell in f.__closure__ or ()))
+            for f in (a, b)
+        ]
+        return a.__code__ == b.__code__ and same_initializer(*held)
+    if isinstance(a, functools.partial):
+        return same_initializer((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(same_initializer, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_initializer(a[key], b[key]) for key in a)
+    if isinstance(a, np.ndarray | jax.Array):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b))
+    return bool(a == b)

@@ -1,0 +1,104 @@
+"""A model as the body of a loop: what its run does in one iteration gets out of the loop.
+
+The body of a scan is traced once, so it has a run of its own, with a key and state of each iteration.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from paramtree.core.arrays import shape_of
+from paramtree.core.errors import MismatchError
+from paramtree.core.structure import STATE, Structure
+from paramtree.core.tree import flatten, place_of, unflatten
+from paramtree.model.scope import as_scope, level_of, run_of
+
+__all__ = ["scan"]
+
+
+def scan(
+    body: Callable[..., Any],
+    p: Any,
+    carry: Any,
+    xs: Any = None,
+    length: int | None = None,
+    *,
+    reverse: bool = False,
+    unroll: int = 1,
+) -> tuple[Any, Any]:
+    """Scans a model over a leading axis, as ``jax.lax.scan`` does, with shared parameters.
+
+    Every step draws keys of its own, and state that a step writes is what the next one reads; the last
+    is written to ``p``. For copies of a layer with parameters of their own there is ``nn.Repeat``.
+
+    Args:
+      body: ``body(p, carry, x) -> (carry, y)``.
+      p: the scope of the body: that of the model, or one of its children.
+      carry: what is passed from step to step, any pytree of fixed shapes and dtypes.
+      xs: arrays with a leading axis to scan over, in any pytree; None for none.
+      length: the number of steps, if there are no ``xs``.
+      reverse: whether to run from the last entry to the first.
+      unroll: how many steps to compile into one iteration.
+
+    Returns:
+      The last carry, and the ``y`` of all steps, stacked.
+
+    Raises:
+      TypeError: ``body`` is not callable, or ``p`` is not a scope.
+      MismatchError: the ``xs`` have no common leading axis, and there is no length.
+
+    Example:
+      >>> import jax.numpy as jnp, paramtree as pt
+      >>> def step(p, h, x):
+      ...     h = pt.nn.Dense(3, activation="tanh")(p.cell, jnp.concatenate([h, x], -1))
+      ...     return h, h
+      >>> def model(p, xs):
+      ...     return pt.scan(step, p, jnp.zeros((2, 3)), xs)[1]
+      >>> xs = jnp.ones((5, 2, 4))
+      >>> params = pt.init(model, jax.random.key(0), xs)
+      >>> list(pt.collect(params)), model(params, xs).shape
+      (['cell_weight', 'cell_bias'], (5, 2, 3))
+    """
+    if not callable(body):
+        raise TypeError(
+            f"pt.scan is called as pt.scan(body, p, carry, xs), but found {type(body).__name__} in "
+            "place of the body."
+        )
+    p = as_scope(p)
+    run = run_of(p)
+    how: Any = {"length": length, "reverse": reverse, "unroll": unroll}
+    if run.recording:
+        return jax.lax.scan(lambda carry, x: body(p, carry, x), carry, xs, **how)
+    structure, leaves = flatten(level_of(p))
+
+    def step(state_and_carry: Any, x_and_part: Any) -> Any:
+        (state, carry), (x, part) = state_and_carry, x_and_part
+        values = _with_state(structure, leaves, state)
+        inner = run.inside(unflatten(structure, values, place_of(p)), part)
+        carry, y = body(inner, carry, x)
+        return (run.results(inner), carry), y
+
+    parts = run.split(p, _length(xs, length))
+    (state, carry), ys = jax.lax.scan(step, (run.results(p), carry), (xs, parts), **how)
+    run.absorb(p, state)
+    return carry, ys
+
+
+def _with_state(structure: Structure, leaves: Sequence[Any], state: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the leaves with other state; an empty list leaves it as it is."""
+    if not state:
+        return tuple(leaves)
+    new = iter(state)
+    return tuple(
+        next(new) if kind == STATE else leaf for leaf, kind in zip(leaves, structure.kinds, strict=True)
+    )
+
+
+def _length(xs: Any, length: int | None) -> int:
+    sizes = {(shape_of(x) or (None,))[0] for x in jax.tree.leaves(xs)} | {length} - {None}
+    if len(sizes) != 1 or None in sizes:
+        found = ", ".join(map(str, sizes)) or "neither xs nor a length"
+        raise MismatchError(f"pt.scan: expected one length for all xs, but found {found}.")
+    size: Any = sizes.pop()
+    return int(size)

@@ -1,0 +1,63 @@
+"""Which jax transforms a model is in: what is traced once but runs many times must not draw or write.
+
+A trace knows what it is made for, and the trace that it is in. The body of a scan or a map is traced
+once for all its iterations, so all would draw one key. ``jit`` and ``checkpoint`` keep the trace of a
+function, so what a second call would draw or write is lost, unless the scope is an argument.
+"""
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["current_trace", "for_tree_function", "replayed", "within"]
+
+# What a trace is made for, in the words of jax's debug information. These run what they trace once.
+_ONCE = ("cond", "switch", "custom_jvp", "custom_vjp", "JVPTrace", "LinearizeTrace", "JaxprTrace")
+_TREE_FUNCTIONS = ("tree_map", "tree_map_with_path", "tree_leaves", "tree_reduce", "tree_all",
+                   "tree_structure")  # fmt: skip
+_KEPT = ("jit", "pjit", "checkpoint", "remat")  # these keep their traces
+
+
+def current_trace() -> Any:
+    """Returns a weak reference to jax's current trace."""
+    from jax.extend.core import take_current_trace  # not at import: only some runs need it
+
+    with take_current_trace() as trace:
+        return weakref.ref(trace)
+
+
+def for_tree_function() -> bool:
+    """Whether a pytree is flattened by a function such as ``jax.tree.map``, and not by a transform."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("paramtree.model."):
+        frame = frame.f_back
+    while frame is not None and frame.f_globals.get("__name__") == "jax._src.tree_util":
+        if frame.f_code.co_name in _TREE_FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def within(outer: Any) -> list[str]:
+    """Returns what the traces inside a trace are made for, from the inside out."""
+    trace, made_for = current_trace()(), list[str]()
+    while trace is not None and trace is not outer():
+        kind = type(trace).__name__
+        frame = getattr(trace, "frame", None)
+        if frame is not None:
+            kind = str(getattr(getattr(frame, "debug_info", None), "traced_for", kind))
+        made_for.append("vmap" if kind == "BatchTrace" else kind)
+        trace = getattr(trace, "parent_trace", None)
+    return made_for if trace is not None else [*made_for, "another trace"]
+
+
+def replayed(made_for: Sequence[str], argument: bool) -> str:
+    """Returns the first transform that would repeat what is done in it, or an empty string.
+
+    Args:
+      made_for: what the traces are made for.
+      argument: whether the scope is an argument of those of ``jit`` and ``checkpoint``.
+    """
+    harmless = (*_ONCE, *_KEPT) if argument else _ONCE
+    return next((kind for kind in made_for if not kind.startswith(harmless)), "")
