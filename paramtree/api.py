@@ -31,8 +31,6 @@ from paramtree.io.load import LoadReport as LoadReport
 from paramtree.io.load import load as load
 from paramtree.io.peek import peek as peek
 from paramtree.io.save import save as save
-from paramtree.model.grad import grad as grad
-from paramtree.model.grad import value_and_grad as value_and_grad
 from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init
 from paramtree.model.loops import scan as scan
@@ -45,6 +43,8 @@ from paramtree.verbs.cast import cast as cast
 from paramtree.verbs.collect import collect as collect
 from paramtree.verbs.compare import check_match as check_match
 from paramtree.verbs.from_tree import from_tree as from_tree
+from paramtree.verbs.grad import grad as grad
+from paramtree.verbs.grad import value_and_grad as value_and_grad
 from paramtree.verbs.labels import labels as labels
 from paramtree.verbs.labels import mask as mask
 from paramtree.verbs.replace import map_named as map_named

@@ -24,10 +24,10 @@ from paramtree.inspect.compiled import facts, facts_elsewhere
 from paramtree.inspect.report import Report, Table, bytes_text, plural, some
 from paramtree.inspect.show_sharding import places
 from paramtree.inspect.size import count
-from paramtree.model.grad import value_and_grad
 from paramtree.model.init import abstract
 from paramtree.model.training import training
 from paramtree.sharding.shardings import shardings
+from paramtree.verbs.grad import value_and_grad
 
 __all__ = ["Plan", "plan"]
 

@@ -3,16 +3,15 @@
 The body of a scan is traced once, so it has a run of its own, with a key and state of each iteration.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from paramtree.core.arrays import shape_of
 from paramtree.core.errors import MismatchError
-from paramtree.core.structure import STATE, Structure
-from paramtree.core.tree import flatten, place_of, unflatten
-from paramtree.model.scope import as_scope, level_of, run_of
+from paramtree.core.tree import ParamTree
+from paramtree.model.scope import level_of, run_of, with_state
 
 __all__ = ["scan"]
 
@@ -65,17 +64,18 @@ def scan(
             f"pt.scan is called as pt.scan(body, p, carry, xs), but found {type(body).__name__} in "
             "place of the body."
         )
-    p = as_scope(p)
+    p = p.__scope__() if hasattr(p, "__scope__") else p  # a packed tree
+    if not isinstance(p, ParamTree):
+        raise TypeError(f"pt.scan takes the scope second, but found {type(p).__name__}.")
     run = run_of(p)
     how: Any = {"length": length, "reverse": reverse, "unroll": unroll}
     if run.recording:
         return jax.lax.scan(lambda carry, x: body(p, carry, x), carry, xs, **how)
-    structure, leaves = flatten(level_of(p))
+    level = level_of(p)
 
     def step(state_and_carry: Any, x_and_part: Any) -> Any:
         (state, carry), (x, part) = state_and_carry, x_and_part
-        values = _with_state(structure, leaves, state)
-        inner = run.inside(unflatten(structure, values, place_of(p)), part)
+        inner = run.inside(with_state(level, state) if state else level, part)
         carry, y = body(inner, carry, x)
         return (run.results(inner), carry), y
 
@@ -83,16 +83,6 @@ def scan(
     (state, carry), ys = jax.lax.scan(step, (run.results(p), carry), (xs, parts), **how)
     run.absorb(p, state)
     return carry, ys
-
-
-def _with_state(structure: Structure, leaves: Sequence[Any], state: Sequence[Any]) -> tuple[Any, ...]:
-    """Returns the leaves with other state; an empty list leaves it as it is."""
-    if not state:
-        return tuple(leaves)
-    new = iter(state)
-    return tuple(
-        next(new) if kind == STATE else leaf for leaf, kind in zip(leaves, structure.kinds, strict=True)
-    )
 
 
 def _length(xs: Any, length: int | None) -> int:

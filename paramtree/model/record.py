@@ -20,19 +20,18 @@ import numpy as np
 
 from paramtree.core.arrays import dtype_of, join
 from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, ScopeError
-from paramtree.core.structure import PARAM, Path, Stack, Structure, build
+from paramtree.core.structure import PARAM, Path, Stack, build
 from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
 from paramtree.initializers import get
 from paramtree.initializers.spec import Spec, same_initializer
 from paramtree.model.run import Run
-from paramtree.model.scope import Scope, scope_of
+from paramtree.model.scope import NOTHING, Scope, scope_of
 from paramtree.model.traces import current_trace, within
 from paramtree.verbs.tie import tie
 
 __all__ = ["record"]
 
 _MOST = 1000  # traces of one model, in case it asks for something else each time
-_NOTHING = Structure.intern((), (), ())
 # Reading one of these means that the model takes the scope for an array.
 _OF_ARRAYS = frozenset(("T", "mT", "ndim", "shape", "dtype", "astype", "reshape", "at"))
 
@@ -104,8 +103,8 @@ class Recording(_Reading):
     def child(self, scope: Scope, key: Any) -> Any:
         """Returns a level, or a leaf that was declared."""
         place = place_of(scope)
-        if isinstance(key, str) and key in _OF_ARRAYS and (*place, key) not in self._record.levels:
-            _used_as_array(place)
+        if key in _OF_ARRAYS and (*place, key) not in self._record.levels:
+            scope.__jax_array__()
         if not isinstance(key, str) or not all(key.split("/")) or key.startswith("_repr_"):
             raise ParamTreeError(
                 f"while initialising, the children of {located(place)} are read by name, as in "
@@ -120,7 +119,9 @@ class Recording(_Reading):
         if path not in self._record.levels:
             self._record.levels[path] = next(self._record.clock)
         known = flatten(scope._tree)[0].children().get(first)
-        below = scope._tree[first] if type(known) in (tuple, slice) else unflatten(_NOTHING, (), path)
+        below = (
+            scope._tree[first] if type(known) in (tuple, slice) else unflatten(*flatten(NOTHING), path)
+        )
         child = Scope(below, scope._cells, self)
         return child[rest] if rest else child
 
@@ -133,14 +134,8 @@ class Recording(_Reading):
         return unflatten(structure, leaves, place)
 
     def declare(
-        self,
-        scope: Any,
-        kind: str,
-        name: str,
-        shape: Any,
-        initializer: Any,
-        dtype: Any = jnp.float32,
-    ) -> Any:
+        self, scope: Any, kind: str, name: str, shape: Any, initializer: Any, dtype: Any = jnp.float32
+    ) -> Any:  # fmt: skip
         """Records a leaf and returns zeros of its shape."""
         place = place_of(scope)
         if not isinstance(name, str) or not name or "/" in name:
@@ -267,13 +262,6 @@ class _Token:
         return Recording(record, self.stack)
 
 
-def _used_as_array(path: Path) -> None:
-    raise MissingError(
-        f"`{join(path)}` is used as an array before the model declares it: call "
-        "p.param(name, shape, initializer), or the layer that it belongs to, first."
-    )
-
-
 def record(
     f: Callable[..., Any], inputs: Any, kwargs: Any, extra: Mapping[str, str] | None
 ) -> ParamTree:
@@ -290,7 +278,7 @@ def record(
         records.append(_Record())
         f(scope_of(known, Recording(records[-1])), *args, **keywords)
 
-    known = unflatten(_NOTHING, ())
+    known = NOTHING
     lenient, error = False, None  # a model in which a verb saw too little may mix dtypes
     for _ in range(_MOST):
         promotion = jax.numpy_dtype_promotion("standard") if lenient else contextlib.nullcontext()

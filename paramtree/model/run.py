@@ -31,14 +31,8 @@ class Run:
         return scope._tree
 
     def declare(
-        self,
-        scope: Any,
-        kind: str,
-        name: str,
-        shape: Sequence[int],
-        initializer: Any,
-        dtype: Any = jnp.float32,
-    ) -> Any:
+        self, scope: Any, kind: str, name: str, shape: Any, initializer: Any, dtype: Any = jnp.float32
+    ) -> Any:  # fmt: skip
         """Returns the leaf that a model asks for; ``Scope.param`` says what is raised."""
         try:
             leaf = scope[name]

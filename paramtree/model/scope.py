@@ -7,7 +7,7 @@ it reads like the tree, and leaves declarations, writes and draws to its run. A 
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,11 @@ from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, S
 from paramtree.core.pytrees import Opened
 from paramtree.core.structure import PARAM, STATE, Path, Structure
 from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
-from paramtree.model.run import INFERENCE, Run
+from paramtree.model.run import INFERENCE
 
 __all__ = [
-    "Cells", "Scope", "as_scope", "child", "inference", "level_of",
-    "run_of", "scope_of", "write",
+    "NOTHING", "Cells", "Scope", "child", "inference", "level_of", "not_a_child",
+    "run_of", "scope_of", "with_state", "write",
 ]  # fmt: skip
 
 
@@ -31,13 +31,6 @@ def inference(tree: ParamTree, name: str) -> Any:
     if name in ("param", "state"):  # without a scope, which would take as long as reading
         return functools.partial(INFERENCE.declare, tree, name)
     return getattr(scope_of(tree, INFERENCE), name)
-
-
-class _Without(Run):
-    """The run of a layer that is called with an empty dict."""
-
-    def declare(self, *_: Any) -> Any:
-        raise _no_scope({})
 
 
 class Cells:
@@ -66,22 +59,15 @@ class _Method:
         return self if scope is None else _Bound(self._function, scope)
 
 
-class _Bound:
-    __slots__ = ("_function", "_scope")
-
-    def __init__(self, function: Any, scope: Any) -> None:
-        self._function, self._scope = function, scope
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._scope, *args, **kwargs)
-
+class _Bound(functools.partial[Any]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python probes for protocols
             raise AttributeError(name)
-        raise _not_a_child(self._function.__name__)
+        raise not_a_child(self.func.__name__)
 
 
-def _not_a_child(name: str) -> ParamTreeError:
+def not_a_child(name: str) -> ParamTreeError:
+    """Returns the error for a method that is taken for a child."""
     return ParamTreeError(
         f"`p.{name}` is a method that every scope has, so a child of that name is read by item: write "
         f"p[{name!r}], or use another name."
@@ -136,9 +122,6 @@ class Scope(ParamTree):
     def __iter__(self) -> Iterator[str]:
         return iter(self._run.names(self))
 
-    def __len__(self) -> int:
-        return len(self._run.names(self))
-
     keys, values, items = map(_Method, (ParamTree.keys, ParamTree.values, ParamTree.items))
 
     @_Method
@@ -148,6 +131,12 @@ class Scope(ParamTree):
 
     def __repr__(self) -> str:
         return repr(level_of(self))
+
+    def __jax_array__(self) -> Any:
+        raise MissingError(
+            f"`{join(place_of(self))}` is used as an array before the model declares it, or is a "
+            "level: call p.param(name, shape, initializer), or the layer that it belongs to, first."
+        )
 
     def __copy__(self) -> "Scope":
         return self
@@ -290,6 +279,14 @@ def level_of(scope: Any) -> ParamTree:
     return unflatten(structure, tuple(values[cell] for cell in cells), place_of(scope))
 
 
+def with_state(tree: ParamTree, state: Sequence[Any]) -> ParamTree:
+    """Returns a tree with other state, in order."""
+    structure, leaves = flatten(tree)
+    new, pairs = iter(state), zip(leaves, structure.kinds, strict=True)
+    values = tuple(next(new) if kind == STATE else leaf for leaf, kind in pairs)
+    return unflatten(structure, values, place_of(tree))
+
+
 def write(scope: Scope, tree: Any) -> None:
     """Writes all state at and below the level of a scope, from a tree of the same structure.
 
@@ -310,7 +307,7 @@ def write(scope: Scope, tree: Any) -> None:
             scope._write(cell, (*place_of(scope), *path), leaves[slot])
 
 
-_NOTHING = Structure.intern((), (), ())
+NOTHING = unflatten(Structure.intern((), (), ()), ())  # an empty tree
 
 
 def child(scope: Any, name: str) -> Any:
@@ -323,41 +320,10 @@ def child(scope: Any, name: str) -> Any:
         level = flatten(scope)[0].children().get(name)
         if type(level) is tuple or type(level) is slice:
             return scope[name]
-        return unflatten(_NOTHING, (), (*place_of(scope), name))
+        return unflatten(*flatten(NOTHING), (*place_of(scope), name))
     if type(scope) is Scope and not scope._run.recording:
         return Scope(child(scope._tree, name), scope._cells, scope._run)
     return scope[name]
-
-
-def as_scope(value: Any) -> Any:
-    """Returns the first argument of a layer as a scope.
-
-    Raises:
-      ParamTreeError: it is a method of a scope that a child has the name of.
-      TypeError: it is not a scope.
-    """
-    if isinstance(value, ParamTree):
-        return value
-    if opened := getattr(value, "__scope__", None):  # a packed tree
-        return opened()
-    if isinstance(getattr(value, "__self__", None), ParamTree):
-        raise _not_a_child(value.__name__)
-    if isinstance(value, functools.partial) and value.func == INFERENCE.declare:
-        raise _not_a_child(value.args[1])
-    if hasattr(value, "param"):
-        return value
-    if isinstance(value, Mapping) and not value:  # enough for a layer without parameters
-        return scope_of(unflatten(_NOTHING, ()), _Without())
-    raise _no_scope(value)
-
-
-def _no_scope(value: Any) -> TypeError:
-    return TypeError(
-        f"a model is called with its parameters first, model(params, x), but found "
-        f"{type(value).__name__} in their place. pt.init(model, key, x) makes the parameters; "
-        "pt.from_tree(mapping) turns a nested mapping into a tree; a child called `training` is read "
-        "by item, p['training']."
-    )
 
 
 def _flatten(scope: Scope) -> tuple[tuple[Any, ...], Any]:

@@ -14,16 +14,16 @@ __all__ = ["current_trace", "for_tree_function", "replayed", "within"]
 
 # What a trace is made for, in the words of jax's debug information. These run what they trace once.
 _ONCE = ("cond", "switch", "custom_jvp", "custom_vjp", "JVPTrace", "LinearizeTrace", "JaxprTrace")
-_TREE_FUNCTIONS = ("tree_map", "tree_map_with_path", "tree_leaves", "tree_reduce", "tree_all",
-                   "tree_structure")  # fmt: skip
 _KEPT = ("jit", "pjit", "checkpoint", "remat")  # these keep their traces
+_TREE_FUNCTIONS = ("tree_map", "tree_map_with_path", "tree_leaves", "tree_structure")
 
 
 def current_trace() -> Any:
     """Returns a weak reference to jax's current trace."""
-    from jax.extend.core import take_current_trace  # not at import: only some runs need it
+    import jax.extend  # not at import: only some runs need it
 
-    with take_current_trace() as trace:
+    where: Any = jax.extend.core if hasattr(jax.extend.core, "take_current_trace") else jax.core
+    with where.take_current_trace() as trace:
         return weakref.ref(trace)
 
 
@@ -55,9 +55,7 @@ def within(outer: Any) -> list[str]:
 def replayed(made_for: Sequence[str], argument: bool) -> str:
     """Returns the first transform that would repeat what is done in it, or an empty string.
 
-    Args:
-      made_for: what the traces are made for.
-      argument: whether the scope is an argument of those of ``jit`` and ``checkpoint``.
+    ``argument`` says that the scope is an argument of those of ``jit`` and ``checkpoint``.
     """
     harmless = (*_ONCE, *_KEPT) if argument else _ONCE
     return next((kind for kind in made_for if not kind.startswith(harmless)), "")

@@ -20,7 +20,7 @@ from paramtree.core.structure import STATE, Path
 from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
 from paramtree.initializers.draw import check_key, path_key, path_words
 from paramtree.model.run import Run
-from paramtree.model.scope import Cells, Scope, level_of, run_of, write
+from paramtree.model.scope import Cells, Scope, level_of, run_of, with_state, write
 from paramtree.model.traces import current_trace, for_tree_function, replayed, within
 
 __all__ = ["TrainingModel", "training"]
@@ -102,10 +102,7 @@ class Training(Run):
                 f"{where} draws random numbers, but no key was given: call "
                 "pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
             )
-        made_for = within(call.trace)
-        inner = within(self._trace)
-        kind = replayed(inner, False) or replayed(made_for, True)
-        if kind:
+        if kind := replayed(within(self._trace), False) or replayed(within(call.trace), True):
             raise ScopeError(
                 f"{located(path)} draws random numbers inside a jax transform, {kind}, within the "
                 f"model, which would repeat the same numbers. {_instead(kind, path)}"
@@ -128,14 +125,8 @@ class Training(Run):
 
     def absorb(self, scope: Any, results: Sequence[Any]) -> None:
         """Writes the state."""
-        structure, leaves = flatten(level_of(scope))
-        new = iter(results)
-        values = [
-            next(new) if kind == STATE else leaf
-            for leaf, kind in zip(leaves, structure.kinds, strict=True)
-        ]
         if results:
-            write(scope, unflatten(structure, values))
+            write(scope, with_state(level_of(scope), results))
 
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
         """Returns what makes the run again, and the key."""

@@ -6,11 +6,10 @@ equal hashes and share compiled code.
 """
 
 import dataclasses
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ from paramtree.core.errors import suggest
 from paramtree.core.rules import Rules
 from paramtree.core.tree import ParamTree
 from paramtree.model.init import init
-from paramtree.model.scope import as_scope, child, run_of
+from paramtree.model.scope import child, run_of
+from paramtree.nn.call import called
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -33,34 +33,7 @@ else:
 __all__ = ["Lambda", "Layer", "Sequential", "as_layer"]
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 _lock = threading.RLock()  # two threads may make the first layer of a class
-
-
-def _called(method: F) -> F:
-    """Returns a layer's ``__call__`` that takes any form of a scope, and tells its run of the call."""
-    if getattr(method, "_tells_run", False):
-        return method
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if not args:  # the scope was given by name
-            name = next((name for name, v in kwargs.items() if _is_scope(v)), None)
-            if name is None:
-                return method(self, **kwargs)
-            args = (kwargs.pop(name),)
-        scope, *rest = args
-        if type(scope) is ParamTree:  # the usual case, which must cost nothing
-            return method(self, *args, **kwargs)
-        scope = as_scope(scope)
-        return run_of(scope).call(self, scope, method, rest, kwargs)
-
-    call._tells_run = True  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]  # it has the same signature
-
-
-def _is_scope(value: Any) -> bool:
-    return isinstance(value, ParamTree) or hasattr(value, "__scope__")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -148,11 +121,11 @@ class Layer(metaclass=LayerType):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        call: Any = _called(cls.__call__)
+        call: Any = called(cls.__call__)
         if call is not cls.__call__:  # otherwise inherited, and another base may override it
             cls.__call__ = call  # type: ignore[method-assign]
 
-    @_called
+    @called
     def __call__(self, p: Any, x: Any) -> Any:
         """Returns the output for the scope ``p`` and the input ``x``."""
         raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x): define it.")

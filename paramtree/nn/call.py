@@ -1,0 +1,77 @@
+"""Calling a layer: it takes any form of a scope, and tells the run of that scope."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from paramtree.core.tree import ParamTree
+from paramtree.model.run import INFERENCE, Run
+from paramtree.model.scope import NOTHING, not_a_child, run_of, scope_of
+
+__all__ = ["called"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def called(method: F) -> F:
+    """Returns a layer's ``__call__`` that takes any form of a scope, and tells its run of the call."""
+    if getattr(method, "_tells_run", False):
+        return method
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # the scope was given by name
+            name = next((name for name, v in kwargs.items() if _is_scope(v)), None)
+            if name is None:
+                return method(self, **kwargs)
+            args = (kwargs.pop(name),)
+        scope, *rest = args
+        if type(scope) is ParamTree:  # the usual case, which must cost nothing
+            return method(self, *args, **kwargs)
+        scope = _as_scope(scope)
+        return run_of(scope).call(self, scope, method, rest, kwargs)
+
+    call._tells_run = True  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]  # it has the same signature
+
+
+def _is_scope(value: Any) -> bool:
+    return isinstance(value, ParamTree) or hasattr(value, "__scope__")
+
+
+class _Without(Run):
+    """The run of a layer that is called with an empty dict."""
+
+    def declare(self, *_: Any) -> Any:
+        raise _no_scope({})
+
+
+def _as_scope(value: Any) -> Any:
+    """Returns the first argument of a layer as a scope.
+
+    Raises:
+      ParamTreeError: it is a method of a scope that a child has the name of.
+      TypeError: it is not a scope.
+    """
+    if isinstance(value, ParamTree):
+        return value
+    if opened := getattr(value, "__scope__", None):  # a packed tree
+        return opened()
+    if isinstance(getattr(value, "__self__", None), ParamTree):
+        raise not_a_child(value.__name__)
+    if isinstance(value, functools.partial) and value.func == INFERENCE.declare:
+        raise not_a_child(value.args[1])
+    if hasattr(value, "param"):
+        return value
+    if isinstance(value, Mapping) and not value:  # enough for a layer without parameters
+        return scope_of(NOTHING, _Without())
+    raise _no_scope(value)
+
+
+def _no_scope(value: Any) -> TypeError:
+    return TypeError(
+        f"a model is called with its parameters first, model(params, x), but found "
+        f"{type(value).__name__} in their place. pt.init(model, key, x) makes the parameters; "
+        "pt.from_tree(mapping) turns a nested mapping into a tree; a child called `training` is read "
+        "by item, p['training']."
+    )
