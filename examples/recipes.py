@@ -315,7 +315,7 @@ def checkpointed(layer: Model, p: Any, name: str, x: jax.Array) -> Any:
 def resnet(width: int, classes: int, frozen_statistics: bool = False) -> nn.Sequential:
     """Returns a small residual net; frozen statistics are neither updated nor those of the batch.
 
-    Use them to fine-tune on small batches. The parameters are the same either way, so a net is trained
+    Use it to fine-tune on small batches. The parameters are the same either way, so a net is trained
     with one and fine-tuned with the other.
     """
 

@@ -48,7 +48,8 @@ class _Record:
         self.trace = current_trace()
         self.opened = False  # whether a verb saw the tree
         self.doubts: list[Exception] = []  # errors if the verbs saw all leaves
-        self.mapped = False  # whether a scope was an argument of jax.vmap
+        self.passed = False  # whether a scope was an argument of a transform
+        self.mapped = False  # whether that was jax.vmap
 
     def declare(self, path: Path, spec: Spec) -> None:
         """Records a leaf, and orders the levels above by their first leaf.
@@ -63,8 +64,8 @@ class _Record:
             self.filled.add(path[:depth])
             self.levels[path[:depth]] = next(self.clock)
 
-    def tree(self, extra: Mapping[str, str]) -> ParamTree:
-        """Returns the tree of specs."""
+    def tree(self, extra: Mapping[str, str], complete: bool = True) -> ParamTree:
+        """Returns the tree of specs; one that is not complete has only the ties that it can have."""
         order = self.levels
         paths = sorted(order, key=lambda path: [order[path[:i]] for i in range(1, len(path) + 1)])
         items = [(path, path if path in self.specs else None) for path in paths if path]
@@ -73,6 +74,10 @@ class _Record:
         structure, labels = build(items, kinds, stacks)
         tree = unflatten(structure, tuple(self.specs[path] for path in labels))
         ties = {**self.ties, **extra}
+        if not complete:
+            ties = {
+                a: b for a, b in ties.items() if {tuple(a.split("/")), tuple(b.split("/"))} <= {*paths}
+            }
         return tie(tree, ties) if ties else tree
 
 
@@ -240,6 +245,7 @@ class Recording(_Reading):
 
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
         """Returns what makes the run again."""
+        self._record.passed = True
         return _Token(weakref.ref(self._record), self._stack, current_trace()), ()
 
 
@@ -284,17 +290,19 @@ def record(
         promotion = jax.numpy_dtype_promotion("standard") if lenient else contextlib.nullcontext()
         shapes = jax.tree.map(Spec.abstract, known)
         try:
-            with promotion:
+            with promotion:  # a new function each time, as jax caches what it has traced
                 jax.eval_shape(functools.partial(call), [flat[i] for i in where], shapes)
             error = None
         except Exception as exception:
             error = exception
         again = any(record.opened or record.mapped for record in records)
-        tree = records[-1].tree(extra or {}) if records else known
-        if (not again or _alike(tree, known)) and (error or not lenient):
+        if error and not again:
+            break
+        tree = records[-1].tree(extra or {}, error is None)
+        if (not again or _shapes(tree) == _shapes(known)) and (error or not lenient):
             break
         known, lenient = tree, error is not None
-    if error and "vmap" in str(error) and any(record.mapped for record in records):
+    if str(error).startswith("vmap ") and records and records[-1].passed:  # its message about axes
         raise ScopeError(
             "the scope is an argument that jax.vmap maps, which declares one copy of each leaf: use "
             "nn.Vmap(layer, n) for copies with parameters of their own, or close over the scope, as in "
@@ -306,9 +314,6 @@ def record(
     return tree
 
 
-def _alike(tree: ParamTree, known: ParamTree) -> bool:
-    """Whether two trees have the same structure, shapes and dtypes."""
-    (structure, leaves), (old_structure, old_leaves) = flatten(tree), flatten(known)
-    return structure is old_structure and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(leaves, old_leaves, strict=True)
-    )
+def _shapes(tree: ParamTree) -> Any:
+    structure, specs = flatten(tree)
+    return structure, [(spec.shape, spec.dtype) for spec in specs]

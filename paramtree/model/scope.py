@@ -5,7 +5,6 @@ it reads like the tree, and leaves declarations, writes and draws to its run. A 
 ``jax.tree.map``, give a scope of the same run, so a model in training never stops training.
 """
 
-import copy
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -142,7 +141,7 @@ class Scope(ParamTree):
         return self
 
     def __deepcopy__(self, memo: Any) -> "Scope":
-        return jax.tree.map(copy.deepcopy, self)
+        return self
 
     def __reduce__(self) -> Any:
         raise ScopeError(
@@ -288,12 +287,7 @@ def with_state(tree: ParamTree, state: Sequence[Any]) -> ParamTree:
 
 
 def write(scope: Scope, tree: Any) -> None:
-    """Writes all state at and below the level of a scope, from a tree of the same structure.
-
-    Raises:
-      MismatchError: the tree has another structure.
-      ScopeError: the model is not in training.
-    """
+    """Writes all state at and below the level of a scope, from a tree of the same structure."""
     structure, leaves = flatten(level_of(tree))
     own, cells = flatten(scope._tree)
     if structure is not own and scope._run.training:
