@@ -33,9 +33,9 @@ from paramtree.io.peek import peek as peek
 from paramtree.io.save import save as save
 from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init
-from paramtree.model.loops import scan as scan
 from paramtree.model.scope import inference as _scope  # noqa: F401  # a tree asks for it by name
 from paramtree.model.training import training as training
+from paramtree.nn.scan import scan as scan
 from paramtree.packed import pack as pack
 from paramtree.packed import unpack as unpack
 from paramtree.sharding.shardings import shardings as shardings

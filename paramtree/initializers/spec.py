@@ -36,7 +36,7 @@ class Spec:
         return f"{self.kind} {self.shape} {jnp.dtype(self.dtype).name}"
 
 
-def same_initializer(a: Any, b: Any) -> bool:
+def same_initializer(a: Any, b: Any, seen: frozenset[Any] = frozenset()) -> bool:
     """Whether two initializers, or the values that they hold, are the same.
 
     Example:
@@ -44,20 +44,21 @@ def same_initializer(a: Any, b: Any) -> bool:
       >>> same_initializer(make(1.0), make(1.0)), same_initializer(make(1.0), make(2.0))
       (True, False)
     """
-    if a is b or type(a) is not type(b):
-        return a is b
+    if a is b or type(a) is not type(b) or (id(a), id(b)) in seen:
+        return type(a) is type(b)
+    seen = seen | {(id(a), id(b))}  # a recursive function holds itself
     if isinstance(a, types.FunctionType):
         held = [
             (f.__defaults__, f.__kwdefaults__, *(cell.cell_contents for cell in f.__closure__ or ()))
             for f in (a, b)
         ]
-        return a.__code__ == b.__code__ and same_initializer(*held)
+        return a.__code__ == b.__code__ and same_initializer(held[0], held[1], seen)
     if isinstance(a, functools.partial):
-        return same_initializer((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+        return same_initializer((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), seen)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(same_initializer, a, b))
+        return len(a) == len(b) and all(same_initializer(x, y, seen) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_initializer(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_initializer(a[key], b[key], seen) for key in a)
     if isinstance(a, np.ndarray | jax.Array):
         return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b))
     return bool(a == b)

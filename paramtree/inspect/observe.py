@@ -123,7 +123,7 @@ class _Observing(Run):
         run = functools.partial(method, layer)
         return self.observer.call(layer, place_of(scope), run, scope, *args, **kwargs)
 
-    def inside(self, tree: ParamTree, part: Any) -> Any:
+    def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
         return scope_of(tree, self)
 
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
@@ -137,6 +137,7 @@ class _Token:
     """Makes the run of a scope that went through a transform."""
 
     observer: "weakref.ref[Observer]"
+    keeps_place = True
 
     def again(self, *arrays: Any) -> _Observing | None:
         observer = self.observer()

@@ -26,7 +26,7 @@ from paramtree.initializers import get
 from paramtree.initializers.spec import Spec, same_initializer
 from paramtree.model.run import Run
 from paramtree.model.scope import NOTHING, Scope, scope_of
-from paramtree.model.traces import current_trace, within
+from paramtree.model.traces import current_trace, flattened_for, within
 from paramtree.verbs.tie import tie
 
 __all__ = ["record"]
@@ -105,12 +105,18 @@ class Recording(_Reading):
     def __init__(self, record: _Record, stack: Stack = ()) -> None:
         self._record, self._stack = record, stack
 
+    def attribute(self, scope: Scope, key: Any) -> Any:
+        """Returns a child, unless a level is taken for an array or is probed by a notebook."""
+        if key in _OF_ARRAYS and (*place_of(scope), key) not in self._record.levels:
+            scope.__jax_array__()
+        if key.startswith(("_repr_", "_ipython_")):
+            raise AttributeError(key)
+        return self.child(scope, key)
+
     def child(self, scope: Scope, key: Any) -> Any:
         """Returns a level, or a leaf that was declared."""
         place = place_of(scope)
-        if key in _OF_ARRAYS and (*place, key) not in self._record.levels:
-            scope.__jax_array__()
-        if not isinstance(key, str) or not all(key.split("/")) or key.startswith("_repr_"):
+        if not isinstance(key, str) or not all(key.split("/")):
             raise ParamTreeError(
                 f"while initialising, the children of {located(place)} are read by name, as in "
                 f"p.hidden, p['hidden'] or p['hidden/dense'], not by {key!r}."
@@ -246,7 +252,8 @@ class Recording(_Reading):
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
         """Returns what makes the run again."""
         self._record.passed = True
-        return _Token(weakref.ref(self._record), self._stack, current_trace()), ()
+        keeps_place = flattened_for() != "tree.map"
+        return _Token(weakref.ref(self._record), self._stack, keeps_place, current_trace()), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +262,7 @@ class _Token:
 
     record: "weakref.ref[_Record]"
     stack: Stack
+    keeps_place: bool
     flattened: Any = dataclasses.field(compare=False)
 
     def again(self, *arrays: Any) -> Recording | None:

@@ -26,6 +26,8 @@ class Run:
         """Returns a child of a scope."""
         return scope._value(scope._tree[key])
 
+    attribute = child
+
     def names(self, scope: Any) -> ParamTree:
         """Returns the level whose names the scope lists."""
         return scope._tree
@@ -71,12 +73,12 @@ class Run:
             "`output, params = pt.training(model)(params, x, key=key)`."
         )
 
-    def sources(self, paths: Sequence[Path | None]) -> list[Any] | None:
-        """Returns the run's own values at some paths, if they can change."""
-        return None
+    def sources(self, paths: Sequence[Path | None]) -> tuple[list[Any] | None, Any]:
+        """Returns the run's own values at some paths, if they can change, and the current trace."""
+        return None, None
 
-    def check_fresh(self, cells: Any, chosen: Sequence[int]) -> None:
-        """Raises ScopeError if state was written since a verb made these values from it."""
+    def reading(self, cells: Any, chosen: Sequence[int]) -> None:
+        """Checks that some values of a scope may be read."""
 
     def tie(self, scope: Any, pairs: Mapping[str, str]) -> None:
         """Ties paths below a scope, if the tree is still to be made."""
@@ -91,16 +93,19 @@ class Run:
         """Returns arrays with a leading axis of n, of which each iteration gets one entry."""
         return None
 
-    def inside(self, tree: ParamTree, part: Any) -> Any:
-        """Returns the scope of one iteration: on its leaves, with its entry of ``split``."""
+    def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
+        """Returns the scope of one iteration, on its leaves, with its entry of ``split``.
+
+        ``fixed`` says that only state may be written.
+        """
         return tree
 
-    def results(self, scope: Any) -> Any:
-        """Returns the arrays that an iteration leaves behind, by the state of its scope."""
-        return []
+    def results(self, scope: Any, all_state: bool = False) -> dict[int, Any]:
+        """Returns the state that an iteration has written, by slot, or all of it."""
+        return {}
 
-    def absorb(self, scope: Any, results: Sequence[Any]) -> None:
-        """Takes what the iterations have left behind."""
+    def absorb(self, scope: Any, results: Mapping[int, Any]) -> None:
+        """Writes the state that iterations have written."""
 
     # For transforms
 
@@ -121,6 +126,8 @@ class Run:
 
 
 class _Inference:
+    keeps_place = False
+
     @staticmethod
     def again(*arrays: Any) -> Run:
         return INFERENCE

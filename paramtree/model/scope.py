@@ -5,8 +5,9 @@ it reads like the tree, and leaves declarations, writes and draws to its run. A 
 ``jax.tree.map``, give a scope of the same run, so a model in training never stops training.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from paramtree.model.run import INFERENCE
 
 __all__ = [
     "NOTHING", "Cells", "Scope", "child", "inference", "level_of", "not_a_child",
-    "run_of", "scope_of", "with_state", "write",
+    "run_of", "scope_of", "with_leaves", "write",
 ]  # fmt: skip
 
 
@@ -37,14 +38,18 @@ class Cells:
 
     Attributes:
       values: one for each leaf.
-      paths: where each is written to in the tree that the model was called with; None for nowhere.
-      sources: what was there when a verb made these values from it, None if they are the run's own.
+      paths: what each is, or was made from by a verb, in the tree that the model was called with.
+      sources: what was there then; None if the values are the run's own.
+      trace: the trace in which the scope was made.
+      writable: whether the names of the scope are those of the tree.
     """
 
-    __slots__ = ("paths", "sources", "values")
+    __slots__ = ("paths", "sources", "trace", "values", "writable")
 
-    def __init__(self, values: list[Any], paths: Sequence[Path | None], sources: Any = None) -> None:
-        self.values, self.paths, self.sources = values, tuple(paths), sources
+    def __init__(self, values: list[Any], paths: Sequence[Path | None], trace: Any) -> None:
+        self.values, self.paths, self.trace = values, tuple(paths), trace
+        self.sources: list[Any] | None = None
+        self.writable = True
 
 
 class _Method:
@@ -101,16 +106,15 @@ class Scope(ParamTree):
         """Returns a child of the tree as the model sees it."""
         if type(child) is ParamTree:
             return Scope(child, self._cells, self._run)
-        if self._cells.sources is not None:
-            self._run.check_fresh(self._cells, (child,))
+        self._run.reading(self._cells, (child,))
         return self._cells.values[child]
 
     # Reading
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _FIELDS:  # Python probes for protocols
-            raise AttributeError(name)
-        return self._run.child(self, name)
+            raise AttributeError(f"{name!r} is private; a child of that name is read as p[{name!r}].")
+        return self._run.attribute(self, name)
 
     def __getitem__(self, key: str | int) -> Any:
         return self._run.child(self, key)
@@ -181,7 +185,7 @@ class Scope(ParamTree):
         """Writes new state; the call returns it in its tree.
 
         Args:
-          name: a state, or a level.
+          name: a state, or a level; "" is the level of the scope itself.
           value: an array of the same shape and dtype; for a level, the tree that ``pt.training`` of a
             layer has returned for it, whose state is written.
 
@@ -190,23 +194,22 @@ class Scope(ParamTree):
           MismatchError: the value has another shape or dtype.
           ScopeError: the model is not in training, or the write is inside a jax transform in the model.
         """
-        old = self[name] if self._run.training else None
+        path = (*place_of(self), *name.split("/")) if name else place_of(self)
+        old = self if not name else self._tree[name] if self._run.training else None
         if isinstance(value, ParamTree) and (old is None or isinstance(old, ParamTree)):
-            write(self[name], value)
-            return
-        if isinstance(old, ParamTree):
-            raise MissingError(f"`{join((*place_of(self), name))}` is a level: write a tree to it.")
-        cell = self._tree[name] if self._run.training else None
-        self._write(cell, (*place_of(self), name), value)
+            write(self[name] if name else self, value)
+        elif isinstance(old, ParamTree):
+            raise MissingError(f"`{join(path)}` is a level: write a tree to it.")
+        else:
+            self._write(old, path, value)
 
     def _write(self, cell: Any, path: Path, value: Any) -> None:
         if cell is None:  # there is no such cell yet, or the run refuses to write
             self._run.update(path, value, None)
             return
-        if self._cells.sources is not None:
-            self._run.check_fresh(self._cells, (cell,))
+        self._run.reading(self._cells, (cell,))
         origin = self._cells.paths[cell]
-        if origin is None:
+        if origin is None or not self._cells.writable:
             raise ScopeError(
                 f"`{join(path)}` cannot be written: a verb has given this scope other paths than those "
                 "of the tree that the model was called with. Change the paths of the parameters before "
@@ -231,8 +234,7 @@ class Scope(ParamTree):
     def __open__(self) -> Opened:
         structure, cells = flatten(self._tree)
         place, run = place_of(self), self._run
-        if self._cells.sources is not None:
-            run.check_fresh(self._cells, cells)
+        run.reading(self._cells, cells)
         paths = [self._cells.paths[cell] for cell in cells]
 
         def rebuild(part: Structure, leaves: Sequence[Any], unnamed: Any = None) -> Scope:
@@ -244,12 +246,15 @@ class Scope(ParamTree):
             return scope_of(unflatten(part, tuple(leaves), place), run, origins)
 
         def renamed(part: Structure, leaves: Sequence[Any]) -> Scope:
+            known = {id(leaf): path for leaf, path in zip(own, paths, strict=True)}
             tree = unflatten(part, tuple(leaves), place)
-            return scope_of(tree, run.sealed(), (None,) * len(leaves))
+            scope = scope_of(tree, run.sealed(), [known.get(id(leaf)) for leaf in leaves])
+            scope._cells.writable = False
+            return scope
 
-        leaves = tuple(self._cells.values[cell] for cell in cells)
+        own = tuple(self._cells.values[cell] for cell in cells)
         return Opened(
-            structure, leaves, rebuild, structure.kinds, place, renamed=renamed, pending=run.pending()
+            structure, own, rebuild, structure.kinds, place, renamed=renamed, pending=run.pending()
         )
 
 
@@ -259,7 +264,9 @@ def scope_of(tree: ParamTree, run: Any, paths: Sequence[Path | None] | None = No
     place = place_of(tree)
     if paths is None:
         paths = tuple((*place, *path) for path in structure.canonical)
-    cells = Cells(list(leaves), paths, run.sources(paths))
+    sources, trace = run.sources(paths)
+    cells = Cells(list(leaves), paths, trace)
+    cells.sources = sources
     return Scope(unflatten(structure, tuple(range(len(leaves))), place), cells, run)
 
 
@@ -278,27 +285,27 @@ def level_of(scope: Any) -> ParamTree:
     return unflatten(structure, tuple(values[cell] for cell in cells), place_of(scope))
 
 
-def with_state(tree: ParamTree, state: Sequence[Any]) -> ParamTree:
-    """Returns a tree with other state, in order."""
+def with_leaves(tree: ParamTree, new: Mapping[int, Any]) -> ParamTree:
+    """Returns a tree with other leaves in some slots."""
     structure, leaves = flatten(tree)
-    new, pairs = iter(state), zip(leaves, structure.kinds, strict=True)
-    values = tuple(next(new) if kind == STATE else leaf for leaf, kind in pairs)
-    return unflatten(structure, values, place_of(tree))
+    return unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)], place_of(tree))
 
 
-def write(scope: Scope, tree: Any) -> None:
-    """Writes all state at and below the level of a scope, from a tree of the same structure."""
+def write(scope: Scope, tree: Any, slots: Iterable[int] | None = None) -> None:
+    """Writes the state of a level, or some slots, from a tree of the same structure."""
     structure, leaves = flatten(level_of(tree))
+    if type(tree) is Scope:
+        tree._run.reading(tree._cells, flatten(tree._tree)[1])
     own, cells = flatten(scope._tree)
     if structure is not own and scope._run.training:
         raise MismatchError(
             f"{located(place_of(scope))} cannot be given a tree of another structure: write the tree "
             "that `y, new = pt.training(layer)(scope, x)` has returned for this level."
         )
-    for path, slot in zip(structure.canonical, range(len(leaves)), strict=True):
-        if structure.kinds[slot] == STATE:
-            cell = cells[slot] if scope._run.training else None
-            scope._write(cell, (*place_of(scope), *path), leaves[slot])
+    state = (slot for slot, kind in enumerate(structure.kinds) if kind == STATE)
+    for slot in state if slots is None else slots:
+        cell = cells[slot] if scope._run.training else None
+        scope._write(cell, (*place_of(scope), *structure.canonical[slot]), leaves[slot])
 
 
 NOTHING = unflatten(Structure.intern((), (), ()), ())  # an empty tree
@@ -320,29 +327,50 @@ def child(scope: Any, name: str) -> Any:
     return scope[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What jax keeps of a scope.
+
+    A trace is kept for one place; but ``jax.tree.map`` takes scopes of one structure at two places.
+    """
+
+    structure: Structure
+    place: Path
+    paths: tuple[Path | None, ...]
+    token: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Static) or self.structure is not other.structure:
+            return False
+        mine, theirs = (self.place, self.paths), (other.place, other.paths)
+        return self.token == other.token and (mine == theirs or not self.token.keeps_place)
+
+    def __hash__(self) -> int:
+        return hash((self.structure, self.token))
+
+
 def _flatten(scope: Scope) -> tuple[tuple[Any, ...], Any]:
     # A scope that is an argument of a transform keeps its run, so that dropout still works under
     # jax.checkpoint, and its path, so that a layer still draws from its own key.
     structure, cells = flatten(scope._tree)
     values, paths = scope._cells.values, scope._cells.paths
-    if scope._cells.sources is not None:
-        scope._run.check_fresh(scope._cells, cells)
+    scope._run.reading(scope._cells, cells)
     token, arrays = scope._run.token()
-    static = structure, place_of(scope), tuple(paths[c] for c in cells), token
+    static = _Static(structure, place_of(scope), tuple(paths[c] for c in cells), token)
     return (*(values[cell] for cell in cells), *arrays), static
 
 
 def _flatten_with_keys(scope: Scope) -> tuple[Any, Any]:
     leaves, static = _flatten(scope)
-    names = [*map("/".join, static[0].canonical), "key"]
+    names = [*map("/".join, static.structure.canonical), "key"]
     return list(zip(map(jax.tree_util.DictKey, names), leaves, strict=False)), static
 
 
 def _unflatten(static: Any, leaves: Any) -> Any:
-    structure, place, paths, token = static
-    leaves, count = tuple(leaves), len(structure.kinds)
-    tree, run = unflatten(structure, leaves[:count], place), token.again(*leaves[count:])
-    return tree if run is None else scope_of(tree, run, paths)
+    leaves, count = tuple(leaves), len(static.structure.kinds)
+    tree = unflatten(static.structure, leaves[:count], static.place)
+    run = static.token.again(*leaves[count:])
+    return tree if run is None else scope_of(tree, run, static.paths)
 
 
 jax.tree_util.register_pytree_with_keys(Scope, _flatten_with_keys, _unflatten, _flatten)

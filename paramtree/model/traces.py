@@ -10,12 +10,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["current_trace", "for_tree_function", "replayed", "within"]
+__all__ = ["current_trace", "flattened_for", "replayed", "within"]
 
 # What a trace is made for, in the words of jax's debug information. These run what they trace once.
-_ONCE = ("cond", "switch", "custom_jvp", "custom_vjp", "JVPTrace", "LinearizeTrace", "JaxprTrace")
+_ONCE = ("cond", "switch", "custom_jvp", "custom_vjp", "grad")
 _KEPT = ("jit", "pjit", "checkpoint", "remat")  # these keep their traces
-_TREE_FUNCTIONS = ("tree_map", "tree_map_with_path", "tree_leaves", "tree_structure")
+_WORDS = {"BatchTrace": "vmap", "JVPTrace": "grad", "LinearizeTrace": "grad", "JaxprTrace": "grad"}
+_FLATTENING = tuple(f"jax._src.{name}" for name in ("tree_util", "flattree", "api_util", "util"))
 
 
 def current_trace() -> Any:
@@ -27,16 +28,22 @@ def current_trace() -> Any:
         return weakref.ref(trace)
 
 
-def for_tree_function() -> bool:
-    """Whether a pytree is flattened by a function such as ``jax.tree.map``, and not by a transform."""
+def flattened_for() -> str:
+    """Returns what a pytree is flattened for: "jit", also for a checkpoint, "tree.map", or "".
+
+    Only the first of these may find other leaves than parameters.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("paramtree.model."):
+    while frame.f_globals.get("__name__", "").startswith("paramtree.model."):
         frame = frame.f_back
-    while frame is not None and frame.f_globals.get("__name__") == "jax._src.tree_util":
-        if frame.f_code.co_name in _TREE_FUNCTIONS:
-            return True
+    if not frame.f_globals.get("__name__", "").startswith("jax"):
+        return "jit"  # compiled code, which has no frame
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_FLATTENING):
+        if frame.f_code.co_name in ("tree_map", "tree_map_with_path"):
+            return "tree.map"
         frame = frame.f_back
-    return False
+    module = "" if frame is None else frame.f_globals.get("__name__", "")
+    return "jit" if module in ("jax._src.pjit", "jax._src.ad_checkpoint") else ""
 
 
 def within(outer: Any) -> list[str]:
@@ -47,7 +54,7 @@ def within(outer: Any) -> list[str]:
         frame = getattr(trace, "frame", None)
         if frame is not None:
             kind = str(getattr(getattr(frame, "debug_info", None), "traced_for", kind))
-        made_for.append("vmap" if kind == "BatchTrace" else kind)
+        made_for.append(_WORDS.get(kind, kind))
         trace = getattr(trace, "parent_trace", None)
     return made_for if trace is not None else [*made_for, "another trace"]
 

@@ -7,7 +7,7 @@ Its scope can draw keys and write state, and the returned tree holds what was wr
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.errors import MismatchError, ScopeError
-from paramtree.core.pytrees import open_tree
+from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.structure import STATE, Path
-from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
+from paramtree.core.tree import ParamTree, located, place_of, unflatten
 from paramtree.initializers.draw import check_key, path_key, path_words
 from paramtree.model.run import Run
-from paramtree.model.scope import Cells, Scope, level_of, run_of, with_state, write
-from paramtree.model.traces import current_trace, for_tree_function, replayed, within
+from paramtree.model.scope import Cells, Scope, level_of, run_of, with_leaves, write
+from paramtree.model.traces import current_trace, flattened_for, replayed, within
 
 __all__ = ["TrainingModel", "training"]
 
@@ -29,10 +29,16 @@ __all__ = ["TrainingModel", "training"]
 class _Call:
     """The data that the scopes of one call under ``training`` share."""
 
-    __slots__ = ("__weakref__", "draws", "leaves", "slots", "trace")
+    __slots__ = ("__weakref__", "closed", "draws", "fixed", "leaves", "place", "slots", "states",
+                 "trace", "written")  # fmt: skip
 
-    def __init__(self, leaves: list[Any], slots: dict[Path, int]) -> None:
-        self.leaves, self.slots = leaves, slots
+    def __init__(self, source: Opened, fixed: bool) -> None:
+        structure, self.place, self.fixed = source.structure, source.place, fixed
+        self.leaves = list(source.leaves)
+        self.slots = {(*self.place, *path): slot for path, slot in structure.entries()}
+        self.states = {slot for slot, kind in enumerate(structure.kinds) if kind == STATE}
+        self.written: set[int] = set()
+        self.closed: dict[int, str] = {}  # state that was read in a function whose trace jax keeps
         self.draws: Counter[Path] = Counter()
         self.trace = current_trace()
 
@@ -40,25 +46,27 @@ class _Call:
 class Training(Run):
     """The run of a model in training."""
 
-    __slots__ = ("_call", "_trace", "key_of_call")
+    __slots__ = ("_call", "_closed", "_trace", "key_of_call")
 
     training = True
 
-    def __init__(self, call: _Call, key: Any, trace: Any) -> None:
+    def __init__(self, call: _Call, key: Any, trace: Any, closed: str = "") -> None:
         self._call, self.key_of_call = call, key
-        self._trace = trace  # in which the scope was made
+        self._trace = trace  # in which the scope was made, or became an argument
+        self._closed = closed  # the transform in which it was closed over before that
 
     def update(self, path: Path, value: Any, like: Any) -> Any:
         """Writes state; for its errors see ``Scope.update``."""
-        call, name, at = self._call, join(path), path[-2] if len(path) > 1 else "block"
+        call, name = self._call, join(path)
         slot = call.slots.get(path, -1)
-        if slot < 0:
+        if slot < 0 or (call.fixed and slot not in call.states):
+            what = "no leaf of the tree that the model was called with" if slot < 0 else "a parameter"
             raise ScopeError(
-                f"`{name}` cannot be written: it is no leaf of the tree that the model was called "
-                "with, so the call cannot return it. Insert it into the parameters before the call."
+                f"`{name}` cannot be written, as it is {what}: a model writes what it declares with "
+                "p.state, and what is in the tree that it is called with."
             )
-        old = call.leaves[slot]
-        want, have, shown = ((shape_of(v), dtype_of(jnp.asarray(v))) for v in (old, value, like))
+        old, value = call.leaves[slot], jnp.asarray(value)
+        want, have, shown = ((shape_of(v), dtype_of(v)) for v in (old, value, like))
         if have == shown and all(d and jnp.issubdtype(d, jnp.floating) for d in (want[1], have[1])):
             value, have = value.astype(want[1]), (have[0], want[1])  # the scope shows it in this dtype
         if want != have:
@@ -67,31 +75,50 @@ class Training(Run):
                 "keeps its shape and dtype, so that a training step is compiled only once."
             )
         if kind := next(iter(within(call.trace)[::-1]), ""):
+            root = len(path) <= len(call.place) + 1  # a layer on the scope of the whole call
+            at, layer = ("", "p") if root else (path[-2], f"p[{path[-2]!r}]")
+            how = f"`y, new = {kind.split()[0]}(pt.training(layer))({layer}, x)`, and then "
             raise ScopeError(
                 f"`{name}` is written inside a jax transform, {kind}, within the model, and the value "
                 "cannot get out of it. Call pt.training inside the transform and return the new tree "
-                f"from it: `y, new = {kind.split()[0]}(pt.training(layer))(p[{at!r}], x)`, and then "
+                f"from it: {how if kind.startswith(('jit', 'checkpoint')) else ''}"
                 f"`p.update({at!r}, new)`. {_LOOPS}"
             )
+        if slot in call.closed:
+            raise ScopeError(
+                f"`{name}` is written after it was read inside a jax transform, {call.closed[slot]}, "
+                "by a function that closes over the scope. jax keeps the trace of that function, which "
+                "would go on reading the old value: give the scope to it as an argument."
+            )
         call.leaves[slot] = value
+        call.written.add(slot)
         return value
 
-    def sources(self, paths: Sequence[Path | None]) -> list[Any]:
-        """Returns the values that the call has now at some paths."""
+    def sources(self, paths: Sequence[Path | None]) -> tuple[list[Any], Any]:
+        """Returns the values that the call has now at some paths, and the current trace."""
         slots, leaves = self._call.slots, self._call.leaves
-        return [leaves[slots[path]] if path in slots else None for path in paths]
+        return [leaves[slots[path]] if path in slots else None for path in paths], current_trace()
 
-    def check_fresh(self, cells: Cells, chosen: Sequence[int]) -> None:
-        """Raises ScopeError if state was written since a verb made these values from it."""
-        slots, leaves = self._call.slots, self._call.leaves
-        for cell in chosen:
-            path = cells.paths[cell]
-            if path in slots and leaves[slots[path]] is not cells.sources[cell]:
+    def reading(self, cells: Cells, chosen: Sequence[int]) -> None:
+        """Checks that the chosen values are not older than what a verb made them from.
+
+        Notes what a function closes over whose trace jax keeps: it must not be written later.
+        """
+        call = self._call
+        if not call.states and not call.written:
+            return
+        slots = [(cell, call.slots.get(cells.paths[cell], -1)) for cell in chosen]  # type: ignore[arg-type]
+        state = [(cell, slot) for cell, slot in slots if slot in call.states or slot in call.written]
+        for cell, slot in state:
+            if cells.sources is not None and call.leaves[slot] is not cells.sources[cell]:
                 raise ScopeError(
-                    f"`{join(path)}` was written after a verb, such as pt.cast, made this scope, which "
-                    "still shows the old value. Apply the verb again after the write, or call the "
-                    "layers that share this state on one scope."
+                    f"`{join(cells.paths[cell] or ())}` was written after a verb, such as pt.cast, or "
+                    "another call made this scope, which still shows the old value. Apply the verb "
+                    "again after the write, or call the layers that share this state on one scope."
                 )
+        kind = replayed(within(cells.trace), False) if state else ""
+        if kind and kind != "vmap":
+            call.closed.update((slot, kind) for _, slot in state)
 
     def key(self, path: Path) -> jax.Array:
         """Draws a key; for its errors see ``Scope.key``."""
@@ -102,7 +129,7 @@ class Training(Run):
                 f"{where} draws random numbers, but no key was given: call "
                 "pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
             )
-        if kind := replayed(within(self._trace), False) or replayed(within(call.trace), True):
+        if kind := self._closing() or replayed(within(call.trace), True):
             raise ScopeError(
                 f"{located(path)} draws random numbers inside a jax transform, {kind}, within the "
                 f"model, which would repeat the same numbers. {_instead(kind, path)}"
@@ -110,33 +137,40 @@ class Training(Run):
         call.draws[path] += 1
         return jax.random.fold_in(path_key(self.key_of_call, path_words(path)), call.draws[path])
 
+    def _closing(self) -> str:
+        """Returns the transform that keeps the trace of a function which closes over the scope."""
+        return self._closed or replayed(within(self._trace), False)
+
     def split(self, scope: Any, n: int) -> Any:
         """Returns a key for each iteration, if there is a key."""
         return None if self.key_of_call is None else jax.random.split(scope.key(), n)
 
-    def inside(self, tree: ParamTree, part: Any) -> Any:
+    def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
         """Returns the scope of a call of its own."""
-        return _begin(tree, part)[0]
+        return _begin(tree, part, fixed)[0]
 
-    def results(self, scope: Any) -> Any:
-        """Returns the state."""
-        structure, leaves = flatten(level_of(scope))
-        return [leaf for leaf, kind in zip(leaves, structure.kinds, strict=True) if kind == STATE]
+    def results(self, scope: Any, all_state: bool = False) -> dict[int, Any]:
+        """Returns the state that was written, by slot, or all."""
+        call = scope._run._call
+        slots = call.states if all_state else call.written
+        return {slot: call.leaves[slot] for slot in sorted(slots)}
 
-    def absorb(self, scope: Any, results: Sequence[Any]) -> None:
-        """Writes the state."""
-        if results:
-            write(scope, with_state(level_of(scope), results))
+    def absorb(self, scope: Any, results: Mapping[int, Any]) -> None:
+        """Writes state."""
+        write(scope, with_leaves(level_of(scope), results), results)
 
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
-        """Returns what makes the run again, and the key."""
+        """Returns what makes the run again, and the key if it is to be an argument."""
         # The number of draws tells jax.jit that a second call differs from the first. The reference is
         # weak: jax keeps static data alive, and with it would keep all the leaves. For the same reason
-        # the key is an argument of a transform; but for jax.tree.map it is no leaf.
-        call, hidden = self._call, for_tree_function()
-        key = self.key_of_call if hidden else None
-        token = _Token(weakref.ref(call), call.draws.total(), current_trace(), self._trace, key)
-        return token, () if hidden or self.key_of_call is None else (self.key_of_call,)
+        # the key is an argument.
+        call, purpose = self._call, flattened_for()
+        argument = purpose == "jit" and self.key_of_call is not None
+        how = (self._closing(), None) if argument else (self._closed, self.key_of_call)
+        token = _Token(
+            weakref.ref(call), call.draws.total(), argument, purpose != "tree.map", self._trace, *how
+        )
+        return token, (self.key_of_call,) if argument else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +179,19 @@ class _Token:
 
     call: "weakref.ref[_Call]"
     draws: int
-    flattened: Any = dataclasses.field(compare=False)  # the trace in which that was done
+    argument: bool  # whether the key is an argument, and so the scope is
+    keeps_place: bool
     made: Any = dataclasses.field(compare=False)  # the trace in which the scope was made
-    key: Any = dataclasses.field(compare=False)  # unless it is among the arrays
+    closed: str = dataclasses.field(compare=False)
+    key: Any = dataclasses.field(compare=False)  # unless it is an argument
 
-    def again(self, key: Any = None) -> Training | None:
-        call, trace = self.call(), current_trace()
+    def again(self, *key: Any) -> Training | None:
+        call = self.call()
         if call is None:
             return None
-        # In one trace, as in jax.tree.map, the scope does not become an argument.
-        made = self.made if trace == self.flattened else trace
-        return Training(call, self.key if key is None else key, made)
+        if not self.argument or not key:
+            return Training(call, self.key, self.made, self.closed)
+        return Training(call, key[0], current_trace(), self.closed)
 
 
 _LOOPS = "For loops there is pt.scan(body, p, carry, xs); for copies of a layer, nn.Repeat and nn.Vmap."
@@ -173,14 +209,12 @@ def _instead(kind: str, path: Path) -> str:
     return "Draw the key outside, with p.key(), and pass it in."
 
 
-def _begin(params: Any, key: jax.Array | None) -> tuple[Any, _Call, Any]:
-    """Returns the scope of a new call, its data, and the opened tree."""
+def _begin(params: Any, key: jax.Array | None, fixed: bool) -> tuple[Any, _Call, Any]:
+    """Returns the scope of a new call, in which only state may change if it is fixed, and its data."""
     source = open_tree(params)
-    structure, place = source.structure, source.place
-    slots = {(*place, *path): slot for path, slot in structure.entries()}
-    call = _Call(list(source.leaves), slots)
-    cells = Cells(call.leaves, [(*place, *path) for path in structure.canonical])
-    tree = unflatten(structure, tuple(range(len(call.leaves))), place)
+    call, structure = _Call(source, fixed), source.structure
+    cells = Cells(call.leaves, [(*call.place, *path) for path in structure.canonical], call.trace)
+    tree = unflatten(structure, tuple(range(len(call.leaves))), call.place)
     return Scope(tree, cells, Training(call, key, call.trace)), call, source
 
 
@@ -205,7 +239,7 @@ class TrainingModel:
             return self.f(params, *inputs, **kwargs), params
         if key is None and run.training and run.key_of_call is not None:
             key = run.key(place_of(params))
-        scope, call, source = _begin(params, key)
+        scope, call, source = _begin(params, key, fixed=run.training)
         output = self.f(scope, *inputs, **kwargs)
         return output, source.restore(call.leaves)
 

@@ -21,7 +21,8 @@ def called(method: F) -> F:
     @functools.wraps(method)
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         if not args:  # the scope was given by name
-            name = next((name for name, v in kwargs.items() if _is_scope(v)), None)
+            named = (name for name, v in kwargs.items() if _is_scope(v))
+            name = next(named, "p" if "p" in kwargs else None)
             if name is None:
                 return method(self, **kwargs)
             args = (kwargs.pop(name),)

@@ -5,6 +5,7 @@ scope and computes the output. It holds settings, never arrays: nets with equal 
 equal hashes and share compiled code.
 """
 
+import abc
 import dataclasses
 import inspect
 import threading
@@ -36,8 +37,18 @@ __all__ = ["Lambda", "Layer", "Sequential", "as_layer"]
 _lock = threading.RLock()  # two threads may make the first layer of a class
 
 
+def _inherits(cls: type, method: str) -> bool:
+    """Whether a class of the user's own, and not Layer or a dataclass, gives a class its method."""
+    for base in cls.__mro__[1:-1]:
+        if isinstance(base, LayerType):
+            return base._own[method] and base.__mro__[1] is not object
+        if method in vars(base) and vars(base)[method] is not None:
+            return True
+    return False
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-class LayerType(type):
+class LayerType(abc.ABCMeta):
     """The type of layer classes: makes a frozen dataclass of each, unless it is decorated as one.
 
     Not before the first layer is made, as a decorator is applied after the class is.
@@ -45,10 +56,11 @@ class LayerType(type):
 
     def __init__(cls, name: str, bases: Any, namespace: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(name, bases, namespace, **kwargs)
-        own_init = "__init__" in namespace or getattr(cls.__mro__[1], "_own_init", False)
         # A dataclass with slots is a copy of the class, which has these already.
-        cls._own_equality: bool = namespace.get("_own_equality", "__eq__" in namespace)
-        cls._own_init: bool = namespace.get("_own_init", own_init)
+        cls._own: dict[str, bool] = namespace.get("_own") or {
+            method: method in namespace or _inherits(cls, method)
+            for method in ("__init__", "__eq__", "__hash__")
+        }
         cls._fields: dict[str, Any] | None = namespace.get("_fields")
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -64,13 +76,13 @@ class LayerType(type):
             if "_completed" in cls.__dict__ or cls.__mro__[1] is object:
                 return
             if cls._fields is None:
-                init = not cls._own_init
+                init = not cls._own["__init__"]
                 make: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False, init=init)
                 make(cls)
                 del cls.__setattr__, cls.__delattr__  # those of Layer let __init__ assign
-            if not cls._own_equality:  # the fields of a decorated class may not be all that it has
-                for name in ("__eq__", "__hash__"):
-                    setattr(cls, name, getattr(Layer, name))
+            for method in ("__eq__", "__hash__"):
+                if not cls._own[method]:  # a decorated class may have more than its fields
+                    setattr(cls, method, getattr(Layer, method))
             cls._completed = True
 
     @property
@@ -115,9 +127,10 @@ class Layer(metaclass=LayerType):
       (Scale(start=2.0), True)
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_names")
+    __slots__ = ("__dict__", "__weakref__", "_layer_fields")
 
-    _names: ClassVar[tuple[str, ...]]  # of the fields, from when the layer is made
+    # The names of all attributes and of those compared, from when the layer is made.
+    _layer_fields: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,10 +148,11 @@ class Layer(metaclass=LayerType):
         return type(self).__dataclass_fields__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(self, "_names"):
+        if hasattr(self, "_layer_fields"):
+            how = f", as in dataclasses.replace(layer, {name}=value)"
             raise dataclasses.FrozenInstanceError(
                 f"cannot assign to field {name!r} of {type(self).__name__}: a layer is frozen. Make "
-                f"another, as in dataclasses.replace(layer, {name}=value)."
+                f"another{'' if type(self)._own['__init__'] else how}."
             )
         object.__setattr__(self, name, value)
 
@@ -148,10 +162,11 @@ class Layer(metaclass=LayerType):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self)
+        return {name: getattr(self, name) for name in _attributes(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
         _check_fields(self)
 
     def __eq__(self, other: object) -> bool:
@@ -296,16 +311,17 @@ class Sequential(Layer):
 
 
 def _check_fields(layer: Layer) -> None:
-    """Notes the fields of a new layer.
+    """Notes the attributes of a new layer.
 
     Raises:
-      TypeError: a field is an array, or cannot be hashed.
+      TypeError: one that is compared is an array, or cannot be hashed.
     """
     fields = {field.name: field for field in dataclasses.fields(layer)}
-    names = [name for name in fields if hasattr(layer, name)]
-    names += [name for name in vars(layer) if name not in fields]
-    names = [name for name in names if name not in fields or fields[name].compare]
-    for name in names:
+    slots = [vars(base).get("__slots__", ()) for base in type(layer).__mro__ if base is not Layer]
+    names = [*fields, *(n for s in slots for n in ((s,) if isinstance(s, str) else s)), *vars(layer)]
+    names = [n for n in dict.fromkeys(names) if hasattr(layer, n) and not n.startswith("__")]
+    compared = tuple(n for n in names if n not in fields or fields[n].compare)
+    for name in compared:
         value = getattr(layer, name)
         start = f"{type(layer).__name__}: the field `{name}` is"
         if isinstance(value, np.ndarray | jax.Array):
@@ -322,11 +338,18 @@ def _check_fields(layer: Layer) -> None:
                 "so jax.jit could not tell layers apart. Give a tuple for a list, a tuple of pairs for "
                 "a dict, a frozenset for a set, or a frozen dataclass."
             ) from None
-    object.__setattr__(layer, "_names", tuple(names))
+    object.__setattr__(layer, "_layer_fields", (tuple(names), compared))
+
+
+def _attributes(layer: Layer, compared: bool = False) -> tuple[str, ...]:
+    """Returns the names of all attributes of a layer, or of those that are compared."""
+    if not hasattr(layer, "_layer_fields"):  # copied by a dataclass with slots
+        _check_fields(layer)
+    return layer._layer_fields[compared]
 
 
 def _values(layer: Layer) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, getattr(layer, name)) for name in layer._names)
+    return tuple((name, getattr(layer, name)) for name in _attributes(layer, compared=True))
 
 
 def _next_name(alias: str, counts: dict[str, int], taken: list[str]) -> str:

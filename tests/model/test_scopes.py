@@ -592,3 +592,191 @@ def test_a_model_may_have_a_keyword_called_key() -> None:
 
     assert list(pt.init(model, KEY, X, key=None, f=1)) == ["dense"]
     assert list(pt.abstract(model, X, key=None, f=1)) == ["dense"]
+
+
+# Functions that close over a scope, and whose traces jax keeps
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda p: lambda x: jax.checkpoint(DROP)(p, x),
+        lambda p: lambda x: jax.jit(DROP)(p, x),
+        lambda p: lambda x: jax.lax.cond(True, DROP, DROP, p, x),
+        lambda p: lambda x: jax.checkpoint(nn.Repeat(DROP, 2))(p.a, x),
+        lambda p: lambda x: jax.checkpoint(pt.training(DROP))(p, x)[0],
+        lambda p: lambda x: DROP(pt.merge(*pt.partition(p, "w")), x),
+    ],
+    ids=["checkpoint", "jit", "cond", "Repeat", "nested training", "verbs"],
+)
+@pytest.mark.parametrize("outer", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_an_argument_of_an_inner_transform_is_still_closed_over_by_the_outer(
+    outer: Any, inner: Any
+) -> None:
+    params = pt.from_tree({"w": jnp.ones(64), "a": {}})
+    with pytest.raises(pt.ScopeError, match="draws random numbers inside a jax transform"):
+        pt.training(lambda p: outer(inner(p))(ONES))(params, key=KEY)
+
+
+def test_leaves_passed_by_hand_are_no_scope_passed_as_an_argument() -> None:
+    def by_hand(p: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(p)
+        f = jax.jit(lambda leaves: DROP(treedef.unflatten(leaves), ONES))
+        return jnp.stack([f(leaves), f(leaves)])
+
+    with pytest.raises(pt.ScopeError, match="draws random numbers inside a jax transform, jit"):
+        pt.training(by_hand)(pt.from_tree({"w": ONES}), key=KEY)
+
+
+def test_state_that_a_kept_function_closes_over_cannot_be_written_afterwards() -> None:
+    params = pt.from_tree({"a": {"s": jnp.float32(1)}}, kinds={".*": "state"})
+
+    def model(p: Any, use: Any) -> Any:
+        f = use(p.a)
+        before = f(p.a)
+        p.a.update("s", before + 1)
+        return f(p.a)
+
+    def closed(transform: Any) -> Any:
+        return lambda p: transform(lambda _: p.s * 2)
+
+    for transform in (jax.jit, jax.checkpoint):
+        with pytest.raises(pt.ScopeError, match="`a_s` is written after it was read inside a jax"):
+            pt.training(lambda p, t=transform: model(p, closed(t)))(params)
+        argument = transform(lambda p: p.s * 2)
+        for key in (None, KEY):
+            y, new = pt.training(lambda p, f=argument: model(p, lambda _: f))(params, key=key)
+            assert float(y) == 6
+            assert float(new.a.s) == 3
+
+
+def test_decoding_with_a_jitted_step() -> None:
+    attend = nn.MultiHeadAttention(2, causal=True, cache=8)
+    params = pt.init(lambda p, x: attend(p.a, x), KEY, X[:, :1])
+
+    def decode(p: Any, x: Any) -> Any:
+        step, ys = jax.jit(pt.training(attend)), []
+        for i in range(4):
+            y, new = step(p.a, x[:, i : i + 1])
+            p.update("a", new)
+            ys.append(y)
+        return jnp.concatenate(ys, 1)
+
+    y, new = pt.training(decode)(params, X[:, :4])
+    assert new.a.cache_index == 4
+    np.testing.assert_allclose(y, attend(params.a, X[:, :4]), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_written_where_the_call_returns_them_and_nowhere_else() -> None:
+    def layer(p: Any, x: Any) -> Any:
+        w = p.param("w", (), init.One())
+        if p.training:
+            p.update("w", w + 1)
+        return x * w
+
+    params = pt.from_tree({"w": 1.0, "b": {"w": jnp.float32(1)}})
+    params = pt.replace(params, {"w": jnp.float32(1)})
+    assert float(pt.training(layer)(params, X)[1].w) == 2
+    for copies in (nn.Repeat(layer, 2), nn.Vmap(layer, 2, in_axes=None)):
+        stacked = pt.init(copies, KEY, X)
+        assert pt.training(copies)(stacked, X)[1].w.tolist() == [2, 2]
+    for model in (
+        lambda p, x: pt.scan(lambda p, c, _: (layer(p, c), None), p, x, length=2)[0],
+        lambda p, x: pt.training(layer)(p.b, x)[0],
+    ):
+        with pytest.raises(pt.ScopeError, match="w` cannot be written, as it is a parameter"):
+            pt.training(model)(params, X)
+
+
+def test_two_calls_from_one_state_do_not_lose_a_write() -> None:
+    norm = nn.BatchNorm()
+    params = pt.init(lambda p, x: norm(p.norm, x), KEY, X)
+
+    def model(p: Any, x: Any) -> Any:
+        y, a = pt.training(norm)(p.norm, x)
+        z, b = pt.training(norm)(p.norm, x + 1)
+        p.update("norm", a)
+        p.update("norm", b)
+        return y + z
+
+    with pytest.raises(pt.ScopeError, match="was written after"):
+        pt.training(model)(params, X)
+
+    def stale(p: Any, x: Any) -> Any:
+        flat = pt.collect(p, sep="/")
+        norm(p.norm, x)
+        return flat["norm/running_mean"]
+
+    with pytest.raises(pt.ScopeError, match="was written after"):
+        pt.training(stale)(params, X)
+
+
+def test_gradients_of_a_scope_are_scopes() -> None:
+    net = LAYERS["dropout"]
+    params = pt.init(net, KEY, X)
+    for grad in (pt.grad, jax.grad):
+
+        def model(p: Any, x: Any, grad: Any = grad) -> Any:
+            g = grad(lambda q: net(q, x).sum())(p)
+            return net(jax.tree.map(lambda g, p: p - 0.1 * g, g, p), x)
+
+        y, _ = pt.training(model)(params, X, key=KEY)
+        assert np.any(y == 0)
+
+
+def test_what_copies_do_not_write_is_not_written() -> None:
+    block = nn.Repeat(nn.Sequential(nn.LayerNorm(scale=False), nn.Dropout(0.5)), 2)  # gamma is state
+    model = lambda p, x: jax.checkpoint(block)(p.r, x)  # noqa: E731
+    y, _ = pt.training(model)(pt.init(model, KEY, X), X, key=KEY)
+    assert np.any(y == 0)
+
+
+def test_scopes_of_one_structure_are_mapped_together() -> None:
+    params = pt.from_tree({"a": {"w": ONES}, "b": {"w": 3 * ONES}})
+
+    def model(p: Any) -> Any:
+        return drop(jax.tree.map(lambda a, b: (a + b) / 2, p.a, p.b))
+
+    assert np.any(pt.training(model)(params, key=KEY)[0] == 0)
+
+
+def test_values_that_are_no_arrays_are_written_as_arrays() -> None:
+    params = pt.from_tree({"s": jnp.float32(0)}, kinds={"s": "state"})
+
+    def write(value: Any) -> Any:
+        def model(p: Any) -> Any:
+            p.update("s", value)
+
+        return pt.training(model)(params)[1].s
+
+    for value in (0.5, np.float32(0.5)):
+        assert isinstance(write(value), jax.Array)
+    for value in (3, [1.0]):
+        with pytest.raises(pt.MismatchError, match="`s` holds float32"):
+            write(value)
+
+
+def test_a_path_is_written_and_names_of_arrays_are_children() -> None:
+    norm = nn.BatchNorm()
+
+    def model(p: Any, x: Any) -> Any:
+        y = norm(p["shape"], x)
+        p.update("shape/running_mean", 0 * p["shape"].running_mean)
+        return y
+
+    params = pt.init(model, KEY, X)
+    assert list(params) == ["shape"]
+    assert not np.any(pt.training(model)(params, X)[1]["shape"].running_mean)
+    with pytest.raises(pt.MissingError, match="used as an array"):
+        pt.init(lambda p, x: p.w.shape, KEY, X)
+
+
+def test_a_recursive_initializer_is_compared() -> None:
+    def make() -> Any:
+        def f(key: Any, shape: Any, dtype: Any) -> Any:
+            return jnp.ones(shape, dtype) if shape else f(key, shape, dtype)
+
+        return f
+
+    params = pt.init(lambda p: p.param("w", (2,), make()) + p.param("w", (2,), make()), KEY)
+    assert (params.w == 1).all()

@@ -1,7 +1,9 @@
 """Layer classes: frozen dataclasses without a decorator, equal exactly when their fields are."""
 
+import abc
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -173,3 +175,91 @@ def test_a_layer_takes_any_form_of_a_scope_and_nothing_else() -> None:
                 continue  # enough for a layer without parameters
             with pytest.raises(TypeError, match="called with its parameters first"):
                 layer(wrong, X)
+
+
+class Slotted(nn.Layer):
+    __slots__ = ("a",)
+
+    def __init__(self, a: float) -> None:
+        self.a = a
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return x * self.a
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlots(nn.Layer):
+    a: float = 1.0
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return x * self.a
+
+
+@dataclasses.dataclass(slots=True)
+class Slots(nn.Layer):
+    a: float = 1.0
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return x * self.a
+
+
+class Cached(nn.Layer):
+    a: float = 1.0
+
+    @functools.cached_property
+    def table(self) -> Any:
+        return jnp.ones(3)
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return x * self.a
+
+
+@pytest.mark.parametrize("make", [Slotted, FrozenSlots, Slots, Cached])
+def test_slots_and_cached_properties(make: Any) -> None:
+    layer = make(2.0)
+    if make is Cached:
+        assert layer.table.shape == (3,)
+    assert layer == make(2.0) != make(3.0)
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin == layer
+        assert hash(twin) == hash(layer) == hash(make(2.0))
+        assert twin.a == 2.0
+
+
+class Mixin:
+    pass
+
+
+class MixinWithInit:
+    def __init__(self, *extra: int) -> None:
+        self.extra = extra
+
+
+class AlwaysEqual(nn.Layer):
+    a: int = 1
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def test_other_bases() -> None:
+    class Named(Mixin, nn.Sequential):
+        pass
+
+    class Extra(MixinWithInit, nn.Layer):
+        pass
+
+    class Abstract(nn.Layer, abc.ABC):
+        b: int = 2
+
+    class Below(AlwaysEqual):
+        b: int = 2
+
+    assert list(Named(nn.Dense(3), nn.Dense(2)).names) == ["dense0", "dense1"]
+    assert Extra(1, 2) == Extra(1, 2) != Extra(1, 3)
+    assert Abstract(3) != Abstract(4)
+    assert Below(1, 2) == Below(1, 3)
+    assert nn.Dropout(0.5)(p={}, x=X).shape == X.shape

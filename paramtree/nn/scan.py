@@ -11,7 +11,7 @@ import jax
 from paramtree.core.arrays import shape_of
 from paramtree.core.errors import MismatchError
 from paramtree.core.tree import ParamTree
-from paramtree.model.scope import level_of, run_of, with_state
+from paramtree.model.scope import level_of, run_of, with_leaves
 
 __all__ = ["scan"]
 
@@ -71,17 +71,19 @@ def scan(
     how: Any = {"length": length, "reverse": reverse, "unroll": unroll}
     if run.recording:
         return jax.lax.scan(lambda carry, x: body(p, carry, x), carry, xs, **how)
-    level = level_of(p)
+    level, written = level_of(p), set[int]()
 
     def step(state_and_carry: Any, x_and_part: Any) -> Any:
         (state, carry), (x, part) = state_and_carry, x_and_part
-        inner = run.inside(with_state(level, state) if state else level, part)
+        inner = run.inside(with_leaves(level, state), part, fixed=True)
         carry, y = body(inner, carry, x)
-        return (run.results(inner), carry), y
+        written.update(run.results(inner))
+        return (run.results(inner, all_state=True), carry), y
 
     parts = run.split(p, _length(xs, length))
-    (state, carry), ys = jax.lax.scan(step, (run.results(p), carry), (xs, parts), **how)
-    run.absorb(p, state)
+    state = run.results(run.inside(level, None), all_state=True)
+    (state, carry), ys = jax.lax.scan(step, (state, carry), (xs, parts), **how)
+    run.absorb(p, {slot: state[slot] for slot in written})
     return carry, ys
 
 
