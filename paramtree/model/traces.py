@@ -5,6 +5,7 @@ once for all its iterations, so all would draw one key. ``jit`` and ``checkpoint
 function, so what a second call would draw or write is lost, unless the scope is an argument.
 """
 
+import functools
 import sys
 import weakref
 from collections.abc import Sequence
@@ -19,12 +20,17 @@ _WORDS = {"BatchTrace": "vmap", "JVPTrace": "grad", "LinearizeTrace": "grad", "J
 _FLATTENING = tuple(f"jax._src.{name}" for name in ("tree_util", "flattree", "api_util", "util"))
 
 
-def current_trace() -> Any:
-    """Returns a weak reference to jax's current trace."""
+@functools.cache
+def _take() -> Any:
     import jax.extend  # not at import: only some runs need it
 
-    where: Any = jax.extend.core if hasattr(jax.extend.core, "take_current_trace") else jax.core
-    with where.take_current_trace() as trace:
+    core: Any = jax.extend.core if hasattr(jax.extend.core, "take_current_trace") else jax.core
+    return core.take_current_trace
+
+
+def current_trace() -> Any:
+    """Returns a weak reference to jax's current trace."""
+    with _take()() as trace:
         return weakref.ref(trace)
 
 
