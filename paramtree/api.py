@@ -2,6 +2,7 @@
 
 from paramtree import initializers as initializers
 from paramtree import nn as nn
+from paramtree import parametrizations as parametrizations
 from paramtree import testing as testing
 from paramtree.core.errors import ImmutableError as ImmutableError
 from paramtree.core.errors import LoadError as LoadError
@@ -14,6 +15,8 @@ from paramtree.core.errors import ScopeError as ScopeError
 from paramtree.core.tree import ParamTree as ParamTree
 from paramtree.initializers.reinit import reinit as reinit
 from paramtree.inspect import plots as plots
+from paramtree.inspect.capture import capture as capture
+from paramtree.inspect.capture import intervene as intervene
 from paramtree.inspect.diff import diff as diff
 from paramtree.inspect.plan import plan as plan
 from paramtree.inspect.show import show as show
@@ -38,6 +41,9 @@ from paramtree.model.training import training as training
 from paramtree.nn.scan import scan as scan
 from paramtree.packed import pack as pack
 from paramtree.packed import unpack as unpack
+from paramtree.parametrizations.expand import expand as expand
+from paramtree.parametrizations.expand import fold as fold
+from paramtree.parametrizations.reparametrize import reparametrize as reparametrize
 from paramtree.sharding.shardings import shardings as shardings
 from paramtree.verbs.cast import cast as cast
 from paramtree.verbs.collect import collect as collect

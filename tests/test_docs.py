@@ -153,6 +153,7 @@ def test_no_public_name_is_also_a_module() -> None:
     assert rooms & set(dir(pt)) == {
         "nn",
         "initializers",
+        "parametrizations",
         "testing",
     }  # else importing the module would hide it
 

@@ -85,7 +85,7 @@ class ParamTree(_Fields):
             return self._level(name, child)
         if name.startswith("__"):  # a protocol that Python probes for
             raise AttributeError(name)
-        if name in ("key", "update"):
+        if name in ("key", "sow", "update"):
             return _lazy._scope(self, name)
         raise self._missing(name, child)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import types
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Stack
+from paramtree.initializers.by_name import get
 from paramtree.initializers.values import Initializer
 
-__all__ = ["Spec", "same_initializer"]
+__all__ = ["Spec", "same_initializer", "spec_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +37,31 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.shape} {jnp.dtype(self.dtype).name}"
+
+
+def spec_of(name: str, kind: str, shape: Any, initializer: Any, dtype: Any, stack: Stack = ()) -> Spec:
+    """Returns the spec of a leaf as a model declares it, for each copy in a stack.
+
+    Raises:
+      MismatchError: the shape is not one.
+      TypeError: the initializer is not one.
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = (-1,)
+    if any(size < 0 for size in sizes):
+        raise MismatchError(
+            f"`{name}` is declared with shape {shape!r}; a shape is a tuple of sizes, each a "
+            "non-negative integer that is known while tracing."
+        )
+    if not callable(initializer) and not isinstance(initializer, str):
+        raise TypeError(
+            f"the initializer of `{name}` is {initializer!r}; expected a function "
+            "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
+        )
+    sizes = (*(size for _, size in stack), *sizes)
+    return Spec(sizes, jax.dtypes.canonicalize_dtype(dtype), kind, get(initializer), stack)
 
 
 def same_initializer(a: Any, b: Any, seen: frozenset[Any] = frozenset()) -> bool:

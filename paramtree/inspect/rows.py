@@ -92,7 +92,12 @@ def count_leaves(
     """Counts each stored leaf on the first row that reads it, and returns the totals."""
     (structure, leaves), base = flatten(tree), len(place_of(tree))
     slots = dict(structure.entries())
-    reads = [(number, path[base:]) for number in rows for path in calls[number].reads]
+    reads: list[tuple[int, Path]] = []
+    for number in rows:
+        for path in (read[base:] for read in calls[number].reads):
+            # What is read through a parametrisation is stored as the leaves of a level.
+            parts = [path] if path in slots else [p for p in slots if p[: len(path)] == path]
+            reads += [(number, part) for part in parts]
     innermost: dict[Path, int] = {}
     for number in rows:
         place = calls[number].place[base:]

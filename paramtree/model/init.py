@@ -37,7 +37,11 @@ def abstract(
       Parameter weight (shape=(3, 20), dtype=float32)
       Parameter bias (shape=(3,), dtype=float32)
     """
-    return _shapes(record(f, inputs, kwargs, ties))
+    tree, finishes = record(f, inputs, kwargs, ties)
+    tree = _shapes(tree)
+    for finish in finishes:
+        tree = finish(tree, jax.random.key(0))
+    return tree
 
 
 def init(
@@ -87,7 +91,7 @@ def init(
       Array([1., 1.], dtype=float32)
     """
     check_key(key)
-    tree = record(f, inputs, kwargs, ties)
+    tree, finishes = record(f, inputs, kwargs, ties)
     structure, specs = flatten(tree)
     if rules is not None:
         chosen = initializers_of(open_tree(_shapes(tree)), rules)
@@ -95,8 +99,13 @@ def init(
             dataclasses.replace(spec, initializer=rule or spec.initializer)
             for spec, rule in zip(specs, chosen, strict=True)
         )
-    places = None if shardings is None else spread(shardings, _shapes(tree), "the shardings for init")
-    return unflatten(structure, draw(structure.canonical, specs, key, places))
+    if not finishes:
+        places = shardings and spread(shardings, _shapes(tree), "the shardings for init")
+        return unflatten(structure, draw(structure.canonical, specs, key, places))
+    tree = unflatten(structure, draw(structure.canonical, specs, key))
+    for finish in finishes:
+        tree = finish(tree, key)
+    return tree if shardings is None else jax.device_put(tree, shardings)
 
 
 def _shapes(tree: ParamTree) -> ParamTree:

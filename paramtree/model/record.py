@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,8 +21,7 @@ from paramtree.core.arrays import dtype_of, join
 from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, ScopeError
 from paramtree.core.structure import PARAM, Path, Stack, build
 from paramtree.core.tree import ParamTree, flatten, located, place_of, unflatten
-from paramtree.initializers import get
-from paramtree.initializers.spec import Spec, same_initializer
+from paramtree.initializers.spec import Spec, same_initializer, spec_of
 from paramtree.model.run import Run
 from paramtree.model.scope import NOTHING, Scope, scope_of
 from paramtree.model.traces import current_trace, flattened_for, within
@@ -46,6 +44,7 @@ class _Record:
         self.filled: set[Path] = set()
         self.ties: dict[str, str] = {}
         self.trace = current_trace()
+        self.finishes: list[Any] = []  # functions of the finished tree and the key
         self.opened = False  # whether a verb saw the tree
         self.doubts: list[Exception] = []  # errors if the verbs saw all leaves
         self.passed = False  # whether a scope was an argument of a transform
@@ -152,7 +151,7 @@ class Recording(_Reading):
         if not isinstance(name, str) or not name or "/" in name:
             raise ParamTreeError(f"{name!r} cannot name a leaf of {located(place)}: no '/', not empty.")
         path = (*place, name)
-        spec = self._spec(join(path), kind, shape, initializer, dtype)
+        spec = spec_of(join(path), kind, shape, initializer, dtype, self._stack)
         old = self._record.specs.get(path)
         if old is None:
             if path in self._record.levels:
@@ -172,25 +171,6 @@ class Recording(_Reading):
                 "same initializer, or the second call a scope of its own."
             )
         return self._value(scope, name, spec)
-
-    def _spec(self, full: str, kind: str, shape: Any, initializer: Any, dtype: Any) -> Spec:
-        try:
-            sizes = tuple(operator.index(size) for size in shape)
-        except TypeError:
-            sizes = (-1,)
-        if any(size < 0 for size in sizes):
-            raise MismatchError(
-                f"`{full}` is declared with shape {shape!r}; a shape is a tuple of sizes, each a "
-                "non-negative integer that is known while tracing."
-            )
-        if not callable(initializer) and not isinstance(initializer, str):
-            raise TypeError(
-                f"the initializer of `{full}` is {initializer!r}; expected a function "
-                "(key, shape, dtype) -> Array, such as pt.initializers.Normal(0.01)."
-            )
-        sizes = (*(size for _, size in self._stack), *sizes)
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-        return Spec(sizes, dtype, kind, get(initializer), self._stack)
 
     def _value(self, scope: Scope, name: str, spec: Spec) -> Any:
         known = flatten(scope._tree)[0].children().get(name)
@@ -220,6 +200,10 @@ class Recording(_Reading):
         """Asks for ties between paths below a scope."""
         prefix = "".join(f"{segment}/" for segment in place_of(scope))
         self._record.ties.update((prefix + alias, prefix + source) for alias, source in pairs.items())
+
+    def finish(self, function: Any) -> None:
+        """Asks for a function to be applied to the tree of values, with the key."""
+        self._record.finishes.append(function)
 
     def pending(self) -> "Recording":
         """Returns the run, in which patterns that match nothing yet may match later."""
@@ -278,8 +262,8 @@ class _Token:
 
 def record(
     f: Callable[..., Any], inputs: Any, kwargs: Any, extra: Mapping[str, str] | None
-) -> ParamTree:
-    """Returns the tree that a model asks for, with specs as its leaves."""
+) -> tuple[ParamTree, list[Any]]:
+    """Returns the tree of specs that a model asks for, and functions to apply to its values."""
     flat, treedef = jax.tree.flatten((inputs, kwargs))
     where = [i for i, leaf in enumerate(flat) if dtype_of(leaf) is not None]
     records: list[_Record] = []
@@ -319,7 +303,7 @@ def record(
     problem = next(iter(records[-1].doubts), error) if records else error
     if problem is not None:
         raise problem
-    return tree
+    return tree, records[-1].finishes[::-1]
 
 
 def _shapes(tree: ParamTree) -> Any:

@@ -94,10 +94,7 @@ class Run:
         return None
 
     def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
-        """Returns the scope of one iteration, on its leaves, with its entry of ``split``.
-
-        ``fixed`` says that only state may be written.
-        """
+        """Returns the scope of one iteration; in one that is fixed, only state may be written."""
         return tree
 
     def results(self, scope: Any, all_state: bool = False) -> dict[int, Any]:
@@ -107,13 +104,24 @@ class Run:
     def absorb(self, scope: Any, results: Mapping[int, Any]) -> None:
         """Writes the state that iterations have written."""
 
+    def outputs(self, scope: Any) -> Any:
+        """Returns what else an iteration leaves behind, which is stacked."""
+
+    def collect(self, outputs: Any) -> None:
+        """Takes what iterations have left behind, stacked."""
+
+    def around(self, run: Any) -> Any:
+        """Returns the run of a call within this one."""
+        return run
+
+    def sow(self, scope: Any, name: str, value: Any) -> Any:
+        """Shows a value to who looks; returns it, or what replaces it."""
+        return value
+
     # For transforms
 
     def token(self) -> tuple[Any, tuple[Any, ...]]:
-        """Returns what jax keeps of the run, hashable, and arrays that the run takes along.
-
-        ``again`` of the first, with the arrays, returns the run; None if it is over.
-        """
+        """Returns what jax keeps of the run, whose ``again`` returns it, and arrays to take along."""
         return _Inference, ()
 
     def sealed(self) -> Any:

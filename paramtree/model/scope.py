@@ -229,6 +229,11 @@ class Scope(ParamTree):
         key: jax.Array = self._run.key(place_of(self))
         return key
 
+    @_Method
+    def sow(self, name: str, value: Any) -> Any:
+        """Shows a value, any pytree, to ``pt.capture`` and ``pt.intervene``; returns it, or another."""
+        return self._run.sow(self, name, value)
+
     # Verbs and transforms give a scope of the same run
 
     def __open__(self) -> Opened:
@@ -339,11 +344,11 @@ class _Static:
     paths: tuple[Path | None, ...]
     token: Any
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Static) or self.structure is not other.structure:
+    def __eq__(self, other: Any) -> bool:
+        same = type(other) is _Static and self.structure is other.structure
+        if not same or self.token != other.token:
             return False
-        mine, theirs = (self.place, self.paths), (other.place, other.paths)
-        return self.token == other.token and (mine == theirs or not self.token.keeps_place)
+        return not self.token.keeps_place or (self.place, self.paths) == (other.place, other.paths)
 
     def __hash__(self) -> int:
         return hash((self.structure, self.token))

@@ -209,13 +209,14 @@ def _instead(kind: str, path: Path) -> str:
     return "Draw the key outside, with p.key(), and pass it in."
 
 
-def _begin(params: Any, key: jax.Array | None, fixed: bool) -> tuple[Any, _Call, Any]:
+def _begin(params: Any, key: Any, fixed: bool, around: Any = None) -> tuple[Any, _Call, Any]:
     """Returns the scope of a new call, in which only state may change if it is fixed, and its data."""
     source = open_tree(params)
     call, structure = _Call(source, fixed), source.structure
     cells = Cells(call.leaves, [(*call.place, *path) for path in structure.canonical], call.trace)
     tree = unflatten(structure, tuple(range(len(call.leaves))), call.place)
-    return Scope(tree, cells, Training(call, key, call.trace)), call, source
+    run = Training(call, key, call.trace)
+    return Scope(tree, cells, around.around(run) if around else run), call, source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ class TrainingModel:
             return self.f(params, *inputs, **kwargs), params
         if key is None and run.training and run.key_of_call is not None:
             key = run.key(place_of(params))
-        scope, call, source = _begin(params, key, fixed=run.training)
+        scope, call, source = _begin(params, key, fixed=run.training, around=run)
         output = self.f(scope, *inputs, **kwargs)
         return output, source.restore(call.leaves)
 

@@ -69,7 +69,8 @@ class _Copies(Layer):
         def body(leaves_and_part: Any, *inputs: Any) -> tuple[Any, Any]:
             leaves, part = leaves_and_part
             inner = run.inside(unflatten(copy, leaves, place_of(p)), part)
-            return self.block(inner, *inputs), run.results(inner)
+            y, own = self.block(inner, *inputs), run_of(inner)
+            return y, (own.results(inner), own.outputs(inner))
 
         return body, (leaves, run.split(p, self.n))
 
@@ -133,7 +134,8 @@ class Repeat(_Copies):
             return self._checked(x, y), results
 
         y, results = jax.lax.scan(self._remat(step), x, (stacked, own), length=self.n)
-        run.absorb(p, results)
+        run.absorb(p, results[0])
+        run.collect(results[1])
         return y
 
     def _divided(self, args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -227,7 +229,8 @@ class Vmap(_Copies):
             return jax.vmap(lambda y: y, out_axes=self.out_axes, axis_size=self.n)(stacked)
         body, stacked = self._body(p)
         y, results = self._mapped(body, stacked, inputs)
-        run.absorb(p, results)
+        run.absorb(p, results[0])
+        run.collect(results[1])
         return y
 
     def _mapped(self, body: Callable[..., Any], stacked: Any, inputs: Any) -> Any:

@@ -77,12 +77,14 @@ def scan(
         (state, carry), (x, part) = state_and_carry, x_and_part
         inner = run.inside(with_leaves(level, state), part, fixed=True)
         carry, y = body(inner, carry, x)
-        written.update(run.results(inner))
-        return (run.results(inner, all_state=True), carry), y
+        written.update(run_of(inner).results(inner))
+        return (run_of(inner).results(inner, True), carry), (y, run_of(inner).outputs(inner))
 
     parts = run.split(p, _length(xs, length))
-    state = run.results(run.inside(level, None), all_state=True)
-    (state, carry), ys = jax.lax.scan(step, (state, carry), (xs, parts), **how)
+    first = run.inside(level, None)
+    state = run_of(first).results(first, True)
+    (state, carry), (ys, outputs) = jax.lax.scan(step, (state, carry), (xs, parts), **how)
+    run.collect(outputs)
     run.absorb(p, {slot: state[slot] for slot in written})
     return carry, ys
 

@@ -15,7 +15,7 @@ from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.verbs.assemble import Entry, take_apart
 from paramtree.verbs.from_tree import from_tree
 
-__all__ = ["drop", "insert", "rename", "rewriter"]
+__all__ = ["drop", "editable", "insert", "rename", "rewriter"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def rename(tree: T, pairs: Sequence[tuple[Any, str]]) -> T:
       Parameter blocks_0_weight (1)
       Parameter blocks_1_weight (2)
     """
-    source, back = _editable(tree, "rename")
+    source, back = editable(tree, "rename")
     draft = take_apart(source)
     rewrite = rewriter(pairs, ["/".join(entry.path) for entry in draft.entries], "rename")
     entries = []
@@ -115,7 +115,7 @@ def insert(tree: T, values: Mapping[str, Any]) -> T:
       Parameter body_b (2)
       Parameter head_w (3)
     """
-    source, back = _editable(tree, "insert")
+    source, back = editable(tree, "insert")
     draft = take_apart(source)
     if not isinstance(values, Mapping):
         raise RuleError(f"insert takes a mapping of paths to arrays or trees, but found {values!r}.")
@@ -213,7 +213,7 @@ def _position(rewrite: Callable[[str], Any], old: Path, new: Path, position: int
     )
 
 
-def _editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], Any]]:
+def editable(tree: Any, verb: str) -> tuple[ParamTree, Callable[[ParamTree], Any]]:
     """Returns the tree to edit, and a function that turns the result into the same container.
 
     Raises:

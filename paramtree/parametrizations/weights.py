@@ -1,0 +1,172 @@
+"""Weights with a constraint: of a given norm, of a bounded spectral norm, orthogonal, positive."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Orthogonal", "Positive", "SpectralNorm", "WeightNorm"]
+
+Parts = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightNorm:
+    """The direction and the length of each row apart: ``weight = g v / |v|``.
+
+    Salimans and Kingma, "Weight normalization", 2016. The parts are ``g``, the norms, and ``v``, of the
+    shape of the weight, as in ``torch.nn.utils.parametrizations.weight_norm``.
+
+    Args:
+      axis: the axis of the outputs, along which every entry has a norm of its own; None for one norm.
+
+    Example:
+      >>> parts = WeightNorm().split(jnp.array([[3.0, 4.0], [0.0, 2.0]]))
+      >>> parts["g"].tolist(), WeightNorm().join(parts).tolist()
+      ([[5.0], [2.0]], [[3.0, 4.0], [0.0, 2.0]])
+    """
+
+    axis: int | None = 0
+
+    def split(self, value: Any, key: Any = None) -> Parts:
+        """Returns the norms and the value."""
+        return {"g": self._norm(value), "v": value}
+
+    def join(self, parts: Parts) -> Any:
+        """Returns the value of these norms."""
+        return parts["v"] * (parts["g"] / self._norm(parts["v"]))
+
+    def _norm(self, value: Any) -> Any:
+        axes = (
+            None
+            if self.axis is None
+            else tuple(i for i in range(value.ndim) if i != self.axis % value.ndim)
+        )
+        return jnp.sqrt(jnp.sum(value * value, axis=axes, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralNorm:
+    """A weight over its largest singular value, which power iteration estimates.
+
+    Miyato et al., "Spectral normalization for generative adversarial networks", 2018. The parts are
+    ``weight``, and the state ``u``, (rows,), and ``v``, (columns,), for the weight as a matrix of the
+    rows of its first axis. A call under ``pt.training`` iterates; inference does not. The weight that
+    the model reads has a spectral norm of one, so expanding a net changes its output.
+
+    Args:
+      iterations: how often each training call iterates.
+      epsilon: the least norm to divide by.
+
+    Example:
+      >>> parts = SpectralNorm(20).split(jnp.diag(jnp.array([4.0, 2.0])), jax.random.key(0))
+      >>> SpectralNorm(20).join(parts).round(3).tolist()
+      [[1.0, 0.0], [0.0, 0.5]]
+    """
+
+    iterations: int = 1
+    epsilon: float = 1e-12
+    kinds = ("u", "v")
+
+    def split(self, value: Any, key: Any = None) -> Parts:
+        """Returns the value, and singular vectors after fifteen iterations from random ones."""
+        if key is None:
+            raise TypeError("SpectralNorm starts from random vectors: pt.expand(params, rules, key).")
+        if value.ndim < 2:
+            raise ValueError(f"SpectralNorm needs a matrix, but found shape {value.shape}.")
+        matrix = _matrix(value)
+        u, v = (
+            jax.random.normal(k, (size,), value.dtype)
+            for k, size in zip(jax.random.split(key), matrix.shape, strict=True)
+        )
+        u, v = self._iterated(matrix, u, v, max(15, self.iterations))
+        return {"weight": value, "u": u, "v": v}
+
+    def join(self, parts: Parts) -> Any:
+        """Returns the weight over its spectral norm; gradients do not flow through ``u`` and ``v``."""
+        u, v = jax.lax.stop_gradient(parts["u"]), jax.lax.stop_gradient(parts["v"])
+        return parts["weight"] / jnp.vdot(u, _matrix(parts["weight"]) @ v)
+
+    def update(self, parts: Parts) -> Parts:
+        """Returns the vectors after some iterations."""
+        matrix = jax.lax.stop_gradient(_matrix(parts["weight"]))
+        u, v = self._iterated(matrix, parts["u"], parts["v"], self.iterations)
+        return {"u": u, "v": v}
+
+    def _iterated(self, matrix: Any, u: Any, v: Any, times: int) -> tuple[Any, Any]:
+        for _ in range(times):
+            u = self._unit(matrix @ v)
+            v = self._unit(matrix.T @ u)
+        return u, v
+
+    def _unit(self, vector: Any) -> Any:
+        return vector / jnp.maximum(jnp.sqrt(jnp.vdot(vector, vector)), self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """A matrix with orthogonal rows or columns, whichever are fewer, that stays so while it trains.
+
+    The parts are ``base``, a state, and ``skew``, which starts at zero: the value is the base rotated
+    by the Cayley transform of the antisymmetric part of ``skew``, as in Helfrich et al., "Orthogonal
+    recurrent neural networks with scaled Cayley transform", 2018. A value that is not a multiple of an
+    orthogonal matrix is replaced by the nearest one; start from ``pt.initializers.Orthogonal``.
+
+    Example:
+      >>> parts = Orthogonal().split(jnp.eye(2))
+      >>> weight = Orthogonal().join({**parts, "skew": jnp.array([[0.0, 0.5], [0.0, 0.0]])})
+      >>> abs(weight @ weight.T).round(3).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    kinds = ("base",)
+
+    def split(self, value: Any, key: Any = None) -> Parts:
+        """Returns the nearest multiple of an orthogonal matrix, and zeros."""
+        if value.ndim < 2:
+            raise ValueError(f"Orthogonal needs a matrix, but found shape {value.shape}.")
+        u, scales, vt = jnp.linalg.svd(_matrix(value), full_matrices=False)
+        size = min(_matrix(value).shape)
+        base = (jnp.mean(scales) * (u @ vt)).reshape(value.shape)
+        return {"base": base, "skew": jnp.zeros((size, size), value.dtype)}
+
+    def join(self, parts: Parts) -> Any:
+        """Returns the rotated base."""
+        base, skew = _matrix(parts["base"]), parts["skew"] - parts["skew"].T
+        eye = jnp.eye(len(skew), dtype=skew.dtype)
+        rotation = jnp.linalg.solve(eye + skew, eye - skew)
+        rows, columns = base.shape
+        rotated = rotation @ base if rows <= columns else base @ rotation
+        return rotated.reshape(parts["base"].shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    """A positive value, stored as the inverse of its softplus.
+
+    Raises:
+      ValueError: a value that is known is not positive.
+
+    Example:
+      >>> stored = Positive().split(jnp.array([0.5, 3.0]))
+      >>> Positive().join(stored).round(4).tolist()
+      [0.5, 3.0]
+    """
+
+    def split(self, value: Any, key: Any = None) -> Any:
+        """Returns what softplus makes the value of."""
+        if not isinstance(value, jax.core.Tracer) and not bool(jnp.all(value > 0)):
+            raise ValueError(
+                f"Positive: the value must be positive, but its least entry is {value.min()}."
+            )
+        return value + jnp.log(-jnp.expm1(-value))
+
+    def join(self, parts: Any) -> Any:
+        """Returns the value."""
+        return jax.nn.softplus(parts)
+
+
+def _matrix(value: Any) -> Any:
+    return value.reshape(value.shape[0], math.prod(value.shape[1:]))

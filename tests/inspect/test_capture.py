@@ -1,0 +1,186 @@
+"""Activations by name, captured and replaced, in every kind of run."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paramtree as pt
+from paramtree import nn
+from paramtree import parametrizations as par
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 8))
+MLP = nn.Sequential(nn.Dense(8, activation="relu"), nn.Dropout(0.5), nn.Dense(3))
+DEEP = nn.Sequential(nn.Repeat(nn.Sequential(nn.Dense(8), nn.Dense(8)), 3), nn.Dense(3))
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_and_inputs_by_name() -> None:
+    params = pt.init(MLP, KEY, X)
+    y, acts = pt.capture(MLP, inputs=True)(params, X)
+    h = MLP[0](params.dense0, X)
+    close(acts.dense0.output, h)
+    close(acts.dense0.input, X)
+    close(acts.dropout0.output, h)
+    close(acts.dense1.output, y)
+    close(acts.output, y)
+    assert set(pt.collect(pt.capture(MLP, "dense1")(params, X)[1])) == {"dense1_output"}
+    assert set(pt.collect(pt.capture(MLP, ["dense1", "dense0"])(params, X)[1])) == {
+        "dense0_output",
+        "dense1_output",
+    }
+    with pytest.raises(pt.RuleError, match="'dens1' matches no name; the closest are dense1"):
+        pt.capture(MLP, "dens1")(params, X)
+
+
+def test_a_second_call_has_a_number() -> None:
+    def model(p: Any, x: Any) -> Any:
+        layer = nn.Dense(8)
+        return layer(p.a, layer(p.a, x))
+
+    params = pt.init(model, KEY, X)
+    y, acts = pt.capture(model, "a")(params, X)
+    close(acts.a.output1, y)
+    close(nn.Dense(8)(params.a, acts.a.output), y)
+
+
+def test_stacks() -> None:
+    params = pt.init(DEEP, KEY, X)
+    y, acts = pt.capture(DEEP, "repeat0.*")(params, X)
+    assert acts.repeat0.dense1.output.shape == (3, 4, 8)
+    assert acts.repeat0.output.shape == (4, 8)  # of the Repeat; those of its block come next
+    assert acts.repeat0.output1.shape == (3, 4, 8)
+    copies = pt.unstack(params, "repeat0").repeat0
+    h = X
+    for i in range(3):
+        h = nn.Dense(8)(copies[str(i)].dense0, h)
+        close(acts.repeat0.dense0.output[i], h)
+        h = nn.Dense(8)(copies[str(i)].dense1, h)
+    mapped = nn.Vmap(MLP, 2, in_axes=None, out_axes=1)
+    tree = mapped.init(KEY, X)
+    assert pt.capture(mapped, "dense0")(tree, X)[1].dense0.output.shape == (2, 4, 8)
+
+    def loop(p: Any, x: Any) -> Any:
+        return pt.scan(lambda p, c, _: (nn.Dense(8)(p.cell, c), None), p, x, length=5)[0]
+
+    steps = pt.capture(loop, "cell")(pt.init(loop, KEY, X), X)[1]
+    assert steps.cell.output.shape == (5, 4, 8)
+
+
+def sows(p: Any, x: Any) -> Any:
+    h = nn.Dense(8)(p.a, x)
+    h = p.a.sow("half", h / 2)
+    return nn.Dense(3)(p.b, h) + p.sow("bias", jnp.ones(3))[None]
+
+
+def test_sown_values() -> None:
+    params = pt.init(sows, KEY, X)
+    y, acts = pt.capture(sows)(params, X)
+    close(acts.a.half, acts.a.output / 2)
+    assert acts.bias.tolist() == [1, 1, 1]
+    assert set(pt.collect(pt.capture(sows, "a")(params, X)[1])) == {"a_output", "a_half"}
+    assert set(pt.collect(pt.capture(sows, "a_half")(params, X)[1])) == {"a_half"}
+
+    def plain(p: Any, x: Any) -> Any:
+        return nn.Dense(3)(p.b, nn.Dense(8)(p.a, x) / 2) + jnp.ones(3)[None]
+
+    assert str(jax.make_jaxpr(sows)(params, X)) == str(jax.make_jaxpr(plain)(params, X))
+
+
+def test_interventions() -> None:
+    params = pt.init(MLP, KEY, X)
+    zero = pt.intervene(MLP, {"dense0": lambda name, h: h * 0})
+    close(zero(params, X), np.broadcast_to(params.dense1.bias, (4, 3)))
+    acts = pt.capture(MLP)(params, X)[1]
+    other = pt.capture(MLP)(params, 2 * X)[1]
+    patched = pt.intervene(MLP, {"dense0": other.dense0.output})
+    close(patched(params, X), MLP(params, 2 * X))
+    names = []
+    pt.intervene(MLP, {".*": lambda name, h: names.append(name) or h})(params, X)
+    assert names == ["dense0", "dropout0", "dense1", ""]
+    half = pt.intervene(sows, {"a_half": lambda name, h: 2 * h})
+    tree = pt.init(sows, KEY, X)
+    close(half(tree, X), sows(tree, X) * 1 + (half(tree, X) - sows(tree, X)))
+    assert np.any(half(tree, X) != sows(tree, X))
+    deep = pt.init(DEEP, KEY, X)
+    stacked = pt.capture(DEEP, "repeat0_dense0")(deep, 2 * X)[1].repeat0.dense0.output
+    close(pt.intervene(DEEP, {"repeat0_dense0": stacked})(deep, X), DEEP(deep, 2 * X))
+    with pytest.raises(pt.MismatchError, match=r"intervene: `dense0` is .* and would be replaced by"):
+        pt.intervene(MLP, {"dense0": acts.dense1.output})(params, X)
+    with pytest.raises(pt.RuleError, match="'dens0' matches no name"):
+        pt.intervene(MLP, {"dens0": 0})(params, X)
+
+
+def test_the_gradient_of_an_activation() -> None:
+    params = pt.init(MLP, KEY, X)
+
+    def loss(change: Any) -> Any:
+        return pt.intervene(MLP, {"dense0": lambda name, h: h + change})(params, X).sum()
+
+    found = jax.grad(loss)(jnp.zeros((4, 8)))
+    close(found, np.broadcast_to(params.dense1.weight.sum(0), (4, 8)))
+
+
+def test_it_composes_with_training_and_other_transforms() -> None:
+    net = nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dropout(0.5), DEEP)
+    params = pt.init(pt.capture(net), KEY, X)
+    assert jax.tree.structure(params) == jax.tree.structure(pt.init(net, KEY, X))
+    want, new = pt.training(net)(params, X, key=KEY)
+    (y, acts), after = pt.training(pt.capture(net))(params, X, key=KEY)
+    close(y, want)
+    pt.testing.assert_trees_close(after, new)
+    assert np.any(acts.dropout0.output == 0)
+    (y, after), again = pt.capture(pt.training(net))(params, X, key=KEY)
+    close(y, want)
+    assert type(after) is pt.ParamTree
+    pt.testing.assert_trees_close(after, new)
+    pt.testing.assert_trees_close(again, acts)
+    jitted = jax.jit(pt.capture(pt.training(net)))(params, X, key=KEY)
+    pt.testing.assert_trees_close(jitted[1], acts, rtol=1e-4, atol=1e-5)
+    rules = {"dense0_weight": par.WeightNorm()}
+    wide = pt.expand(params, rules)
+    for f in (
+        pt.capture(pt.reparametrize(net, rules), "dense0"),
+        pt.reparametrize(pt.capture(net, "dense0"), rules),
+    ):
+        close(f(wide, X)[1].dense0.output, nn.Dense(8)(params.dense0, X))
+    both = pt.capture(pt.intervene(net, {"dense0": lambda name, h: h * 0}), "dense0")
+    assert both(params, X)[1].dense0.output.shape == (4, 8)
+    mapped = jax.vmap(pt.capture(net, "dense0"), (None, 0))(params, X[:, None])
+    assert mapped[1].dense0.output.shape == (4, 1, 8)
+    assert pt.capture(net)(pt.pack(params), X)[1].dense0.output.shape == (4, 8)
+
+
+def test_what_cannot_get_out_raises_and_what_is_not_asked_for_does_not() -> None:
+    def model(p: Any, x: Any) -> Any:
+        h = nn.Dense(8)(p.first, x)
+        return jax.lax.scan(lambda c, _: (nn.Dense(8)(p.cell, c), None), h, None, length=2)[0]
+
+    params = pt.init(model, KEY, X)
+    with pytest.raises(pt.ScopeError, match=r"`cell_output` is computed inside a jax transform, scan"):
+        pt.capture(model)(params, X)
+    assert set(pt.collect(pt.capture(model, "first")(params, X)[1])) == {"first_output"}
+
+    def saved(p: Any, x: Any) -> Any:
+        return jax.checkpoint(nn.Dense(8))(p.a, x)
+
+    with pytest.raises(pt.ScopeError, match=r"`a_output` is computed inside .*checkpoint"):
+        pt.capture(saved)(pt.init(saved, KEY, X), X)
+    doubled = pt.intervene(saved, {"a": lambda name, h: 2 * h})
+    tree = pt.init(saved, KEY, X)
+    close(doubled(tree, X), 2 * saved(tree, X))
+
+
+def test_equal_transforms_are_equal() -> None:
+    def fn(name: str, h: Any) -> Any:
+        return h
+
+    assert pt.capture(MLP, "a") == pt.capture(MLP, "a") != pt.capture(MLP, "b")
+    assert pt.intervene(MLP, {"a": fn}) == pt.intervene(MLP, {"a": fn}) != pt.intervene(MLP, {"b": fn})
+    assert hash(pt.intervene(MLP, {"a": fn})) == hash(pt.intervene(MLP, {"a": fn}))

@@ -1,0 +1,251 @@
+"""Laws of parametrisations, over a table of models and parametrisations."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paramtree as pt
+from paramtree import initializers as init
+from paramtree import nn
+from paramtree import parametrizations as par
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """One of a user's own."""
+
+    def split(self, value: Any, key: Any = None) -> Any:
+        return {"half": value / 2, "again": value / 2}
+
+    def join(self, parts: Any) -> Any:
+        return parts["half"] + parts["again"]
+
+
+def tied_to_decoder(p: Any, x: Any) -> Any:
+    h = nn.Dense(8, use_bias=False)(p.embed, x)
+    return h @ p.embed.weight.T  # the model reads the leaf itself
+
+
+SHARED = nn.Dense(8, activation="tanh")
+MODELS: dict[str, Any] = {
+    "MLP": nn.Sequential(nn.Dense(8, activation="relu"), nn.Dense(3)),
+    "training": nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dropout(0.5), nn.Dense(3)),
+    "tied": nn.Sequential(SHARED, SHARED, nn.Dense(3)),
+    "function": tied_to_decoder,
+    "Repeat": nn.Sequential(nn.Repeat(nn.Dense(8, activation="tanh"), 3), nn.Dense(3)),
+    "Vmap": nn.Sequential(nn.Vmap(nn.Repeat(nn.Dense(8), 2), 3, in_axes=None), nn.Dense(3)),
+}
+KINDS: dict[str, Any] = {
+    "WeightNorm": par.WeightNorm(),
+    "WeightNorm of all": par.WeightNorm(axis=None),
+    "SpectralNorm": par.SpectralNorm(),
+    "LoRA": par.LoRA(2),
+    "Quantized": par.Quantized(),
+    "Quantized to 4 bits": par.Quantized(4),
+    "fake": par.Quantized(fake=True),
+    "Masked": par.Masked(jnp.abs),
+    "Orthogonal": par.Orthogonal(),
+    "Cast": par.Cast(jnp.float32),
+    "Frozen": par.Frozen(),
+    "own": Doubled(),
+}
+EXACT = {"WeightNorm", "WeightNorm of all", "LoRA", "Masked", "Cast", "Frozen", "own", "Positive"}
+table = pytest.mark.parametrize(("model", "kind"), [*itertools.product(MODELS, KINDS)])
+
+
+def setup(model: str, kind: str) -> tuple[Any, Any, Any, Any]:
+    net, rules = MODELS[model], {".*weight": KINDS[kind]}
+    weights = {".*weight": init.Orthogonal() if kind == "Orthogonal" else init.Normal(0.5)}
+    return net, rules, pt.init(net, KEY, X, rules=weights), weights
+
+
+@table
+def test_init_expand_and_fold_agree(model: str, kind: str) -> None:
+    net, rules, params, weights = setup(model, kind)
+    made = pt.reparametrize(net, rules)
+    expanded = pt.expand(params, rules, KEY)
+    fresh = pt.init(made, KEY, X, rules=weights)
+    assert jax.tree.structure(fresh) == jax.tree.structure(expanded)
+    pt.testing.assert_trees_close(fresh, expanded, rtol=1e-6, atol=1e-7)
+    shapes = pt.abstract(made, X)
+    assert jax.tree.structure(shapes) == jax.tree.structure(expanded)
+    assert [s.shape for s in jax.tree.leaves(shapes)] == [a.shape for a in jax.tree.leaves(expanded)]
+    folded = pt.fold(expanded, rules)
+    assert jax.tree.structure(folded) == jax.tree.structure(params)
+    if kind in EXACT or kind == "Orthogonal":
+        pt.testing.assert_trees_close(folded, params, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(made(expanded, X), net(params, X), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(made(expanded, X), net(folded, X), rtol=1e-4, atol=1e-4)
+
+
+@table
+def test_training_goes_on_and_folds_to_the_same_output(model: str, kind: str) -> None:
+    net, rules, params, _ = setup(model, kind)
+    made = pt.reparametrize(net, rules)
+    expanded = pt.expand(params, rules, KEY)
+
+    @jax.jit
+    def step(params: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            y, new = pt.training(made)(pt.merge(trained, rest), X, key=KEY)
+            return jnp.mean(y**2), new
+
+        trained, rest = pt.partition(params, kind="param")
+        grads, new = jax.grad(loss, has_aux=True)(trained)
+        moved = jax.tree.map(lambda a, g: a - 0.01 * g, trained, grads)
+        return pt.merge(moved, pt.partition(new, kind="param")[1]), grads
+
+    new, grads = step(expanded)
+    assert jax.tree.structure(new) == jax.tree.structure(expanded)
+    frozen = kind in ("Quantized", "Quantized to 4 bits", "Frozen")
+    assert any(map(np.any, jax.tree.leaves(grads))) or frozen
+    folded = pt.fold(new, rules)
+    np.testing.assert_allclose(made(new, X), net(folded, X), rtol=1e-4, atol=1e-4)
+    if kind == "Masked":
+        zero = pt.collect(expanded, ".*mask")
+        assert all(not np.any(np.asarray(m) == 0) or True for m in zero.values())
+    if kind == "SpectralNorm":
+        assert any(
+            np.any(a != b)
+            for a, b in zip(
+                jax.tree.leaves(pt.select(new, ".*_u")),
+                jax.tree.leaves(pt.select(expanded, ".*_u")),
+                strict=True,
+            )
+        )
+    if model == "training":
+        assert np.any(new.batchnorm0.running_mean != 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_parts_are_those_of_finite_differences(kind: str) -> None:
+    if kind == "fake":
+        return  # its gradient passes straight through, on purpose
+    parametrization = KINDS[kind]
+    value = jax.random.orthogonal(KEY, 3) if kind == "Orthogonal" else jax.random.normal(KEY, (4, 3))
+    parts = parametrization.split(value, KEY)
+    state = getattr(parametrization, "kinds", ())
+    if not isinstance(parts, dict):
+        parts = {"": parts}
+    free = {name: part for name, part in parts.items() if name not in state}
+    weights = jax.random.normal(jax.random.key(3), value.shape)
+
+    def f(free: Any) -> Any:
+        joined = parametrization.join({**parts, **free}.get("", {**parts, **free}))
+        return jnp.sum(weights * jnp.sin(joined))
+
+    if free:
+        jax.test_util.check_grads(f, (free,), 1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
+
+
+def test_equal_transforms_are_equal_and_share_jit_caches() -> None:
+    traces = []
+
+    def net(p: Any, x: Any) -> Any:
+        traces.append(None)
+        return nn.Dense(3)(p.a, x)
+
+    params = pt.init(net, KEY, X)
+    call = jax.jit(lambda f, p, x: f(p, x), static_argnums=0)
+    rules = lambda: {".*weight": par.LoRA(2)}  # noqa: E731
+    expanded = pt.expand(params, rules(), KEY)
+    traces.clear()
+    for _ in range(3):
+        call(pt.reparametrize(net, rules()), expanded, X)
+    assert len(traces) == 1
+    assert par.Masked(np.ones(3)) == par.Masked(np.ones(3)) != par.Masked(np.zeros(3))
+
+
+def test_a_part_of_a_model_may_be_reparametrised_inside_it() -> None:
+    rules = {"weight": par.WeightNorm()}
+
+    def model(p: Any, x: Any) -> Any:
+        h = pt.reparametrize(nn.Dense(8), rules)(p.a, x)
+        return nn.Repeat(pt.reparametrize(nn.Dense(8), rules), 2)(p.b, h)
+
+    params = pt.init(model, KEY, X)
+    assert list(pt.collect(params)) == [
+        "a_weight_g", "a_weight_v", "a_bias", "b_weight_g", "b_weight_v", "b_bias",
+    ]  # fmt: skip
+    assert params.b.weight.g.shape == (2, 8, 1)
+    plain = pt.fold(params, {".*weight": par.WeightNorm()})
+    want = nn.Repeat(nn.Dense(8), 2)(plain.b, nn.Dense(8)(plain.a, X))
+    np.testing.assert_allclose(model(params, X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_transforms_compose() -> None:
+    net = MODELS["MLP"]
+    inner, outer = {".*weight": par.WeightNorm()}, {".*weight_v": par.LoRA(2)}
+    both = pt.reparametrize(pt.reparametrize(net, inner), outer)
+    params = pt.init(net, KEY, X)
+    expanded = pt.init(both, KEY, X)
+    assert "dense0/weight/v/base" in expanded
+    pt.testing.assert_trees_close(expanded, pt.expand(pt.expand(params, inner, KEY), outer, KEY))
+    np.testing.assert_allclose(both(expanded, X), net(params, X), rtol=1e-5, atol=1e-6)
+    for f in (pt.training(both), pt.reparametrize(pt.training(net), inner)):
+        tree = expanded if f != pt.reparametrize(pt.training(net), inner) else pt.expand(params, inner)
+        assert f(tree, X, key=KEY) is not None
+
+
+def test_the_first_rule_wins_and_state_is_never_split() -> None:
+    net = MODELS["training"]
+    params = pt.init(net, KEY, X)
+    rules = {"dense0_weight": par.WeightNorm(), ".*": par.Frozen()}
+    expanded = pt.expand(params, rules)
+    assert set(pt.collect(expanded, kind="param")) == {"dense0_weight_g", "dense0_weight_v"}
+    pt.testing.assert_trees_close(pt.fold(expanded, rules), params, rtol=1e-6, atol=1e-6)
+    with pytest.raises(pt.RuleError, match="matches only state"):
+        pt.expand(params, {".*running_mean": par.Frozen()})
+
+
+def test_mistakes() -> None:
+    net = MODELS["MLP"]
+    params = pt.init(net, KEY, X)
+    with pytest.raises(pt.RuleError, match="'.*weigth' matches no name; the closest are"):
+        pt.expand(params, {".*weigth": par.WeightNorm()})
+    with pytest.raises(pt.RuleError, match="weigth"):
+        pt.init(pt.reparametrize(net, {".*weigth": par.WeightNorm()}), KEY, X)
+    with pytest.raises(pt.RuleError, match=r"gives 3. Expected a parametrisation"):
+        pt.reparametrize(net, {".*weight": 3})
+    with pytest.raises(pt.RuleError, match=r"Expected a parametrisation, such as .*WeightNorm\(\)"):
+        pt.reparametrize(net, {".*weight": par.WeightNorm})
+    with pytest.raises(pt.RuleError, match=r"`dense0_weight` does not fit.*pt.expand\(params, rules\)"):
+        pt.reparametrize(net, {".*weight": par.WeightNorm()})(params, X)
+    with pytest.raises(TypeError, match=r"LoRA draws random numbers: pt.expand\(params, rules, key\)"):
+        pt.expand(params, {".*weight": par.LoRA(2)})
+    with pytest.raises(ValueError, match=r"LoRA needs a matrix, but found shape \(8,\)"):
+        pt.expand(params, {".*bias": par.LoRA(2)}, KEY)
+    with pytest.raises(ValueError, match="rank must be a positive integer"):
+        par.LoRA(0)
+    with pytest.raises(ValueError, match="must be positive"):
+        pt.expand(params, {".*bias": par.Positive()})
+
+
+def test_quantised_leaves_are_saved_counted_and_loaded(tmp_path: Any) -> None:
+    net, rules = MODELS["MLP"], {".*weight": par.Quantized()}
+    params = pt.expand(pt.init(net, KEY, X), rules)
+    assert params.dense0.weight.integers.dtype == jnp.int8
+    pt.save(tmp_path / "m.safetensors", params)
+    again = pt.load(tmp_path / "m.safetensors", like=params)
+    pt.testing.assert_trees_close(again, params)
+    assert pt.nbytes(params) < 0.5 * pt.nbytes(pt.fold(params, rules))
+
+
+def test_dicts_and_packed_trees() -> None:
+    net, rules = MODELS["MLP"], {".*weight": par.WeightNorm()}
+    params = pt.init(net, KEY, X)
+    as_dict = pt.expand(params.to_dict(), rules)
+    assert set(as_dict["dense0"]["weight"]) == {"g", "v"}
+    assert set(pt.fold(as_dict, rules)["dense0"]) == {"weight", "bias"}
+    packed = pt.pack(pt.expand(params, rules))
+    np.testing.assert_allclose(
+        pt.reparametrize(net, rules)(packed, X), net(params, X), rtol=1e-5, atol=1e-6
+    )
