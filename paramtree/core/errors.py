@@ -46,7 +46,7 @@ class MissingError(MismatchError, KeyError, IndexError, AttributeError):
 
 
 class ScopeError(ParamTreeError, RuntimeError):
-    """A layer writes state or draws a key where its scope cannot do so."""
+    """A layer writes state or draws a key where that cannot be, or would be repeated or lost."""
 
 
 class ImmutableError(ParamTreeError, TypeError, AttributeError):

@@ -118,7 +118,9 @@ class _Looking(Run):
         return new
 
     def _own(self, new: Any, value: Any, name: Path) -> Any:
-        """Returns the part of a replacement that belongs to this iteration."""
+        """Returns the part of a replacement for this iteration; a number fills the value."""
+        if isinstance(new, int | float):
+            return jax.tree.map(lambda a: jnp.full_like(a, new), value)
         if shape_of(new) != shape_of(value) and self._index:
             for index in self._index:
                 new = jax.tree.map(lambda a, i=index: jnp.asarray(a)[i], new)
@@ -329,7 +331,7 @@ def intervene(f: Callable[..., Any], rules: Mapping[Any, Any]) -> Callable[..., 
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``, also one made by another transform.
-      rules: patterns, for names of layers or of sown values, to values or functions
+      rules: patterns, for names of layers or of sown values, to arrays, numbers, or functions
         ``fn(name, value)`` of the value that would be there; the first that matches wins.
 
     Raises:

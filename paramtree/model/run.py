@@ -87,8 +87,6 @@ class Run:
         """Calls a layer on a scope."""
         return method(layer, scope, *args, **kwargs)
 
-    # For loops and maps over a model, whose body has a run of its own
-
     def split(self, scope: Any, n: int) -> Any:
         """Returns arrays with a leading axis of n, of which each iteration gets one entry."""
         return None
@@ -117,8 +115,6 @@ class Run:
     def sow(self, scope: Any, name: str, value: Any) -> Any:
         """Shows a value to who looks; returns it, or what replaces it."""
         return value
-
-    # For transforms
 
     def token(self) -> tuple[Any, tuple[Any, ...]]:
         """Returns what jax keeps of the run, whose ``again`` returns it, and arrays to take along."""

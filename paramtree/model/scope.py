@@ -223,6 +223,8 @@ class Scope(ParamTree):
     def key(self) -> jax.Array:
         """Draws a PRNG key, a new one each time, from the call's key and the layer's path.
 
+        jax also keeps the traces of branches: give the scope as an operand to one that is used twice.
+
         Raises:
           ScopeError: the call was given no key, or the draw would be repeated, as in a scan.
         """

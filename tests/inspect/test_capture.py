@@ -97,6 +97,7 @@ def test_interventions() -> None:
     params = pt.init(MLP, KEY, X)
     zero = pt.intervene(MLP, {"dense0": lambda name, h: h * 0})
     close(zero(params, X), np.broadcast_to(params.dense1.bias, (4, 3)))
+    close(pt.intervene(MLP, {"dense0": 0.0})(params, X), zero(params, X))
     acts = pt.capture(MLP)(params, X)[1]
     other = pt.capture(MLP)(params, 2 * X)[1]
     patched = pt.intervene(MLP, {"dense0": other.dense0.output})

@@ -315,6 +315,25 @@ def test_every_draw_differs_or_raises(name: str, how: str) -> None:
         assert 0 < (mask != 0).sum() < 64
 
 
+def test_a_draw_in_a_custom_rule_raises_or_differs() -> None:
+    def model(p: Any) -> Any:
+        @jax.custom_vjp
+        def dropped(x: Any) -> Any:
+            return DROP(p, x)
+
+        dropped.defvjp(lambda x: (DROP(p, x), None), lambda _, g: (g,))
+        return jnp.stack([dropped(ONES), dropped(ONES)])
+
+    for run in (pt.training(model), jax.jit(pt.training(model))):
+        try:
+            masks = np.asarray(run(pt.from_tree({}), key=KEY)[0])
+        except pt.ScopeError as error:
+            message = str(error)
+        else:
+            message = "draws random numbers" if (masks[0] != masks[1]).any() else "one mask"
+        assert "draws random numbers" in message
+
+
 def test_an_inner_function_is_traced_anew_in_each_training_call() -> None:
     inner = jax.jit(drop)
     model = pt.training(lambda p: inner(p))

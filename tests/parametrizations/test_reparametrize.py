@@ -58,7 +58,14 @@ KINDS: dict[str, Any] = {
     "own": Doubled(),
 }
 EXACT = {"WeightNorm", "WeightNorm of all", "LoRA", "Masked", "Cast", "Frozen", "own", "Positive"}
-table = pytest.mark.parametrize(("model", "kind"), [*itertools.product(MODELS, KINDS)])
+SLOW = ("tied", "function", "Vmap")  # the others go through the same code, but for these models
+table = pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        pytest.param(model, kind, marks=[pytest.mark.slow] if model in SLOW else [])
+        for model, kind in itertools.product(MODELS, KINDS)
+    ],
+)
 
 
 def setup(model: str, kind: str) -> tuple[Any, Any, Any, Any]:
