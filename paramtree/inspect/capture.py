@@ -53,7 +53,7 @@ class _Look:
                 pattern_text(p) if callable(p) else no_match(p, [sep_of(p).join(n) for n in self.names])
                 for p in unused
             ]
-            raise RuleError(f"{verb}: {'; '.join(texts)} among the layers that were called.")
+            raise RuleError(f"{verb}: among the layers that were called, {'; '.join(texts)}.")
 
 
 class _Looking(Run):
@@ -74,7 +74,7 @@ class _Looking(Run):
         return getattr(self._inner, name)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # type: ignore[override]  # the base has it as a constant
         return bool(self._inner.training)
 
     def call(self, layer: Any, scope: Scope, method: Any, args: Any, kwargs: Any) -> Any:

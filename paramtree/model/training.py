@@ -107,7 +107,7 @@ class Training(Run):
         call = self._call
         if not call.states and not call.written:
             return
-        slots = [(cell, call.slots.get(cells.paths[cell], -1)) for cell in chosen]  # type: ignore[arg-type]
+        slots = [(cell, call.slots.get(cells.paths[cell] or (), -1)) for cell in chosen]
         state = [(cell, slot) for cell, slot in slots if slot in call.states or slot in call.written]
         for cell, slot in state:
             if cells.sources is not None and call.leaves[slot] is not cells.sources[cell]:

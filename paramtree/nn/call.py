@@ -32,7 +32,7 @@ def called(method: F) -> F:
         scope = _as_scope(scope)
         return run_of(scope).call(self, scope, method, rest, kwargs)
 
-    call._tells_run = True  # type: ignore[attr-defined]
+    call._tells_run = True  # type: ignore[attr-defined]  # so that it is not wrapped twice
     return call  # type: ignore[return-value]  # it has the same signature
 
 

@@ -136,7 +136,7 @@ class Layer(metaclass=LayerType):
         super().__init_subclass__(**kwargs)
         call: Any = called(cls.__call__)
         if call is not cls.__call__:  # otherwise inherited, and another base may override it
-            cls.__call__ = call  # type: ignore[method-assign]
+            cls.__call__ = call  # type: ignore[method-assign]  # the same, wrapped
 
     @called
     def __call__(self, p: Any, x: Any) -> Any:

@@ -264,6 +264,8 @@ def _problem(one: Folded, kinds: Mapping[str, str]) -> str:
         again = jax.eval_shape(one.parametrization.split, value, jax.random.key(0))
     except Exception as error:  # whatever a parametrisation raises for parts that are not its own
         names = ", ".join(filter(None, one.parts)) or "one array"
+        if isinstance(error, KeyError | TypeError | AttributeError):  # other names, or one array
+            return f"{one.parametrization!r} has other parts than {names}"
         return f"{one.parametrization!r} cannot join {names} ({type(error).__name__}: {error})"
     expected = again if isinstance(again, dict) else {"": again}
     state = state_parts(one.parametrization, again)

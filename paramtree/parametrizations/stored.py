@@ -1,7 +1,6 @@
 """How a weight is stored: in integers, as a low-rank change, pruned, in another dtype, frozen."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,7 +136,7 @@ class Masked:
 
     def split(self, value: Any, key: Any = None) -> Parts:
         """Returns the value and its mask."""
-        mask = self.mask(value) if isinstance(self.mask, Callable) else jnp.asarray(self.mask)  # type: ignore[arg-type]
+        mask = self.mask(value) if callable(self.mask) else jnp.asarray(self.mask)
         return {"value": value, "mask": jnp.broadcast_to(mask != 0, value.shape)}
 
     def join(self, parts: Parts) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import paramtree as pt
 from paramtree import initializers as init
@@ -150,7 +151,7 @@ def test_gradients_of_parts_are_those_of_finite_differences(kind: str) -> None:
         return jnp.sum(weights * jnp.sin(joined))
 
     if free:
-        jax.test_util.check_grads(f, (free,), 1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
+        check_grads(f, (free,), 1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
 
 
 def test_equal_transforms_are_equal_and_share_jit_caches() -> None:
