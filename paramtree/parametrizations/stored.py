@@ -137,7 +137,7 @@ class Masked:
     def split(self, value: Any, key: Any = None) -> Parts:
         """Returns the value and its mask."""
         mask = self.mask(value) if callable(self.mask) else jnp.asarray(self.mask)
-        return {"value": value, "mask": jnp.broadcast_to(mask != 0, value.shape)}
+        return {"value": value, "mask": jnp.broadcast_to(jnp.asarray(mask).astype(bool), value.shape)}
 
     def join(self, parts: Parts) -> Any:
         """Returns the value, zero where it is masked."""
