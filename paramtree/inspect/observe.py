@@ -1,14 +1,7 @@
-"""Observed runs: which layers a model calls, where, in which order and with which arrays.
-
-There is no mode to switch on. The model runs on scopes with an observer, and a layer called on one
-announces itself. On any other scope a call costs one check of the scope's type, while tracing, and
-leaves nothing in the compiled program.
-"""
+"""The calls of a model's layers: which, where, in which order and with which arrays."""
 
 import dataclasses
-import functools
 import re
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +10,8 @@ import jax
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.structure import Path
 from paramtree.core.tree import ParamTree, place_of
-from paramtree.model.run import Run
-from paramtree.model.scope import Scope, scope_of
+from paramtree.inspect.looking import Looking, Watcher, looked_at
+from paramtree.model.run import INFERENCE
 
 __all__ = ["Call", "Observer", "call_of"]
 
@@ -46,45 +39,52 @@ class Call:
     reads: dict[Path, None] = dataclasses.field(default_factory=dict)
 
 
-class Observer:
+class Observer(Watcher):
     """The calls of one observed run of a model, in order.
 
     Each call runs under a name scope with its number, so each equation of the jaxpr names its call.
+
+    Attributes:
+      calls: the calls.
+      joined: what each parameter is read through, the innermost parametrisation last, by path.
     """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.joined: dict[Path, list[Any]] = {}
         self._open: list[int] = []  # the calls that have not yet returned
 
-    def scope(self, tree: ParamTree) -> Scope:
-        """Returns a scope on a tree; this observer records its calls and reads."""
-        return scope_of(tree, _Observing(self))
-
-    def call(
-        self, layer: Any, place: Path, run: Callable[..., Any], /, *args: Any, **kwargs: Any
+    def observe(
+        self, layer: Any, f: Callable[..., Any], tree: ParamTree, args: Any, kwargs: Any
     ) -> Any:
-        """Runs a call and records it; its result or error passes through."""
-        parent = self._open[-1] if self._open else None
-        if parent is not None:
-            outside = self.calls[parent]
-            if outside.layer is layer and outside.place == place:
-                return run(*args, **kwargs)  # its own method again, through super()
+        """Returns the output of a model, whose call is the first and that of ``layer``."""
+        run = Looking(INFERENCE, self)
+        scope = looked_at(tree, run)
+
+        def call() -> Any:
+            return f(scope, *args, **kwargs)
+
+        return run.watched(layer, place_of(tree), call, (*args, *kwargs.values()))
+
+    def called(self, run: Any, place: Path, layer: Any, call: Callable[[], Any], args: Any) -> Any:
         number = len(self.calls)
-        call = Call(layer, place, parent, _arrays([*args, *kwargs.values()]))
-        self.calls.append(call)
+        parent = self._open[-1] if self._open else None
+        self.calls.append(Call(layer, place, parent, _arrays(args)))
         self._open.append(number)
         try:
             with jax.named_scope(f"{_MARK}{number}"):
-                outputs = run(*args, **kwargs)
+                outputs = call()
         finally:
             self._open.pop()
-        call.outputs = _arrays(outputs)
+        self.calls[number].outputs = _arrays(outputs)
         return outputs
 
-    def read(self, path: Path) -> None:
-        """Records that the innermost call asks for a leaf."""
+    def declared(self, path: Path) -> None:
         if self._open:
             self.calls[self._open[-1]].reads[path] = None
+
+    def parametrized(self, path: Path, parametrization: Any) -> None:
+        self.joined.setdefault(path, []).append(parametrization)
 
 
 def call_of(equation: Any) -> int | None:
@@ -104,41 +104,3 @@ def _arrays(values: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         for leaf in leaves
         if dtype_of(leaf) is not None and not isinstance(leaf, ParamTree)
     )
-
-
-class _Observing(Run):
-    """An observed run for inference."""
-
-    __slots__ = ("observer",)
-
-    def __init__(self, observer: Observer) -> None:
-        self.observer = observer
-
-    def declare(self, scope: Any, kind: str, name: str, *how: Any) -> Any:
-        leaf = super().declare(scope, kind, name, *how)
-        self.observer.read((*place_of(scope), name))
-        return leaf
-
-    def call(self, layer: Any, scope: Scope, method: Any, args: Any, kwargs: Any) -> Any:
-        run = functools.partial(method, layer)
-        return self.observer.call(layer, place_of(scope), run, scope, *args, **kwargs)
-
-    def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
-        return scope_of(tree, self)
-
-    def token(self) -> tuple["_Token", tuple[Any, ...]]:
-        # A scope that goes through a transform keeps its observer, so a layer under jax.checkpoint is
-        # recorded. The reference is weak, as jax keeps static data alive.
-        return _Token(weakref.ref(self.observer)), ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Token:
-    """Makes the run of a scope that went through a transform."""
-
-    observer: "weakref.ref[Observer]"
-    keeps_place = True
-
-    def again(self, *arrays: Any) -> _Observing | None:
-        observer = self.observer()
-        return None if observer is None else _Observing(observer)

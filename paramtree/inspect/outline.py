@@ -22,6 +22,18 @@ __all__ = ["Leaf", "Level", "as_tree", "contents", "lines", "opened", "outline",
 
 DEEPEST = 100  # levels drawn; browsers fail at a few hundred
 
+# The parts of the parametrisations of the library; a star marks state. A tree does not store which of
+# its levels are parameters in parts, so those with just these leaves are called by them.
+_PARTS = {
+    ("g", "v"): "WeightNorm",
+    ("weight", "u*", "v*"): "SpectralNorm",
+    ("base*", "a", "b"): "LoRA",
+    ("integers*", "scale*"): "Quantized",
+    ("value", "mask*"): "Masked",
+    ("base*", "skew"): "Orthogonal",
+    ("frozen*",): "Frozen",
+}
+
 
 @dataclass(slots=True)
 class Leaf:
@@ -64,6 +76,7 @@ class Level:
     state: int = 0  # the share of count that is state
     holes: int = 0
     tied: int = 0  # aliases of leaves that count elsewhere
+    note: str = ""  # which parametrisation its leaves are the parts of
 
     def add(self, child: "Level | Leaf") -> None:
         """Adds a child to the totals of this level."""
@@ -116,8 +129,12 @@ def outline(tree: ParamTree) -> Level:
             else:
                 leaf.tied = short(join(place + first))
         levels[above].add(leaf)
+    kinds = structure.kinds
     for path, inner in reversed(levels.items()):  # children before their parents
         if path:
+            parts = [c for c in inner.children if isinstance(c, Leaf) and c.slot != HOLE]
+            names = (f"{c.name}{'*' if kinds[c.slot] == STATE else ''}" for c in parts)
+            inner.note = _PARTS.get(tuple(names), "") if len(parts) == len(inner.children) else ""
             levels[path[:-1]].add(inner)
     return top
 
@@ -171,8 +188,9 @@ def title(level: Level) -> str:
 
 
 def contents(level: Level) -> str:
-    """Returns the leaves, ties and holes at and below a level, as text."""
+    """Returns what a level is, and the leaves, ties and holes at and below it, as text."""
     parts = (
+        level.note,
         plural(level.leaves, "leaf", "leaves") if level.leaves else "",
         f"{level.tied:,} tied" if level.tied else "",
         plural(level.holes, "hole", "holes") if level.holes else "",
@@ -208,7 +226,7 @@ def lines(
             more = blank if item.tied else measures.get(item.slot, blank)
             rows.append((guides + item.name, *item.cells(), *more, _remark(item)))
         else:
-            note = "" if id(item) in open_ids and item.children else contents(item)
+            note = item.note if id(item) in open_ids and item.children else contents(item)
             rows.append((guides + item.name, *item.cells(), *blank, note))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(6 + len(heading))]
     yield title(top)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,21 @@ import jax
 from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.structure import PARAM, Path
 from paramtree.core.tree import ParamTree, flatten, place_of
+from paramtree.inspect.capture import Captured, Intervened
 from paramtree.inspect.observe import Call
+from paramtree.inspect.report import some
 from paramtree.model.training import TrainingModel
 from paramtree.nn import Activation, Lambda, Repeat, Vmap
+from paramtree.parametrizations.reparametrize import Reparametrized
 
-__all__ = ["Row", "arrays_text", "count_leaves", "rows_of", "title", "unwrapped"]
+__all__ = ["Row", "arrays_text", "count_leaves", "model_text", "rows_of", "title", "unwrapped"]
+
+_TRANSFORMS = {
+    TrainingModel: "training",
+    Reparametrized: "reparametrize",
+    Captured: "capture",
+    Intervened: "intervene",
+}
 
 
 @dataclass
@@ -36,12 +46,25 @@ class Row:
     flops: int | None = None  # its own floating-point operations; None if unknown
     tied: dict[str, str] = field(default_factory=dict)  # its aliases, each with the name that counts
     shared: bool = False  # whether an earlier row has counted some of its leaves under the same names
+    # Its parameters that are read through parametrisations, and those, the innermost last.
+    parametrized: dict[str, str] = field(default_factory=dict)
 
 
 def unwrapped(f: Any) -> Any:
-    """Returns the model inside a jitted, partial or otherwise wrapped function."""
+    """Returns the model inside a jitted, partial or otherwise wrapped or transformed function."""
     f = inspect.unwrap(f)
-    return unwrapped(f.func) if isinstance(f, functools.partial) else f
+    if isinstance(f, functools.partial):
+        return unwrapped(f.func)
+    return unwrapped(f.f) if type(f) in _TRANSFORMS else f
+
+
+def model_text(f: Any) -> str:
+    """Returns the type of a model as text, with its transforms."""
+    f = inspect.unwrap(f)
+    if isinstance(f, functools.partial):
+        return model_text(f.func)
+    verb = _TRANSFORMS.get(type(f))
+    return f"{verb}({model_text(f.f)})" if verb else _layer_text(f)
 
 
 def _kept(calls: Sequence[Call], traced: set[int]) -> list[int]:
@@ -87,9 +110,16 @@ def rows_of(calls: Sequence[Call], traced: set[int], base: Path) -> dict[int, Ro
 
 
 def count_leaves(
-    tree: ParamTree, calls: Sequence[Call], rows: dict[int, Row], trained: set[int]
+    tree: ParamTree,
+    calls: Sequence[Call],
+    rows: dict[int, Row],
+    trained: set[int],
+    joined: Mapping[Path, Sequence[Any]],
 ) -> dict[str, dict[str, int | None]]:
-    """Counts each stored leaf on the first row that reads it, and returns the totals."""
+    """Counts each stored leaf on the first row that reads it, and returns the totals.
+
+    ``joined`` has the parametrisations that parameters are read through.
+    """
     (structure, leaves), base = flatten(tree), len(place_of(tree))
     slots = dict(structure.entries())
     reads: list[tuple[int, Path]] = []
@@ -115,6 +145,12 @@ def count_leaves(
         "state": {"state": 0, "bytes": 0},
     }
     first: dict[int, Path] = {}
+    through: dict[int, dict[str, str]] = {}
+    for path, slot in slots.items() if joined else ():
+        for owner in (place_of(tree) + path[:i] for i in range(1, len(path) + 1)):
+            if owner in joined:
+                hows = ", ".join(type(how).__name__ for how in joined[owner])
+                through.setdefault(slot, {})[join(owner[base:])] = hows
     for number, path in reads:
         row, slot = rows[number], slots[path]
         if slot in first:
@@ -124,6 +160,7 @@ def count_leaves(
                 row.tied[join(path)] = join(first[slot])
             continue
         first[slot] = path
+        row.parametrized.update(through.get(slot, {}))
         leaf = leaves[slot]
         dtype = dtype_of(leaf)
         if dtype is None:
@@ -147,6 +184,10 @@ def count_leaves(
 def title(row: Row) -> str:
     """Returns the label of a row, indented by its depth, with its ties."""
     text = "  " * row.depth + (f"{row.label}: {row.layer}" if row.label else row.layer)
+    for how in dict.fromkeys(row.parametrized.values()):
+        names = [name for name, other in row.parametrized.items() if other == how]
+        stem = f"{row.name}_" if row.name else ""
+        text += f" ({some([name.removeprefix(stem) for name in names], 2)}: {how})"
     if row.tied:
         text += f" (tied to {_first_text(row)})"
     return f"{text} (shared)" if row.shared else text
@@ -163,8 +204,6 @@ def _first_text(row: Row) -> str:
 
 
 def _layer_text(layer: Any) -> str:
-    if isinstance(layer, TrainingModel):  # calls inside it are not observed
-        return f"training({_layer_text(unwrapped(layer.f))})"
     name: str = getattr(layer, "__name__", type(layer).__name__)
     if isinstance(layer, Activation | Lambda):  # their arguments say what they do
         text = repr(layer)

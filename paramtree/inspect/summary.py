@@ -21,7 +21,7 @@ from paramtree.core.tree import ParamTree, unflatten
 from paramtree.inspect.flops import calls_in, count_flops, split_by_call
 from paramtree.inspect.observe import Observer
 from paramtree.inspect.report import Report, Table, bytes_text, some, with_unit
-from paramtree.inspect.rows import Row, arrays_text, count_leaves, rows_of, title, unwrapped
+from paramtree.inspect.rows import Row, arrays_text, count_leaves, model_text, rows_of, title, unwrapped
 
 __all__ = ["Summary", "summary"]
 
@@ -59,7 +59,7 @@ class Summary(Report):
         """
         rows = []
         for row in self.rows:
-            plain = {**vars(row), "tied": dict(row.tied)}
+            plain = {**vars(row), "tied": dict(row.tied), "parametrized": dict(row.parametrized)}
             del plain["label"]
             for name in ("inputs", "outputs"):
                 plain[name] = [{"shape": list(a.shape), "dtype": str(a.dtype)} for a in plain[name]]
@@ -106,9 +106,9 @@ def summary(
     and the leaves of a layer that is called twice, count where they come first. So every column adds up
     to its total. Parameters of a plain function count on the row of the layer or model that calls it.
 
-    The model is traced once, in inference mode, and nothing is computed. Shapes are those a layer sees:
-    without the mapped axis under ``jax.vmap``, and of one step in a scan. A model under ``pt.training``
-    is a single row.
+    The model is traced once, for inference, and nothing is computed. Shapes are those a layer sees:
+    without the mapped axis under ``jax.vmap``, and of one step in a scan. A row names what it reads
+    through a parametrisation. A model under ``pt.training`` has the rows and operations of training.
 
     Floating-point operations are those of XLA's cost analysis before optimization: the product of an
     m x k and a k x n matrix has 2 m k n, an addition one per element, ``exp`` none. Mapped axes and the
@@ -155,27 +155,40 @@ def summary(
     def call(traced: dict[int, Any]) -> Any:
         values = [traced.get(i, value) for i, value in enumerate((*tree_leaves, *flat))]
         args, keywords = jax.tree.unflatten(treedef, values[len(tree_leaves) :])
-        scope = observer.scope(unflatten(structure, values[: len(tree_leaves)], place))
+        tree = unflatten(structure, values[: len(tree_leaves)], place)
         in_order = {name: keywords[name] for name in kwargs}
-        outputs = observer.call(unwrapped(f), place, f, scope, *args, **in_order)
-        return [leaf for leaf in jax.tree.leaves(outputs) if dtype_of(leaf) is not None]
+        outputs = observer.observe(unwrapped(f), f, tree, args, in_order)
+        return _results(outputs, traced)
 
     jaxpr = jax.make_jaxpr(call)(arrays).jaxpr
     uses, work = split_by_call(jaxpr)
     rows = rows_of(observer.calls, calls_in(jaxpr), place)
+    rows[0].layer = model_text(f)
     if flops:
         counts = count_flops(work, {})
         for number, row in rows.items():
             count = counts.get(number, 0.0)
             row.flops = None if math.isnan(count) else round(count)
     trained = set(select_slots(source, trainable, PARAM, "summary")[0].slots)
-    totals = count_leaves(unflatten(structure, tree_leaves, place), observer.calls, rows, trained)
+    totals = count_leaves(
+        unflatten(structure, tree_leaves, place), observer.calls, rows, trained, observer.joined
+    )
     unused = [
         join(structure.canonical[i])
         for i, used in zip(arrays, uses, strict=True)
         if not used and i < len(tree_leaves) and structure.kinds[i] == PARAM
     ]
     return Summary(list(rows.values()), totals, unused)
+
+
+def _results(outputs: Any, traced: dict[int, Any]) -> list[Any]:
+    """Returns the arrays in an output; a tree in it counts only what is new, such as state."""
+    given = set(map(id, traced.values()))
+    results: list[Any] = []
+    for value in jax.tree.leaves(outputs, is_leaf=lambda value: isinstance(value, ParamTree)):
+        leaves = jax.tree.leaves(value)
+        results += [a for a in leaves if not (isinstance(value, ParamTree) and id(a) in given)]
+    return [leaf for leaf in results if dtype_of(leaf) is not None]
 
 
 def _check(f: Any, params: Any) -> None:

@@ -112,6 +112,9 @@ class Run:
         """Returns the run of a call within this one."""
         return run
 
+    def parametrized(self, path: Path, parametrization: Any) -> None:
+        """Takes note that a parameter is read through a parametrisation."""
+
     def sow(self, scope: Any, name: str, value: Any) -> Any:
         """Shows a value to who looks; returns it, or what replaces it."""
         return value

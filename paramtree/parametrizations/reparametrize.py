@@ -34,6 +34,7 @@ class Reparametrized:
 
         def update(one: Folded) -> dict[str, Any]:
             """Writes what a training call writes to parts that are state."""
+            run.parametrized(one.path, one.parametrization)
             if not run.training or not hasattr(one.parametrization, "update"):
                 return {}
             new: dict[str, Any] = over_stack(one.parametrization.update, one.stack)(one.parts)

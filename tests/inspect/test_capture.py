@@ -185,3 +185,42 @@ def test_equal_transforms_are_equal() -> None:
     assert pt.capture(MLP, "a") == pt.capture(MLP, "a") != pt.capture(MLP, "b")
     assert pt.intervene(MLP, {"a": fn}) == pt.intervene(MLP, {"a": fn}) != pt.intervene(MLP, {"b": fn})
     assert hash(pt.intervene(MLP, {"a": fn})) == hash(pt.intervene(MLP, {"a": fn}))
+
+
+# How jax traces
+
+
+def test_calls_in_a_scan_and_after_it_have_numbers() -> None:
+    def body(p: Any, carry: Any, _: Any) -> Any:
+        x, total = carry
+        x = nn.Dense(3)(p.dense, x)
+        return (x, total + x.sum()), None
+
+    def net(p: Any, x: Any) -> Any:
+        carry, _ = pt.scan(body, p, (x, 0.0), None, length=4)  # a weakly typed number
+        return nn.Dense(3)(p.dense, carry[0])
+
+    x = jnp.ones((2, 3))
+    params = pt.init(net, jax.random.key(0), x)
+    _, acts = pt.capture(net, "dense")(params, x)
+    assert {name: leaf.shape for name, leaf in pt.collect(acts).items()} == {
+        "dense_output": (4, 2, 3),
+        "dense_output1": (2, 3),
+    }
+
+
+def test_a_scope_may_be_carried_by_a_scan() -> None:
+    def net(p: Any, x: Any) -> Any:
+        x = nn.Dense(3)(p.first, x)
+
+        def body(carry: Any, _: Any) -> Any:
+            p, x = carry
+            return (p, jnp.tanh(x @ p.first.weight)), None
+
+        return jax.lax.scan(body, (p, x), None, length=2)[0][1]
+
+    x = jnp.ones((2, 3))
+    params = pt.init(net, jax.random.key(0), x)
+    y, acts = pt.capture(net, "first")(params, x)
+    np.testing.assert_array_equal(y, net(params, x))
+    assert list(pt.collect(acts)) == ["first_output"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax import export
 
 import paramtree as pt
+from paramtree import nn
 from paramtree.core.tree import flatten
 from tests.catalogue import CATALOGUE, tied, with_holes, with_kinds
 
@@ -305,3 +306,31 @@ def test_symbolic_sizes_have_no_count() -> None:
     shown = pt.show({"x": shape, "y": jnp.ones(2)})
     assert "x  (batch, 4)  float32" in repr(shown) and "2 parameters" in repr(shown)
     assert "(batch, 4)" in shown._repr_html_()
+
+
+# Parametrised levels
+
+
+@pytest.mark.parametrize("copies", [(), (2,)], ids=["plain", "stacked"])
+def test_a_level_says_which_parametrisation_it_belongs_to(copies: tuple[int, ...]) -> None:
+    pz = pt.parametrizations
+    made = [pz.WeightNorm(), pz.SpectralNorm(), pz.LoRA(2), pz.Quantized(), pz.Masked(jnp.abs)]
+    made += [pz.Orthogonal(), pz.Frozen(), pz.Positive(), pz.Cast("float16")]
+    assert {type(one).__name__ for one in made} == {n for n in vars(pz) if n[0].isupper()}
+    x = jnp.ones((2, 3))
+    for one in made:
+        layer = nn.Dense(3, use_bias=False, weight_initializer=pt.initializers.Uniform(1.0))
+        net = nn.Repeat(layer, 2) if copies else layer
+        tree = pt.init(net, jax.random.key(0), x, rules={".*": positive})
+        expanded = pt.expand(tree, {"weight": one}, jax.random.key(1))
+        lines, name = str(pt.show(expanded)).split("\n"), type(one).__name__
+        if isinstance(one, pz.Positive | pz.Cast):  # one leaf stays where it was
+            assert len(lines) == 2 and name not in lines[1]
+        else:
+            assert lines[1].endswith(f"  {name}"), lines
+            assert f">{name}, " in pt.show(expanded)._repr_html_()
+    assert "WeightNorm" not in str(pt.show({"a": {"g": x, "v": x, "w": x}, "b": {"v": x, "g": x}}))
+
+
+def positive(key: Any, shape: Any, dtype: Any) -> Any:
+    return jax.random.uniform(key, shape, dtype, 0.5, 1.5)

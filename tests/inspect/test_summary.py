@@ -141,6 +141,7 @@ def test_to_dict_has_plain_values() -> None:
         "flops": 2 * 4 * 5 * 3 + 4 * 3,
         "tied": {},
         "shared": False,
+        "parametrized": {},
     }
     assert report["totals"]["trained"] == {"params": 15, "trained": 15, "bytes": 60}
     assert report["totals"]["frozen"] == {"params": 9, "bytes": 36}
@@ -886,12 +887,65 @@ def test_a_tree_and_a_model_of_nothing() -> None:
     assert str(report).split("\n")[2].strip() == "<lambda>"
 
 
-def test_a_model_in_training_is_one_row() -> None:
-    net = nn.Sequential(nn.Dense(3), nn.Dropout(0.5), nn.BatchNorm())
-    x = jnp.ones((2, 4))
-    report = pt.summary(pt.training(net), pt.abstract(net, x), x, key=jax.random.key(0))
-    assert [row.layer for row in report.rows] == ["training(Sequential)"]
-    assert report.totals["total"]["params"] == 3 * 4 + 3 + 2 * 3
+def test_a_model_in_training_has_the_rows_and_work_of_training() -> None:
+    net = nn.Sequential(nn.Dense(3), nn.Dropout(0.5), nn.BatchNorm(), head=nn.Dense(2))
+    x, params = jnp.ones((2, 4)), pt.abstract(net, jnp.ones((2, 4)))
+    report = pt.summary(pt.training(net), params, x, key=jax.random.key(0))
+    assert names(report) == [
+        "training(Sequential)",
+        "  dense0 Dense",
+        "  dropout0 Dropout",
+        "  batchnorm0 BatchNorm",
+        "  head Dense",
+    ]
+    check_sums(report)
+    plain = pt.summary(net, params, x)
+    assert [row.params for row in report.rows] == [row.params for row in plain.rows]
+    assert report.rows[2].flops > plain.rows[2].flops == 0  # it draws a mask
+    assert report.rows[3].flops > plain.rows[3].flops  # it computes statistics
+
+    def unused(p: Any, x: Any) -> Any:
+        p.param("spare", (3,), pt.initializers.One())
+        return net(p.net, x)
+
+    tree = pt.abstract(unused, x)
+    report = pt.summary(pt.training(unused), tree, x, key=jax.random.key(0))
+    assert report.unused == ["spare"]
+
+
+def test_rows_say_which_parametrisation_they_read_through() -> None:
+    net = nn.Sequential(nn.Dense(3), nn.Repeat(nn.Dense(3), 2), nn.Dense(4))
+    x, pz = jnp.ones((2, 3)), pt.parametrizations
+    inner = pt.reparametrize(net, {"dense0_weight": pz.LoRA(2), "repeat.*": pz.WeightNorm()})
+    model = pt.reparametrize(inner, {"dense0_weight_a": pz.Frozen()})
+    report = of(model, x)
+    check_sums(report)
+    assert names(report)[0] == "reparametrize(reparametrize(Sequential))"
+    assert [row.parametrized for row in report.rows] == [
+        {},
+        {"dense0_weight": "LoRA", "dense0_weight_a": "Frozen"},
+        {},
+        {"repeat0_weight": "WeightNorm", "repeat0_bias": "WeightNorm"},
+        {},
+    ]
+    lines = str(report).split("\n")
+    assert lines[3].startswith("  dense0: Dense (weight: LoRA) (weight_a: Frozen) ")
+    assert lines[5].startswith("    Dense (weight, bias: WeightNorm) ")
+    assert report.to_dict()["rows"][1]["parametrized"]["dense0_weight"] == "LoRA"
+
+
+def test_what_is_read_without_being_declared_or_under_a_second_name() -> None:
+    def net(p: Any, x: Any) -> Any:
+        return nn.Dense(4, use_bias=False)(p.again, x) @ p.embed.weight + p.embed.bias[None]
+
+    params = pt.from_tree({"embed": {"weight": shape(4, 4), "bias": shape(4)}, "again": {}})
+    params = pt.tie(pt.insert(params, {"again/weight": shape(4, 4)}), {"again/weight": "embed/weight"})
+    rules = {"embed_weight": pt.parametrizations.WeightNorm()}
+    report = pt.summary(pt.reparametrize(net, rules), pt.expand(params, rules), jnp.ones((2, 4)))
+    check_sums(report)
+    assert {name: how for row in report.rows for name, how in row.parametrized.items()} == {
+        "embed_weight": "WeightNorm"
+    }
 
 
 def test_long_names_leave_room_for_the_rest_of_a_note() -> None:
