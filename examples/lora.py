@@ -1,20 +1,17 @@
 """LoRA: adapts a language model to new text by low-rank updates of some of its weights.
 
-A weight (out, in) becomes ``weight + scale * b @ a``, with ``a`` of (rank, in) and ``b`` of (out,
-rank); only ``a`` and ``b`` are trained, and ``b`` starts at zero. Hu et al., "LoRA: low-rank adaptation
-of large language models", 2021.
+A weight (out, in) becomes ``base + (alpha / rank) b @ a``, with ``a`` of (rank, in) and ``b`` of (out,
+rank). Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
 
-The model does not change. The adapters are a separate tree with one level for each weight that a
-pattern selects. ``fold`` adds their products to the weights, and the loss is differentiated through it
-by the adapters alone, so gradients, optimiser state and file hold only adapters. Weights stacked by
-``nn.Repeat``, (n, out, in), get stacked adapters.
+The model does not change. One rule table says which weights are read through ``LoRA``, and that all
+other parameters are frozen. So the parameters that are left to train are the adapters, and gradients,
+optimiser state and file hold nothing else. ``pt.fold`` gives the plain model's parameters back.
 
 Run it with ``python -m examples.lora``; it needs optax. It trains ``char_lm`` on Python code, or
 loads its checkpoint, and adapts it to prose: Python's help texts. ``--help`` lists the options.
 """
 
 import argparse
-import math
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -23,14 +20,12 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 
 import paramtree as pt
 from examples import char_lm
-
-SCALE = 2.0  # the factor of the products
+from paramtree.parametrizations import Frozen, LoRA
 
 
 class Result(NamedTuple):
@@ -43,40 +38,19 @@ class Result(NamedTuple):
     difference: float
 
 
-def init_adapters(params: Any, pattern: str, rank: int, key: jax.Array) -> pt.ParamTree:
-    """Returns adapters for the weights that match: one level each, with leaves ``a`` and ``b``.
-
-    Raises:
-      RuleError: the pattern matches nothing.
-      ValueError: the pattern matches a vector or a scalar.
-    """
-    adapters = {}
-    for name, weight in pt.collect(pt.select(params, pattern)).items():
-        if weight.ndim < 2:
-            raise ValueError(f"`{name}` has shape {weight.shape}; adapters are for (..., out, in).")
-        *copies, size_out, size_in = weight.shape
-        key, a_key = jax.random.split(key)
-        a = jax.random.normal(a_key, (*copies, rank, size_in), weight.dtype) / math.sqrt(size_in)
-        adapters[name] = {"a": a, "b": jnp.zeros((*copies, size_out, rank), weight.dtype)}
-    return pt.from_tree(adapters)
-
-
-def fold(params: Any, adapters: pt.ParamTree) -> Any:
-    """Returns the parameters with the adapters' products added; other leaves are the same arrays."""
-    weights = pt.collect(params)
-    return pt.replace(
-        params, {name: weights[name] + SCALE * (ab.b @ ab.a) for name, ab in adapters.items()}
-    )
+def rules_for(pattern: str, rank: int) -> dict[str, Any]:
+    """Returns the rules that adapt the matching weights and freeze all else."""
+    return {pattern: LoRA(rank, alpha=2 * rank), ".*": Frozen()}
 
 
 @partial(jax.jit, static_argnames=("net", "lr"), donate_argnames=("adapters", "state"))
 def train_step(
-    net: Any, lr: float, adapters: Any, state: Any, params: Any, tokens: Any
+    net: Any, lr: float, adapters: Any, state: Any, frozen: Any, tokens: Any
 ) -> tuple[Any, Any, Any]:
     """Returns the updated adapters and optimiser state, and the loss before the update."""
 
     def loss(adapters: Any) -> Any:
-        return char_lm.loss_and_accuracy(net, fold(params, adapters), tokens)[0]
+        return char_lm.loss_and_accuracy(net, pt.merge(adapters, frozen), tokens)[0]
 
     value, grads = jax.value_and_grad(loss)(adapters)
     updates, state = char_lm.make_tx(lr).update(grads, state, adapters)
@@ -103,27 +77,32 @@ def main(argv: Sequence[str] | None = None) -> Result:
         else:
             base, _ = char_lm.train(char_lm.new_run(args, tie=1), char_lm.load_data(), args)
         params, net = base.params, char_lm.network(base.settings)
-        adapters = init_adapters(params, args.pattern, args.rank, jax.random.key(args.seed))
+        rules = rules_for(args.pattern, args.rank)
+        expanded = pt.expand(params, rules, jax.random.key(args.seed))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     before, _ = char_lm.evaluate(net, params, held_out, size, context)
+    lora = pt.reparametrize(net, rules)
+    adapters, frozen = pt.partition(expanded, kind="param")
     state = char_lm.make_tx(args.lr).init(adapters)
     for i in range(args.adapt_steps):
         tokens = char_lm.batch_at(text, i, size, context, args.seed)
-        adapters, state, _ = train_step(net, args.lr, adapters, state, params, tokens)
+        adapters, state, _ = train_step(lora, args.lr, adapters, state, frozen, tokens)
 
     with tempfile.TemporaryDirectory() as folder:
         file, model = args.adapters or Path(folder, "adapters.safetensors"), Path(folder, "model.npz")
         pt.save(file, adapters)
         pt.save(model, params)
-        folded = fold(params, pt.load(file))  # as a user with the base model would
+        # As a user with the base model would
+        expanded = pt.merge(pt.load(file, like=adapters), frozen)
         sizes = model.stat().st_size, file.stat().st_size
-    adapted = jax.jit(lambda params, adapters, x: net(fold(params, adapters), x))
+    folded = pt.fold(expanded, rules)
     x = char_lm.batch_at(held_out, 0, size, context, args.seed)[:, :-1]
-    difference = np.abs(adapted(params, adapters, x) - jax.jit(net)(folded, x)).max().item()
+    difference = np.abs(jax.jit(lora)(expanded, x) - jax.jit(net)(folded, x)).max().item()
     after, _ = char_lm.evaluate(net, folded, held_out, size, context)
     result = Result(before, after, *sizes, difference)
-    print(f"{pt.count(adapters):,} of {pt.count(params):,} parameters, in {', '.join(adapters)}")
+    names = [name.removesuffix("_a") for name in pt.collect(adapters, ".*_a")]
+    print(f"{pt.count(adapters):,} of {pt.count(params):,} parameters, in {', '.join(names)}")
     print(f"loss on prose: {result.before:.3f} before, {result.after:.3f} with the adapters")
     print(f"file sizes: {sizes[0]:,} bytes for the model, {sizes[1]:,} for the adapters")
     print(f"logits of folded and adapted weights differ by at most {difference:.1e}")

@@ -18,6 +18,7 @@ import optax  # type: ignore[import-untyped]
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
+from paramtree.parametrizations import Cast, Masked
 
 Model = Callable[..., Any]  # (params, x) -> y
 Loss = Callable[..., Any]  # (params, *batch) -> scalar
@@ -214,13 +215,28 @@ def mixed_precision(net: Model, keep: str, dtype: Any = jnp.bfloat16) -> Model:
     """Returns a model that computes in ``dtype``, except with the parameters that ``keep`` matches.
 
     Use it in the loss: parameters, gradients and output stay float32; each call casts copies to
-    ``dtype``. Norms should usually be kept.
+    ``dtype``. Norms should usually be kept. State is never cast.
     """
+    half = pt.reparametrize(net, {keep: None, ".*": Cast(dtype)})
 
     def in_dtype(params: Any, x: jax.Array) -> Any:
-        return net(pt.cast(params, {keep: None, ".*": dtype}), x.astype(dtype)).astype(jnp.float32)
+        return half(params, x.astype(dtype)).astype(jnp.float32)
 
     return in_dtype
+
+
+def prune(net: Model, params: Any, pattern: str, share: float) -> tuple[Model, Any]:
+    """Returns a model and parameters in which a share of each matching weight is zero, and stays so.
+
+    Use it on a trained net, then train on; to prune more, ``pt.fold`` and prune again. The model is
+    ``pt.reparametrize(net, rules)``, with the entries of the least magnitude masked.
+    """
+
+    def largest(weight: Any) -> Any:
+        return jnp.abs(weight) > jnp.quantile(jnp.abs(weight), share)
+
+    rules = {pattern: Masked(largest)}
+    return pt.reparametrize(net, rules), pt.expand(params, rules)
 
 
 def ensemble(net: Model, key: jax.Array, n: int, *inputs: Any) -> Any:
@@ -413,6 +429,10 @@ def main() -> None:
     title("Mixed precision")
     for label, model in {"float32": net, "bfloat16": mixed_precision(net, "norm.*")}.items():
         print(f"{label:18} {jax.jit(model)(params, xs[0])}")
+
+    title("Half of the weights")
+    half, parts = prune(net, params, ".*weight", 0.5)
+    print(f"{'pruned':18} {jax.jit(half)(parts, xs[0])}")
 
 
 def title(text: str) -> None:

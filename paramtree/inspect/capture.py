@@ -31,7 +31,8 @@ class _Activations(Watcher):
 
     def called(self, run: Looking, place: Path, layer: Any, call: Any, args: Any) -> Any:
         count = run.counts[place] = run.counts.get(place, -1) + 1
-        rule, number = self._rule(place), str(count or "")
+        number = str(count or "")
+        rule = self._rule(place, (*place, f"output{number}"))
         if rule is not None and self.inputs:
             self.keep(run, (*place, f"input{number}"), args[0] if len(args) == 1 else args)
         y = call()
@@ -59,14 +60,16 @@ class _Activations(Watcher):
         unused = [pattern for i, pattern in enumerate(self.rules) if i not in self.used]
         if unused:
             texts = [
-                pattern_text(p) if callable(p) else no_match(p, [sep_of(p).join(n) for n in self.names])
+                pattern_text(p)
+                if callable(p)
+                else no_match(p, [sep_of(p).join(n) for n in self.names if n])
                 for p in unused
             ]
             raise RuleError(f"{verb}: among the layers that were called, {'; '.join(texts)}.")
 
     def _rule(self, path: Path, *more: Path) -> Any:
         """Returns the index of the first rule that matches one of the paths, else None."""
-        self.names.update(dict.fromkeys((path, *more)))
+        self.names[path] = None
         for i, pattern in enumerate(self.rules):
             for one in (path, *more):
                 name = (sep_of(pattern) if not callable(pattern) else "_").join(one)
@@ -81,10 +84,10 @@ class _Activations(Watcher):
             return value
         new = [*self.rules.values()][rule]
         new = new(join(name), value) if callable(new) else _own(new, value, run.index)
-        shapes = [jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), v) for v in (value, new)]
-        if shapes[0] != shapes[1]:
+        if _forms(value) != _forms(new):
+            have = f"`{join(name)}` is" if name else "the output is"
             raise MismatchError(
-                f"intervene: `{join(name)}` is {shapes[0]}, and would be replaced by {shapes[1]}: give "
+                f"intervene: {have} {_forms(value)}, and would be replaced by {_forms(new)}: give "
                 "a value of the same shape and dtype, or in a stack one for each copy."
             )
         return new
@@ -94,10 +97,15 @@ def _own(new: Any, value: Any, indices: Sequence[Any]) -> Any:
     """Returns the part of a replacement for an iteration; a number fills the value."""
     if isinstance(new, int | float):
         return jax.tree.map(lambda a: jnp.full_like(a, new), value)
-    if shape_of(new) != shape_of(value):
-        for index in indices:
+    for index in indices if _forms(new) != _forms(value) else ():
+        if all(map(jnp.ndim, jax.tree.leaves(new))):
             new = jax.tree.map(lambda a, i=index: jnp.asarray(a)[i], new)
     return new
+
+
+def _forms(value: Any) -> Any:
+    """Returns the shapes and dtypes of a pytree."""
+    return jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), value)
 
 
 def _run(
@@ -153,7 +161,8 @@ def capture(
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``, also one made by another transform.
-      pattern: a pattern, or several, for the names of layers; that of the model itself is empty.
+      pattern: a pattern, or several, for the names of layers, or of their outputs, such as
+        ``dense0_output``; the name of the model itself is empty.
       inputs: whether to keep the inputs too, as ``path/input``.
 
     Raises:
@@ -202,12 +211,14 @@ def intervene(f: Callable[..., Any], rules: Mapping[Any, Any]) -> Callable[..., 
     """Returns a model in which the outputs of some layers, or sown values, are replaced on the way.
 
     The gradient with respect to an activation is that of ``jax.grad`` with respect to what is added to
-    it here. A value that is a stack, as ``pt.capture`` gives it, is taken copy by copy.
+    it here. A value that is a stack, as ``pt.capture`` gives it, is taken copy by copy, and one of the
+    shape of a copy is that of all. To change one copy alone, ``pt.unstack`` the parameters.
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``, also one made by another transform.
-      rules: patterns, for names of layers or of sown values, to arrays, numbers, or functions
-        ``fn(name, value)`` of the value that would be there; the first that matches wins.
+      rules: patterns to arrays, numbers, or functions ``fn(name, value)`` of the value that would be
+        there; the first that matches wins. A pattern matches the name of a layer, of its output as
+        ``pt.capture`` gives it, or of a sown value.
 
     Raises:
       RuleError: ``rules`` is not a table, or when called: a pattern matches nothing.

@@ -45,8 +45,8 @@ def expand(tree: T, rules: Rules, key: jax.Array | None = None) -> T:
 
     Args:
       tree: the parameters of a model ``f``, or other nested dicts.
-      rules: patterns to parametrisations, as in ``pt.parametrizations``; the first that matches the
-        name of a parameter wins, and state is never split.
+      rules: patterns to parametrisations, as in ``pt.parametrizations``, or to None, which leaves a
+        parameter as it is; the first that matches the name of a parameter wins. State is never split.
       key: a PRNG key, for parametrisations that draw random numbers, such as ``LoRA``.
 
     Returns:
@@ -90,7 +90,7 @@ def expand_level(
     draft = take_apart(tree)
     split: dict[Any, dict[str, Any]] = {}
     for own, rule in enumerate(assigned.rules):
-        if rule < 0 or structure.kinds[own] != PARAM:
+        if rule < 0 or values[rule] is None or structure.kinds[own] != PARAM:
             continue
         slot = slots["/".join((*at, *structure.canonical[own]))]
         label, stack = whole.kept[slot], whole.stack_of(slot)
@@ -172,6 +172,11 @@ def folded(
         parts = {name: draft.leaves[label] for name, label in labels if label in draft.leaves}
         stack = _stack_of(draft, paths[0], labels)
         for i, (pattern, parametrization) in enumerate(rules.items()):
+            if parametrization is None:
+                if _names(pattern, paths, parts, draft.place):
+                    unused.pop(i, None)
+                    break
+                continue
             one = Folded((*draft.place, *paths[0]), parametrization, parts, stack)
             if callable(pattern) or any(map(_matcher(pattern), paths)):
                 problem = _problem(one, {name: draft.kinds[label] for name, label in labels})
@@ -237,6 +242,13 @@ def _unused(unused: Mapping[int, Any], why: Mapping[int, str], groups: Any) -> I
             yield no_match(pattern, [sep_of(pattern).join(path) for path in paths])
 
 
+def _names(pattern: Any, paths: list[Path], parts: dict[str, Any], place: Path) -> bool:
+    """Returns whether a pattern, or a predicate of a single leaf, matches one of some paths."""
+    if not callable(pattern):
+        return any(map(_matcher(pattern), paths))
+    return [*parts] == [""] and any(pattern(join((*place, *path)), parts[""]) for path in paths)
+
+
 def _matcher(pattern: Any) -> Callable[[Path], bool]:
     test, sep = compiled(pattern).fullmatch, sep_of(pattern)
     return lambda path: test(sep.join(path)) is not None
@@ -287,6 +299,7 @@ def _split(parametrization: Any, value: Any, path: Path, stack: Stack, key: Any)
     if shape is None or shape[: len(sizes)] != sizes:
         raise MismatchError(f"expand: `{join(path)}` is {describe(value)}, not an array of its stack.")
     keys = None if key is None else _keys(key, path, stack)
+    problem = f"`{join(path)}` is {describe(value)}, and {parametrization!r} cannot split it"
     names: list[str] = []  # jax sorts the keys of a dict
 
     def one(pair: Any) -> Any:
@@ -301,10 +314,18 @@ def _split(parametrization: Any, value: Any, path: Path, stack: Stack, key: Any)
         else:
             parts = function((jnp.asarray(value), keys))
     except Exception as error:
-        error.add_note(f"While splitting `{join(path)}`, {describe(value)}, by {parametrization!r}.")
+        if type(error) is ValueError:
+            raise MismatchError(f"expand: {problem}: {error}") from error
+        error.add_note(f"{problem}.")
         raise
     if names and isinstance(parts, dict):
         parts = {name: parts[name] for name in names}
+    if _lost(value, parts, over_stack(lambda parts: parametrization.join(parts), stack)):
+        expects = getattr(parametrization, "expects", "")
+        raise MismatchError(
+            f"expand: {problem}: joined again, finite values are infinite or NaN.{expects} Give the "
+            f"parameter other values, or the rule {{{join(path)!r}: None}}, before this one."
+        )
     named = parts if isinstance(parts, dict) else {"": parts}
     wrong = [n for n in named if not isinstance(n, str) or "/" in n or (not n and named is parts)]
     if wrong or not named or any(shape_of(part) is None for part in named.values()):
@@ -313,6 +334,14 @@ def _split(parametrization: Any, value: Any, path: Path, stack: Stack, key: Any)
             "or a dict of names without '/' to arrays."
         )
     return parts
+
+
+def _lost(value: Any, parts: Any, join_parts: Callable[[Any], Any]) -> bool:
+    """Returns whether the values of a parameter are finite, and those that are read are not."""
+    leaves = jax.tree.leaves((value, parts))
+    if any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in leaves):
+        return False
+    return bool(jnp.all(jnp.isfinite(value))) and not bool(jnp.all(jnp.isfinite(join_parts(parts))))
 
 
 def _keys(key: Any, path: Path, stack: Stack) -> Any:
@@ -352,8 +381,7 @@ def check_rules(rules: Any) -> None:
         f"{pattern_text(pattern)} gives {value!r}"
         for pattern, value in rules.items()
         if isinstance(value, type)
-        or not callable(getattr(value, "split", None))
-        or not callable(getattr(value, "join", None))
+        or (value is not None and not all(callable(getattr(value, f, None)) for f in ("split", "join")))
     ]
     if wrong:
         raise RuleError(

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from paramtree.core.pytrees import open_tree
-from paramtree.core.rules import Rules
+from paramtree.core.rules import Rules, hits
+from paramtree.core.structure import PARAM
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.model.scope import run_of
 from paramtree.parametrizations.expand import Folded, check_rules, expand_level, folded, over_stack
@@ -30,7 +33,7 @@ class Reparametrized:
         run, rules = run_of(p), dict(self.rules)
         if run.recording:
             run.finish(lambda tree, key: expand_level(tree, place_of(p), rules, key, "reparametrize"))
-            return self.f(p, *inputs, **kwargs)
+            return self.f(_as_read(p, rules), *inputs, **kwargs)
 
         def update(one: Folded) -> dict[str, Any]:
             """Writes what a training call writes to parts that are state."""
@@ -48,6 +51,32 @@ class Reparametrized:
         return self.f(source.rebuild(*flatten(tree)), *inputs, **kwargs)
 
 
+def _as_read(scope: Any, rules: Rules) -> Any:
+    """Returns the scope of a model that is being initialised, with leaves in the dtypes it will read."""
+    source = open_tree(scope)
+    structure, leaves = source.structure, list(source.leaves)
+    chosen: dict[int, Any] = {}
+    for pattern, parametrization in reversed([*rules.items()]):  # so that the first wins
+        for (_, slot), hit in zip(structure.entries(), hits(source, pattern), strict=True):
+            if hit and structure.kinds[slot] == PARAM:
+                chosen[slot] = parametrization
+    for slot, parametrization in chosen.items():
+        if parametrization is not None:
+            read = _read_abstractly(parametrization, leaves[slot], structure.stack_of(slot))
+            leaves[slot] = leaves[slot].astype(read.dtype)
+    return source.restore(leaves)
+
+
+def _read_abstractly(parametrization: Any, leaf: Any, stack: Any) -> Any:
+    def read(value: Any) -> Any:
+        return parametrization.join(parametrization.split(value, jax.random.key(0)))
+
+    try:
+        return jax.eval_shape(over_stack(read, stack), leaf)
+    except Exception:  # expand says later what does not fit, with the name
+        return leaf
+
+
 def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
     """Returns a model that reads the parameters that match through a parametrisation.
 
@@ -57,8 +86,8 @@ def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
-      rules: patterns to parametrisations, as in ``pt.parametrizations``; the first that matches the
-        name of a parameter wins, and state is never split.
+      rules: patterns to parametrisations, as in ``pt.parametrizations``, or to None, which leaves a
+        parameter as it is; the first that matches the name of a parameter wins. State is never split.
 
     Returns:
       A model. Its parameters are ``pt.expand(params, rules, key)`` of those of ``f``, which is also

@@ -13,7 +13,6 @@ import pytest
 
 import paramtree as pt
 from examples import char_lm, lora
-from paramtree import nn
 from tests.helpers import quick_compilation
 
 pytestmark = pytest.mark.slow
@@ -25,6 +24,8 @@ TINY += ["--lr", "0.03", "--steps", "10", "--adapt-steps", "15", "--rank", "2", 
 SETTINGS = char_lm.Settings(16, 2, 2, 1)
 NET = char_lm.network(SETTINGS)
 PATTERN = r".*(query|value)_weight"
+RULES = lora.rules_for(PATTERN, 2)
+LORA = pt.reparametrize(NET, RULES)
 NAMES = [f"blocks_attention_attend_{name}_weight" for name in ("query", "value")]
 TOKENS = char_lm.batch_at(char_lm.encode("import sys, os, re\nprint(sys.argv)\n" * 3), 0, 8, 16, 0)
 
@@ -54,90 +55,84 @@ def params() -> pt.ParamTree:
 
 
 @pytest.fixture
-def adapters(params: pt.ParamTree) -> pt.ParamTree:
-    return lora.init_adapters(params, PATTERN, 2, jax.random.key(1))
+def expanded(params: pt.ParamTree) -> pt.ParamTree:
+    return pt.expand(params, RULES, jax.random.key(1))
 
 
-def filled(adapters: pt.ParamTree) -> pt.ParamTree:
-    """Returns the adapters with nonzero ``a`` and ``b``."""
-    return pt.reinit(adapters, jax.random.key(2), {".*": pt.initializers.Normal(0.3)})
+def filled(expanded: pt.ParamTree) -> pt.ParamTree:
+    """Returns the tree with nonzero ``a`` and ``b``."""
+    normal = pt.initializers.Normal(0.3)
+    return pt.reinit(expanded, jax.random.key(2), {".*_weight_(a|b)": normal})
 
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(leaf) for name, leaf in pt.collect(tree).items()}
 
 
-def test_each_weight_that_matches_has_its_adapters(
-    params: pt.ParamTree, adapters: pt.ParamTree
-) -> None:
-    assert list(adapters) == NAMES
-    for adapter in adapters.values():
-        assert adapter.a.shape == (2, 2, 16) and adapter.b.shape == (2, 16, 2)
-        assert np.any(adapter.a) and not np.any(adapter.b)
-    a, b = (adapters[name].a for name in NAMES)
-    assert not np.array_equal(a, b) and not np.array_equal(a[0], a[1])  # all are drawn independently
+def test_the_adapters_are_all_that_is_trained(expanded: pt.ParamTree) -> None:
+    adapters = pt.select(expanded, kind="param")
+    assert list(pt.collect(adapters)) == [f"{name}_{part}" for name in NAMES for part in "ab"]
+    leaves = arrays(adapters)
+    for name in NAMES:  # the first axis is over the copies of the block
+        a, b = leaves[f"{name}_a"], leaves[f"{name}_b"]
+        assert a.shape == (2, 2, 16) and b.shape == (2, 16, 2) and np.any(a) and not np.any(b)
+        assert not np.array_equal(a[0], a[1])
+    one, other = (leaves[f"{name}_a"] for name in NAMES)
+    assert not np.array_equal(one, other)
 
 
-def test_with_b_at_zero_nothing_changes(params: pt.ParamTree, adapters: pt.ParamTree) -> None:
-    folded = lora.fold(params, adapters)
+def test_with_b_at_zero_nothing_changes(params: pt.ParamTree, expanded: pt.ParamTree) -> None:
+    folded = pt.fold(expanded, RULES)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
     for one, other in zip(arrays(folded).values(), arrays(params).values(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_folding_adds_the_products_to_the_chosen_and_copies_nothing_else(
-    params: pt.ParamTree, adapters: pt.ParamTree
-) -> None:
-    adapters = filled(adapters)
-    folded, before = pt.collect(lora.fold(params, adapters)), pt.collect(params)
+def test_folding_adds_the_products(params: pt.ParamTree, expanded: pt.ParamTree) -> None:
+    expanded = filled(expanded)
+    folded, before, parts = arrays(pt.fold(expanded, RULES)), arrays(params), arrays(expanded)
     for name, leaf in folded.items():
         if name not in NAMES:
-            assert leaf is before[name]
+            np.testing.assert_array_equal(leaf, before[name])
             continue
-        for i in range(2):  # each of the stacked copies separately
-            ab = np.asarray(adapters[name].b[i]) @ np.asarray(adapters[name].a[i])
-            np.testing.assert_allclose(leaf[i], before[name][i] + 2.0 * ab, rtol=1e-5, atol=1e-6)
-
-
-def test_a_folded_layer_is_the_layer_beside_its_adapter() -> None:
-    net, x = nn.Dense(5), np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    params = net.init(jax.random.key(0), x)
-    adapters = filled(lora.init_adapters(params, "weight", 2, jax.random.key(1)))
-    a, b = adapters.weight.a, adapters.weight.b
-    beside = net(params, x) + lora.SCALE * ((x @ a.T) @ b.T)
-    np.testing.assert_allclose(net(lora.fold(params, adapters), x), beside, rtol=1e-5, atol=1e-5)
+        for i in range(2):
+            change = 2.0 * parts[f"{name}_b"][i] @ parts[f"{name}_a"][i]
+            np.testing.assert_allclose(leaf[i], before[name][i] + change, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        LORA(expanded, TOKENS), NET(pt.fold(expanded, RULES), TOKENS), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_tie_stays_a_tie(params: pt.ParamTree) -> None:
-    adapters = filled(lora.init_adapters(params, "embed_weight", 2, jax.random.key(1)))
-    folded = lora.fold(params, adapters)
+    rules = lora.rules_for("(embed|decoder)_weight", 2)
+    expanded = filled(pt.expand(params, rules, jax.random.key(1)))
+    folded = pt.fold(expanded, rules)
     assert folded.decoder.weight is folded.embed.weight
     assert not np.array_equal(folded.embed.weight, params.embed.weight)
 
 
-def test_only_the_adapters_are_trained(params: pt.ParamTree, adapters: pt.ParamTree) -> None:
-    before, start = arrays(params), arrays(adapters)
+def test_training_moves_only_the_adapters(params: pt.ParamTree, expanded: pt.ParamTree) -> None:
+    adapters, frozen = pt.partition(expanded, kind="param")
+    before, start = arrays(frozen), arrays(adapters)
     state = char_lm.make_tx(0.03).init(adapters)
     assert pt.count(state[1][0].mu) == pt.count(adapters) == 2 * 2 * (16 * 2 + 2 * 16)
     losses = []
     for _ in range(10):
-        adapters, state, loss = lora.train_step(NET, 0.03, adapters, state, params, TOKENS)
+        adapters, state, loss = lora.train_step(LORA, 0.03, adapters, state, frozen, TOKENS)
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.01
     assert lora.train_step._cache_size() == 1
     for name, leaf in arrays(adapters).items():
         assert np.any(leaf != start[name]), name
-    for name, leaf in arrays(params).items():
+    for name, leaf in arrays(frozen).items():
         np.testing.assert_array_equal(leaf, before[name])
 
 
 def test_patterns_that_cannot_be(params: pt.ParamTree) -> None:
     with pytest.raises(pt.RuleError, match="'.*qwery_weight' matches no name; the closest are"):
-        lora.init_adapters(params, ".*qwery_weight", 2, jax.random.key(0))
-    with pytest.raises(
-        ValueError, match=r"`norm_gamma` has shape \(16,\); adapters are for \(..., out, in\)"
-    ):
-        lora.init_adapters(params, "norm_gamma", 2, jax.random.key(0))
+        pt.expand(params, lora.rules_for(".*qwery_weight", 2), jax.random.key(0))
+    with pytest.raises(pt.MismatchError, match=r"`norm_gamma` is .*LoRA.* needs a matrix, but found"):
+        pt.expand(params, lora.rules_for("norm_gamma", 2), jax.random.key(0))
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +151,9 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         lora.main([*TINY, "--base", str(tmp_path / "none.npz")])
     assert "none.npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        lora.main([*TINY, "--steps", "1", "--pattern", "nrom.*"])
+    assert "'nrom.*' matches no name" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_the_base(params: pt.ParamTree, tmp_path: Path) -> None:
@@ -164,8 +162,10 @@ def test_a_checkpoint_is_the_base(params: pt.ParamTree, tmp_path: Path) -> None:
     content = file.read_bytes()
     result = lora.main([*TINY, "--base", str(file), "--adapters", str(adapters), "--pattern", PATTERN])
     assert result.after < result.before < np.log(char_lm.CHARACTERS) + 0.5
-    assert file.read_bytes() == content and pt.load(adapters).keys() == set(NAMES)
-    folded = lora.fold(params, pt.load(adapters))
+    assert file.read_bytes() == content
+    expanded = pt.expand(params, RULES, jax.random.key(9))  # with adapters of its own
+    expanded = pt.replace(expanded, pt.collect(pt.load(adapters)).to_dict())
+    folded = pt.fold(expanded, RULES)
     assert pt.ties(folded) == pt.ties(params) and not np.array_equal(
         NET(folded, jnp.asarray(TOKENS)), NET(params, jnp.asarray(TOKENS))
     )

@@ -430,6 +430,30 @@ def test_mixed_precision_keeps_ties_and_structure() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
+def test_prune(case: Case) -> None:
+    model, params = recipes.prune(case.net, case.params, ".*weight", 0.5)
+    before = named(case.params)
+
+    def check(params: Any) -> dict[str, np.ndarray]:
+        leaves = named(pt.fold(params, dict(model.rules)))
+        for name in ("body_weight", "head_weight"):
+            least = np.abs(before[name]) <= np.median(np.abs(before[name]))
+            assert (leaves[name] == 0).tolist() == least.tolist()
+        return leaves
+
+    plain = check(params)
+    y = jax.vmap(model, (None, 0))(params, XS)
+    again = jax.vmap(case.net, (None, 0))(pt.replace(case.params, plain), XS)
+    np.testing.assert_allclose(y, again, 1e-5, 1e-6)
+    trained = pt.grad(lambda p: jax.vmap(model, (None, 0))(p, XS).sum())(params)
+    assert list(named(trained)) == [n for n in named(params) if not n.endswith(("mask", "shift"))]
+    stepped = pt.replace(
+        params, {n: named(params)[n] - np.float32(LR) * g for n, g in named(trained).items()}
+    )
+    moved = check(stepped)
+    assert np.any(moved["body_weight"] != plain["body_weight"])
+
+
 def test_new_head(case: Case) -> None:
     key = jax.random.key(9)
     tuned = recipes.new_head(case.params, key, "head.*|nothing")
@@ -496,7 +520,7 @@ def test_a_recipe_is_short_typed_and_says_when_to_use_it(node: ast.FunctionDef) 
 def test_the_counting_of_lines_counts() -> None:
     assert {node.name: code_lines(node) for node in functions()}["loss"] == 2
     assert {node.name: code_lines(node) for node in functions()}["main"] > 10
-    assert len(RECIPES) == 25 and {node.name for node in functions()} >= DEMONSTRATION
+    assert len(RECIPES) == 26 and {node.name for node in functions()} >= DEMONSTRATION
 
 
 def test_the_demonstration_runs(

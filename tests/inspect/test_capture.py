@@ -224,3 +224,33 @@ def test_a_scope_may_be_carried_by_a_scan() -> None:
     y, acts = pt.capture(net, "first")(params, x)
     np.testing.assert_array_equal(y, net(params, x))
     assert list(pt.collect(acts)) == ["first_output"]
+
+
+# Names
+
+
+def test_what_is_captured_can_be_put_back_by_its_name() -> None:
+    net = nn.Sequential(nn.Dense(3, activation="tanh"), nn.Repeat(nn.Dense(3), 2), nn.Dense(2))
+    x = jax.random.normal(jax.random.key(1), (2, 3))
+    params = pt.init(net, jax.random.key(0), x)
+    y, acts = pt.capture(net)(params, x)
+    names = ["dense0_output", "repeat0_output1", "repeat0_output", "dense1_output", "output"]
+    assert list(pt.collect(acts)) == names
+    other = 2 * x
+    for name in names:  # from here on the model sees what it computed from x
+        put_back = pt.intervene(net, {name: pt.collect(acts)[name]})
+        np.testing.assert_array_equal(put_back(params, other), y)
+    blocks = pt.capture(net, "repeat0_output1")(params, x)[1]  # the block, not the Repeat
+    assert {n: a.shape for n, a in pt.collect(blocks).items()} == {"repeat0_output1": (2, 2, 3)}
+    with pytest.raises(pt.RuleError, match="'dens0_output' matches no name; the first are dense0"):
+        pt.intervene(net, {"dens0_output": 0.0})(params, x)
+    with pytest.raises(pt.RuleError, match="the first are dense0, repeat0, dense1|the closest"):
+        pt.intervene(net, {"qqqqqq": 0.0})(params, x)
+
+
+@pytest.mark.parametrize("value", [{0: 1}, np.ones(7, "f4"), (np.ones(2),), "text"])
+def test_a_replacement_of_another_form_is_an_error(value: Any) -> None:
+    net, x = nn.Sequential(nn.Repeat(nn.Dense(3), 2)), jnp.ones((2, 3))
+    params = pt.init(net, jax.random.key(0), x)
+    with pytest.raises((pt.MismatchError, TypeError), match="`repeat0` is .*would be replaced by|text"):
+        pt.intervene(net, {"repeat0": value})(params, x)

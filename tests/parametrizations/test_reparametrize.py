@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax  # type: ignore[import-untyped]
 import pytest
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import paramtree as pt
@@ -36,6 +39,12 @@ def tied_to_decoder(p: Any, x: Any) -> Any:
 
 
 SHARED = nn.Dense(8, activation="tanh")
+
+
+def is_first(name: str, leaf: Any) -> bool:
+    return name.startswith("dense0")
+
+
 MODELS: dict[str, Any] = {
     "MLP": nn.Sequential(nn.Dense(8, activation="relu"), nn.Dense(3)),
     "training": nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dropout(0.5), nn.Dense(3)),
@@ -254,8 +263,103 @@ def test_mistakes() -> None:
         pt.expand(params, {".*bias": par.LoRA(2)}, KEY)
     with pytest.raises(ValueError, match="rank must be a positive integer"):
         par.LoRA(0)
-    with pytest.raises(ValueError, match="must be positive"):
-        pt.expand(params, {".*bias": par.Positive()})
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "parametrization", "values", "expected"),
+    [
+        ("bias", par.Positive(), -1.0, "have to be positive"),
+        ("bias", par.WeightNorm(), 0.0, "A row of zeros has no direction"),
+        ("weight", par.SpectralNorm(), 0.0, "A matrix of zeros has no norm"),
+        ("weight", par.Cast("float16", "float16"), 1e6, "infinite"),
+    ],
+)
+def test_values_that_a_parametrisation_loses_are_errors(
+    stacked: bool, name: str, parametrization: Any, values: float, expected: str
+) -> None:
+    layer = nn.Dense(6, weight_initializer=pt.initializers.Uniform(0.5))
+    net = nn.Sequential(body=nn.Repeat(layer, 2) if stacked else layer)
+    x = jnp.ones((2, 6))
+    params = pt.init(net, KEY, x)
+    params = pt.map_named(lambda n, a: a + values if name in n else a, params)
+    params = pt.replace(params, {f"body_{name}": jnp.full_like(params.body[name], values)})
+    rules = {f"body_{name}": parametrization}
+    with pytest.raises(pt.MismatchError, match=f"`body_{name}` is .*finite.*{expected}|{expected}"):
+        pt.expand(params, rules, KEY)
+    with pytest.raises(pt.MismatchError, match=rf"rule \{{'body_{name}': None\}}, before this one"):
+        pt.expand(params, rules, KEY)
+    advised = {f"body_{name}": None, f".*{name}|.*weight": par.Frozen()}
+    assert f"body_{name}" in pt.collect(pt.expand(params, advised, KEY))
+
+
+@pytest.mark.parametrize("first", ["dense0.*", "dense0/.*", re.compile("dense0.*"), is_first])
+def test_none_leaves_a_parameter_as_it_is(first: Any) -> None:
+    net = nn.Sequential(nn.Dense(6, activation="tanh"), nn.BatchNorm(), nn.Dense(3))
+    params, rules = pt.init(net, KEY, X), {first: None, ".*weight|.*bias": par.Frozen()}
+    model = pt.reparametrize(net, rules)
+    expanded = pt.expand(params, rules)
+    assert jax.tree.structure(expanded) == jax.tree.structure(pt.init(model, KEY, X))
+    names = ["dense0_weight", "dense0_bias", "batchnorm0_gamma", "batchnorm0_beta"]
+    assert list(pt.collect(expanded, kind="param")) == names
+    pt.testing.assert_trees_equal(pt.fold(expanded, rules), params)
+    np.testing.assert_array_equal(model(expanded, X), net(params, X))
+    for call in (pt.expand, pt.fold):
+        with pytest.raises(pt.RuleError, match="'dens0.*' matches no name; the closest are"):
+            call(expanded, {"dens0.*": None, ".*": par.Frozen()})
+
+
+def test_parts_have_names_like_all_leaves() -> None:
+    """Optimisers, labels, gradients, casts, shardings and initialisers by the names of parts."""
+    net, rules = MODELS["MLP"], {"dense0_weight": par.LoRA(2), "dense1_weight": par.WeightNorm()}
+    model = pt.reparametrize(net, rules)
+    params = pt.init(model, KEY, X)
+    parts = ["dense0_weight_a", "dense0_weight_b", "dense1_weight_g"]
+    pattern = ".*weight_(a|b|g)"
+    grads = pt.grad(lambda p: model(p, X).sum(), wrt=pattern)(params)
+    assert list(pt.collect(grads)) == parts
+    assert [n for n, yes in pt.collect(pt.mask(params, pattern)).items() if yes] == parts
+    labels = pt.labels(params, {pattern: "fast", ".*": "slow"})
+    tx = optax.multi_transform({"fast": optax.sgd(1.0), "slow": optax.set_to_zero()}, labels)
+    full = jax.grad(lambda p: model(p, X).sum())(params)
+    moved = optax.apply_updates(params, tx.update(full, tx.init(params), params)[0])
+    for name, leaf in pt.collect(moved).items():
+        same = np.array_equal(leaf, pt.collect(params)[name])
+        assert same == (name not in parts or not np.any(pt.collect(full)[name])), name
+    assert "dense0_weight_base" in pt.collect(params, kind="state")
+    half = pt.cast(params, {"dense1_weight_v": "bfloat16", ".*": None})
+    assert half.dense1.weight.v.dtype == jnp.bfloat16 and half.dense1.weight.g.dtype == jnp.float32
+    drawn = pt.reinit(params, KEY, {"dense0_weight_b": pt.initializers.One()})
+    assert np.all(drawn.dense0.weight.b == 1) and not np.array_equal(model(drawn, X), model(params, X))
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    shardings = pt.shardings(params, mesh, {"dense0_weight_a": P(None, "x"), ".*": P()})
+    placed = jax.device_put(params, shardings)
+    assert not placed.dense0.weight.a.sharding.is_fully_replicated
+    np.testing.assert_allclose(jax.jit(model)(placed, X), model(params, X), rtol=1e-5, atol=1e-6)
+
+
+def test_files_of_parts_load_by_name_and_into_the_plain_model(tmp_path: Any) -> None:
+    net, rules = MODELS["MLP"], {".*weight": par.LoRA(2)}
+    params = pt.init(net, KEY, X)
+    expanded = pt.expand(params, rules, KEY)
+    for ending in ("safetensors", "npz"):
+        pt.save(tmp_path / f"m.{ending}", expanded)
+        again = pt.load(tmp_path / f"m.{ending}")
+        assert jax.tree.structure(pt.load(tmp_path / f"m.{ending}", like=expanded)) == (
+            jax.tree.structure(expanded)
+        )
+        folded = pt.fold(again, rules)
+        pt.testing.assert_trees_close(pt.collect(folded), pt.collect(params), rtol=1e-6, atol=1e-6)
+    with pytest.raises(pt.LoadError, match="dense0_weight"):
+        pt.load(tmp_path / "m.npz", like=params)
+
+
+def test_a_parameter_given_as_an_initialiser_is_the_whole_one() -> None:
+    net, rules = MODELS["MLP"], {".*weight": par.WeightNorm()}
+    by_name = {"dense0_weight": pt.initializers.Normal(2.0)}
+    one = pt.init(pt.reparametrize(net, rules), KEY, X, rules=by_name)
+    other = pt.expand(pt.init(net, KEY, X, rules=by_name), rules)
+    pt.testing.assert_trees_equal(one, other)
 
 
 def test_quantised_leaves_are_saved_counted_and_loaded(tmp_path: Any) -> None:
@@ -278,3 +382,27 @@ def test_dicts_and_packed_trees() -> None:
     np.testing.assert_allclose(
         pt.reparametrize(net, rules)(packed, X), net(params, X), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_model_is_initialised_with_the_dtypes_that_it_will_read() -> None:
+    """Under strict promotion a half-precision input needs half-precision weights while recording too."""
+    net = nn.Sequential(
+        nn.Dense(4), nn.Repeat(nn.Dense(4), 2), nn.Vmap(nn.Dense(4), 3, in_axes=None), out=nn.Dense(3)
+    )
+    x, cast = X.astype("bfloat16"), {".*": par.Cast("bfloat16")}
+    model = pt.reparametrize(net, cast)
+    params = pt.init(model, KEY, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert jax.tree.structure(params) == jax.tree.structure(pt.init(net, KEY, X))
+    pt.testing.assert_trees_equal(params, pt.expand(pt.init(net, KEY, X), cast))
+    assert model(params, x).dtype == jnp.bfloat16
+    nested = pt.reparametrize(model, {".*weight": par.WeightNorm()})
+    assert nested(pt.init(nested, KEY, x), x).dtype == jnp.bfloat16
+
+    def part(p: Any, x: Any) -> Any:
+        return nn.Dense(2)(p.head, model(p.body, x))
+
+    whole = pt.reparametrize(part, {"head.*": par.Cast("bfloat16")})
+    assert whole(pt.init(whole, KEY, x), x).dtype == jnp.bfloat16
+    with pytest.raises(pt.RuleError, match="'haed.*' matches no name; the closest are head"):
+        pt.init(pt.reparametrize(part, {"haed.*": par.Cast("bfloat16")}), KEY, x)
