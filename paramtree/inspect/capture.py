@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.arrays import join, shape_of
+from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError, RuleError, ScopeError
 from paramtree.core.rules import Patterns, check_table, compiled, no_match, pattern_text, sep_of
 from paramtree.core.structure import Path

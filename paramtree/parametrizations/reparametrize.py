@@ -52,7 +52,7 @@ class Reparametrized:
 
 
 def _as_read(scope: Any, rules: Rules) -> Any:
-    """Returns the scope of a model that is being initialised, with leaves in the dtypes it will read."""
+    """Returns the scope of a model being initialised, with leaves in the dtypes that it will read."""
     source = open_tree(scope)
     structure, leaves = source.structure, list(source.leaves)
     chosen: dict[int, Any] = {}
