@@ -30,9 +30,9 @@ from paramtree.inspect.update_ratios import update_ratios as update_ratios
 from paramtree.io.checkpoints import Checkpoints as Checkpoints
 from paramtree.io.export import load_model as load_model
 from paramtree.io.export import save_model as save_model
-from paramtree.io.load import LoadReport as LoadReport
 from paramtree.io.load import load as load
 from paramtree.io.peek import peek as peek
+from paramtree.io.problems import LoadReport as LoadReport
 from paramtree.io.save import save as save
 from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init

@@ -204,7 +204,7 @@ def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
 
 def _check_apart(out: str, inputs: Sequence[str]) -> None:
     """Raises ParamTreeError if writing a file would overwrite an input."""
-    from paramtree.io.peek import open_source
+    from paramtree.io.opening import open_source
 
     target = pathlib.Path(out).resolve()
     for path in inputs:
@@ -222,7 +222,7 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from paramtree.io.load import load_part
-    from paramtree.io.peek import open_source
+    from paramtree.io.opening import open_source
     from paramtree.io.save import save
 
     with open_source(arguments.file) as source:

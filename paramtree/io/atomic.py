@@ -1,9 +1,11 @@
 """Atomic writes: a reader sees the complete old file or the complete new one."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 
 __all__ = ["replacing", "sync"]
@@ -23,7 +25,8 @@ def replacing(path: str) -> Iterator[str]:
     and the old file stays.
 
     Raises:
-      OSError: the folder is missing, full or not writable.
+      OSError: the folder is missing, full or not writable, or ``path`` is a folder, a device, a pipe or
+        a socket.
 
     Example:
       >>> import pathlib, tempfile
@@ -34,6 +37,7 @@ def replacing(path: str) -> Iterator[str]:
       >>> path.read_text()
       'all of it'
     """
+    _check(path)
     path = os.path.realpath(path)  # replace a symlink's target, not the link
     folder, name = os.path.split(path)
     prefix = os.path.join(folder, f".{name[:150]}.unfinished-")
@@ -53,6 +57,17 @@ def replacing(path: str) -> Iterator[str]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
+
+
+def _check(path: str) -> None:
+    """Raises OSError if a path cannot be replaced by a file, or must not be."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, and is not replaced by a file", path)
+        if not stat.S_ISREG(mode):
+            problem = "is a device, a pipe or a socket, and is not replaced by a file"
+            raise OSError(errno.EINVAL, problem, path)
 
 
 def _create(prefix: str) -> tuple[str, int]:

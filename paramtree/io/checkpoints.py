@@ -15,7 +15,7 @@ import numpy as np
 from paramtree.core.errors import LoadError, ParamTreeError
 from paramtree.io.formats import orbax
 from paramtree.io.load import load
-from paramtree.io.save import flattened
+from paramtree.io.save import content_of
 
 __all__ = ["Checkpoints"]
 
@@ -112,8 +112,8 @@ class Checkpoints:
                 f"they have {', '.join(values) or 'nothing'}. Pass it, as in save({step}, run, "
                 f"{{{self._best!r}: 0.5}})."
             )
-        arrays, layout = flattened(self.folder, run, ".", orbax.NATIVE)
-        state, metadata = orbax.as_state(arrays, layout)
+        content = content_of(self.folder, run, ".", orbax.FORMAT)
+        state, metadata = orbax.as_state(content.arrays, content.layout)
         self._manager.save(
             int(step),
             args=orbax.orbax().args.StandardSave(state),

@@ -2,67 +2,27 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
-from paramtree.core.arrays import dtype_of, join, printable, shape_of
+from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.rules import Pattern, Rules
 from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
-from paramtree.io.peek import arranged, items_of, open_source
+from paramtree.io.opening import open_source
+from paramtree.io.peek import arranged, items_of
 from paramtree.io.placing import Placing, divides
-from paramtree.io.problems import Problems
+from paramtree.io.problems import LoadReport, Problems
 from paramtree.io.restack import restack
 from paramtree.io.source import Source, segments
 from paramtree.io.transforms import transform_all
 from paramtree.io.wire import decode
 from paramtree.sharding.place import spread
 
-__all__ = ["LoadReport", "load", "load_part"]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What ``pt.load`` did.
-
-    Attributes:
-      path: the file.
-      format: its format: "safetensors", "params", "npz" or "orbax".
-      loaded: the names in the file that each leaf was loaded from, by the name of the leaf.
-      missing: names of leaves that are not in the file and kept their values.
-      ignored: names in the file that were not used.
-      cast: the dtype in the file of each leaf that was cast, by the name of the leaf.
-
-    Example:
-      >>> print(LoadReport("a.npz", "npz", {"w": ["weight"]}, [], ["step"], {}))
-      a.npz (npz): 1 loaded, 0 missing, 1 ignored
-        w: from weight
-        step: in the file, ignored
-    """
-
-    path: str
-    format: str
-    loaded: dict[str, list[str]]
-    missing: list[str]
-    ignored: list[str]
-    cast: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as a dict of plain Python values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        counts = f"{len(self.loaded)} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
-        lines = [f"{self.path} ({self.format}): {counts}"]
-        lines += [f"  {name}: from {', '.join(origins)}" for name, origins in self.loaded.items()]
-        lines += [f"  {name}: cast from {dtype}" for name, dtype in self.cast.items()]
-        lines += [f"  {name}: not in the file, kept" for name in self.missing]
-        lines += [f"  {name}: in the file, ignored" for name in self.ignored]
-        return "\n".join(map(printable, lines))
+__all__ = ["load", "load_part"]
 
 
 def load(
@@ -78,6 +38,7 @@ def load(
     sep: str = ".",
     report: bool = False,
     shardings: Any = None,
+    mismatched: str = "error",
 ) -> Any:
     r"""Loads a tree from a file. The format is recognized from the content.
 
@@ -109,6 +70,8 @@ def load(
       shardings: the shardings of the leaves: ``pt.shardings`` of ``like``, or of ``pt.peek(path)``
         without ``like``; or one sharding for all. From safetensors and Orbax, each process reads only
         the slices that its devices hold.
+      mismatched: "keep" keeps the value of ``like`` where the file has another shape, such as a new
+        head; the report lists these leaves.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
@@ -138,8 +101,11 @@ def load(
         if like is None:
             result = loader.saved_tree(shardings)
         else:
+            if mismatched not in ("error", "keep"):
+                raise ValueError(f"mismatched is 'error' or 'keep', not {mismatched!r}.")
             lenient = allow_missing or not strict, ignore_extra or not strict
-            result = loader.tree_like(like, *lenient, cast_dtype, shardings)
+            keep = mismatched == "keep"
+            result = loader.tree_like(like, *lenient, cast_dtype, shardings, keep)
     return result if report else result[0]
 
 
@@ -154,7 +120,7 @@ def load_part(path: str | os.PathLike[str], choose: Callable[[ParamTree], ParamT
       LoadError: the file is damaged.
     """
     with open_source(os.fspath(path)) as source:
-        return _Loader(source, None, None, ".").saved_tree(None, choose)[0]
+        return _Loader(source, None, None, ".").saved_tree(None, choose, flat=True)[0]
 
 
 class _Loader:
@@ -167,7 +133,7 @@ class _Loader:
         self.source, self.rename, self.transform = source, rename, transform
         self.items = rename_all(items_of(source), rename)
         self.sep, self.tags = (sep, dict[str, str]()) if layout is None else (layout.sep, layout.tags)
-        self.problems = Problems(source.path, source.format == "params", self.sep)
+        self.problems = Problems(source.path, source.ordered, self.sep)
 
     def value(self, item: Item) -> Any:
         """Returns the array of an item."""
@@ -182,7 +148,10 @@ class _Loader:
         return self.value(item)
 
     def saved_tree(
-        self, shardings: Any, choose: Callable[[ParamTree], ParamTree] = lambda tree: tree
+        self,
+        shardings: Any,
+        choose: Callable[[ParamTree], ParamTree] = lambda tree: tree,
+        flat: bool = False,
     ) -> tuple[ParamTree, LoadReport]:
         """Returns the chosen leaves of the saved tree, or of a tree built from the names."""
         source = self.source
@@ -193,15 +162,21 @@ class _Loader:
 
         items = transform_all(self.items, self.transform, shown, self.untrusted)
         exact = self.rename is None and self.transform is None
-        structure, chosen = flatten(choose(arranged(source, items, self.sep, exact)))
+        structure, chosen = flatten(choose(arranged(source, items, self.sep, exact, flat)))
         shapes = [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in chosen]
         like, groups = unflatten(structure, shapes), [[item] for item in chosen]
         leaves, loaded, _ = self.read(like, shardings, structure, [None] * len(chosen), groups)
-        report = LoadReport(source.path, source.format, loaded, [], self.dropped(chosen), {})
+        report = LoadReport.of(source, loaded=loaded, ignored=self.dropped(chosen))
         return unflatten(structure, leaves), report
 
     def tree_like(
-        self, like: Any, allow_missing: Any, ignore_extra: Any, cast: bool, shardings: Any
+        self,
+        like: Any,
+        allow_missing: Any,
+        ignore_extra: Any,
+        cast: bool,
+        shardings: Any,
+        keep: bool,
     ) -> tuple[Any, LoadReport]:
         """Returns ``like`` with the values of the file."""
         source, problems = self.source, self.problems
@@ -220,13 +195,20 @@ class _Loader:
         extra = [item for item, item_paths in zip(items, paths, strict=True) if not item_paths]
         missing = problems.missing(structure, leaves, groups, extra, allow_missing)
         ignored = problems.extra(extra, ignore_extra) + self.dropped(items)
+        kept: dict[str, tuple[int, ...]] = {}
         for path, leaf, group in zip(structure.canonical, leaves, groups, strict=True):
+            shape = shape_of(leaf)
+            if keep and shape is not None and any(item.shape != shape for item in group):
+                kept[join(path)] = problems.keep(join(path), leaf, group)
+                group.clear()
             for item in group:
                 problems.compare(join(path), leaf, item, cast)
         problems.check()
         source.check_expansion({item.origin: item.shape for group in groups for item in group})
         values, loaded, casts = self.read(like, shardings, structure, leaves, groups)
-        report = LoadReport(source.path, source.format, loaded, missing, ignored, casts)
+        report = LoadReport.of(
+            source, loaded=loaded, missing=missing, ignored=ignored, cast=casts, kept=kept
+        )
         return target.restore(values), report
 
     def read(

@@ -1,25 +1,25 @@
 """``pt.peek``: the format and the tree of a file, from its headers alone."""
 
-import contextlib
 import os
 from collections.abc import Sequence
-from io import BufferedReader
+from typing import Any
 
 import jax
 
-from paramtree.core.errors import NameCollisionError
+from paramtree.core.errors import LoadError, NameCollisionError
 from paramtree.core.structure import PARAM, Stack, build
 from paramtree.core.tree import ParamTree, flatten, unflatten
-from paramtree.io.formats import mxnet, npz, orbax, safetensors
 from paramtree.io.matching import Item
+from paramtree.io.opening import open_source
+from paramtree.io.problems import LoadReport
 from paramtree.io.source import Source, fail, segments
 from paramtree.io.transforms import natural
 from paramtree.io.wire import logical
 
-__all__ = ["arranged", "items_of", "open_source", "peek"]
+__all__ = ["arranged", "items_of", "peek"]
 
 
-def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
+def peek(path: str | os.PathLike[str], *, sep: str = ".", report: bool = False) -> Any:
     """Returns the tree in a file, with shapes and dtypes in place of the arrays.
 
     Reads only headers, so even a file of many gigabytes takes milliseconds and almost no memory. The
@@ -29,9 +29,11 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
     Args:
       path: a file, folder or index, as for ``pt.load``.
       sep: the separator of levels in names when a tree is built from them; "/" always separates too.
+      report: whether to return a ``pt.LoadReport`` as well, with the format and its metadata.
 
     Returns:
-      A tree of ``jax.ShapeDtypeStruct``s with the dtypes of the file, including 64-bit ones.
+      A tree of ``jax.ShapeDtypeStruct``s with the dtypes of the file, including 64-bit ones. If the
+      names do not form a tree, as ``m.weight`` and ``m.weight.absmax``, it has a single level.
 
     Raises:
       LoadError: the file is damaged, or its format is not supported.
@@ -48,58 +50,20 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".") -> ParamTree:
       8
     """
     with open_source(os.fspath(path)) as source:
-        tree = arranged(source, items_of(source), sep)
+        tree = arranged(source, items_of(source), sep, flat=True)
     structure, items = flatten(tree)
-    return unflatten(structure, [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in items])
-
-
-_PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-
-
-def open_source(path: str) -> Source:
-    """Opens a file of any supported format. Use it in a ``with`` statement.
-
-    Raises:
-      LoadError: the file is damaged, or its format is not supported.
-    """
-    if os.path.isdir(path):
-        return orbax.read(path)
-    with contextlib.ExitStack() as files:
-        if path.endswith(safetensors.INDEX):
-            source = safetensors.read_index(path, files)
-        else:
-            source = _read(path, files.enter_context(open(path, "rb")))
-        source.files.enter_context(files.pop_all())
-        return source
-
-
-def _read(path: str, file: BufferedReader) -> Source:
-    head = file.read(16)
-    file.seek(0)
-    if head.startswith(mxnet.MAGIC):
-        return mxnet.read(path, file)
-    if head.startswith((b"PK\3\4", b"PK\5\6")):
-        return npz.read(path, file)
-    if head[8:9] == b"{":
-        return safetensors.read(path, file)
-    problem = "is neither safetensors, .params nor .npz, nor an Orbax folder."
-    if not head:
-        problem = "is empty."
-    elif head[:1] == b"\x80" or path.lower().endswith(_PICKLED):
-        problem = npz.PICKLE
-    elif head.startswith(b"\x93NUMPY"):
-        problem = "holds one array without a name. Write it with numpy.savez."
-    elif head.startswith(b"\x89HDF"):
-        problem = "is an HDF5 file, as Keras writes. Save its arrays as .npz."
-    return fail(path, "", problem)
+    shapes = unflatten(structure, [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in items])
+    return (shapes, LoadReport.of(source)) if report else shapes
 
 
 def items_of(source: Source) -> list[Item]:
     """Returns an item for each array of a source, with all its names and decoded shape and dtype."""
     layout, arrays = source.layout, source.arrays
-    if layout is None:  # the safetensors package sorts by dtype and name
-        ordered = sorted(arrays, key=natural) if source.format == "safetensors" else arrays
+    if layout is None:
+        ordered = sorted(arrays, key=natural) if source.unordered else arrays
         aliases, tags = {name: [name] for name in ordered}, dict[str, str]()
+        for alias, name in source.ties.items():
+            aliases[name].append(alias)
     else:
         aliases, tags = layout.aliases(), layout.tags
     items = []
@@ -115,10 +79,13 @@ def items_of(source: Source) -> list[Item]:
     return items
 
 
-def arranged(source: Source, items: Sequence[Item], sep: str, exact: bool = True) -> ParamTree:
+def arranged(
+    source: Source, items: Sequence[Item], sep: str, exact: bool = True, flat: bool = False
+) -> ParamTree:
     """Returns the tree of a file, with an item in place of each array.
 
-    ``exact`` says that the items are the file's own, so that its recorded layout applies.
+    ``exact`` says that the items are the file's own, so that its recorded layout applies; ``flat`` that
+    names which form no tree may be those of a single level.
     """
     layout, kinds = source.layout, dict(source.kinds)
     if layout is not None:
@@ -126,9 +93,18 @@ def arranged(source: Source, items: Sequence[Item], sep: str, exact: bool = True
             return unflatten(layout.structure, items)
         kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
     names = [(name, label) for label, item in enumerate(items) for name in item.names]
-    entries = [(segments(source.path, name, sep), label) for name, label in names]
+    all_kinds = [kinds.get(item.origin, PARAM) for item in items]
     try:
-        structure, order = build(entries, [kinds.get(item.origin, PARAM) for item in items])
-    except NameCollisionError as error:
-        fail(source.path, "the names", f"do not form a tree: {error}")
+        entries = [(segments(source.path, name, sep), label) for name, label in names]
+        structure, order = build(entries, all_kinds)
+    except (NameCollisionError, LoadError) as error:
+        if not flat:
+            if isinstance(error, LoadError):
+                raise
+            fail(
+                source.path,
+                "the names",
+                f"do not form a tree: {error} sep='' keeps whole names, and rename= changes them.",
+            )
+        structure, order = build([((name,), label) for name, label in names], all_kinds)
     return unflatten(structure, [items[label] for label in order])

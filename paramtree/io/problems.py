@@ -1,7 +1,8 @@
-"""Reporting every mismatch between a file and a tree in one error."""
+"""What loading has done, or every mismatch between a file and a tree in one error."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -11,11 +12,66 @@ from paramtree.core.arrays import dtype_of, join, printable, shape_of
 from paramtree.core.errors import LoadError
 from paramtree.core.structure import Path, Structure
 from paramtree.io.matching import Item, closest, name_pattern
-from paramtree.io.source import shortened
+from paramtree.io.source import Source, shortened
 from paramtree.io.wire import is_key
 from paramtree.verbs.cast import casts
 
-__all__ = ["Problems"]
+__all__ = ["LoadReport", "Problems"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``pt.load`` did.
+
+    Attributes:
+      path: the file.
+      format: the name of its format, such as "safetensors".
+      loaded: the names in the file that each leaf was loaded from, by the name of the leaf.
+      missing: names of leaves that are not in the file and kept their values.
+      ignored: names in the file that were not used.
+      cast: the dtype in the file of each leaf that was cast, by the name of the leaf.
+      kept: the shape in the file of each leaf that kept its value because its shape is another.
+      metadata: texts in the file that are not paramtree's own.
+      notes: remarks, such as what a pickle asked for and was not made.
+
+    Example:
+      >>> print(LoadReport("a.npz", "npz", {"w": ["weight"]}, [], ["step"], {}))
+      a.npz (npz): 1 loaded, 0 missing, 1 ignored
+        w: from weight
+        step: in the file, ignored
+    """
+
+    path: str
+    format: str
+    loaded: dict[str, list[str]]
+    missing: list[str]
+    ignored: list[str]
+    cast: dict[str, str]
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, **found: Any) -> "LoadReport":
+        """Returns the report of a source, in which nothing was loaded if nothing else is given."""
+        empty = {"loaded": {}, "missing": [], "ignored": [], "cast": {}}
+        about = {"metadata": dict(source.metadata), "notes": list(source.notes)}
+        return cls(source.path, source.format.name, **{**empty, **about, **found})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as a dict of plain Python values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.loaded)} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
+        lines = [f"{self.path} ({self.format}): {counts}"]
+        lines += [f"  {name}: from {', '.join(origins)}" for name, origins in self.loaded.items()]
+        lines += [f"  {name}: cast from {dtype}" for name, dtype in self.cast.items()]
+        lines += [f"  {name}: shape {shape} in the file, kept" for name, shape in self.kept.items()]
+        lines += [f"  {name}: not in the file, kept" for name in self.missing]
+        lines += [f"  {name}: in the file, ignored" for name in self.ignored]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(map(printable, lines))
 
 
 class Problems:
@@ -102,6 +158,16 @@ class Problems:
             self.add(f"`{name}`{origin} has dtype {item.dtype}, expected {dtype}.", _DTYPE)
         elif not casts(item.dtype, dtype):
             self.add(f"`{name}`{origin} has dtype {item.dtype}, which does not cast to {dtype}.", _CAST)
+
+    def keep(self, name: str, leaf: Any, items: Sequence[Item]) -> tuple[int, ...]:
+        """Returns the shape in the file of a leaf that keeps its value, which it needs to have."""
+        item = next(item for item in items if item.shape != shape_of(leaf))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            self.add(
+                f"`{name}` has shape {item.shape}, not {leaf.shape}, and `like` has no value.",
+                _NO_VALUE,
+            )
+        return item.shape
 
     def equal(self, name: str, item: Item, value: Any, alias: Item, alias_value: Any) -> None:
         """Records two names of a tied leaf that have different values."""

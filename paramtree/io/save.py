@@ -1,28 +1,53 @@
 """``pt.save``: saves a tree in the format given by the file extension."""
 
 import os
-from collections.abc import Container
+from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError, ParamTreeError
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.structure import Structure
-from paramtree.io.formats import mxnet, npz, orbax, safetensors
+from paramtree.core.tree import ParamTree
+from paramtree.io.formats import DEFAULT, FORMATS
+from paramtree.io.formats.format import Content, Format
 from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout, odd_parts
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
+from paramtree.nn.layer import Layer
 from paramtree.verbs.collect import check_unique
 
-__all__ = ["flattened", "save"]
+__all__ = ["content_of", "save"]
 
-_WRITERS = {".npz": npz, ".orbax": orbax, ".params": mxnet}
+_SHOWN = 20  # problems in one message
+# Endings of formats that only other libraries write.
 _OTHERS = (
-    ".pt", ".pth", ".bin", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".gguf", ".onnx", ".npy",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".msgpack",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".hdf5",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".npy",
     ".json",
-)  # fmt: skip
+    ".tar",
+    ".gz",
+)
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    sep: str = ".",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Saves a tree in the format given by the file extension.
 
     ``.npz`` is numpy's format, ``.orbax`` an Orbax folder for trees sharded over devices and processes,
@@ -37,6 +62,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
       tree: a parameter tree, a sub-tree (its names start at the sub-tree), or any other pytree of
         arrays and numbers.
       sep: the separator of names in the file, as in ``dense0.weight``.
+      metadata: texts to save with it, for safetensors; ``pt.peek(path, report=True)`` shows them.
 
     Raises:
       NameCollisionError: two paths join to one name.
@@ -53,41 +79,95 @@ def save(path: str | os.PathLike[str], tree: Any, *, sep: str = ".") -> None:
       {'dense0.bias': array([0., 0.])}
     """
     path = os.fspath(path)
-    extension = os.path.splitext(path)[1].lower()
-    if extension in _OTHERS:
-        formats = ".safetensors, .npz, .orbax or .params"
-        raise ParamTreeError(f"{path}: {extension} is another library's format. Choose {formats}.")
-    writer: Any = _WRITERS.get(extension, safetensors)
-    writer.write(path, *flattened(path, tree, sep, writer.NATIVE))
+    form = _format_of(path)
+    form.write(path, content_of(path, tree, sep, form, metadata))
 
 
-def flattened(path: str, tree: Any, sep: str, native: Container[str]) -> tuple[dict[str, Any], str]:
-    """Returns the arrays to write by name, and the layout to rebuild the tree from.
+def _format_of(path: str) -> Format:
+    """Returns the format that an ending names."""
+    ending = os.path.splitext(path)[1].lower()
+    form = next((form for form in FORMATS if ending in form.endings), None)
+    if ending in _OTHERS or (form and not form.writes):
+        writable = ", ".join(form.endings[0] for form in FORMATS if form.writes)
+        raise ParamTreeError(
+            f"{path} was not written: {ending} is another library's format. Choose one of {writable}."
+        )
+    return form or DEFAULT
 
-    A tied leaf has one name, its first, but all of its names for MXNet, which has no layout.
+
+def content_of(
+    path: str, tree: Any, sep: str, form: Format, metadata: Mapping[str, str] | None = None
+) -> Content:
+    """Returns what a format writes of a tree.
+
+    A tied leaf has one name, its first, but all of its names in a format without a layout.
 
     Raises:
       NameCollisionError: two paths join to one name.
-      MismatchError: some leaves cannot be saved; all are listed.
+      MismatchError: it is no tree, or some leaves cannot be saved; all are listed.
     """
-    source = open_tree(tree, is_array_or_number, declared=True)
-    structure = source.structure
+    _check_tree(path, tree)
+    source = open_tree(tree, lambda leaf: leaf is not None and not _is_function(leaf), declared=True)
+    structure, layouts = source.structure, "layout" in form.keeps
     _check_names(structure, sep)
     problems = []
     for leaf, where in zip(source.leaves, structure.canonical, strict=True):
         problem = check_savable(leaf)
-        if not problem and native is mxnet.NATIVE and (is_key(leaf) or dtype_name(leaf) not in native):
-            problem = f"has dtype {leaf.dtype}, which .params does not have: save as .safetensors"
+        if not problem and not layouts and (is_key(leaf) or dtype_name(leaf) not in form.native):
+            lacks = f"has dtype {leaf.dtype}, which {form.endings[0]} does not have"
+            problem = f"{lacks}: save as .safetensors"
         if problem:
             problems.append(f"`{join(where)}` {problem}")
     if problems:
-        raise MismatchError(f"{path} was not written: {'; '.join(problems)}.")
-    encoded = [encode(leaf, native) for leaf in source.leaves]
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise MismatchError(f"{path} was not written: {'; '.join(problems[:_SHOWN])}{more}.")
+    encoded = [encode(leaf, form.native) for leaf in source.leaves]
     names = [join(where, sep) for where in structure.canonical]
-    layout = encode_layout(structure, names, [tag for _, tag in encoded], sep)
-    if native is mxnet.NATIVE:
-        return {join(where, sep): encoded[slot][0] for where, slot in structure.entries()}, layout
-    return {name: array for name, (array, _) in zip(names, encoded, strict=True)}, layout
+    arrays = {name: array for name, (array, _) in zip(names, encoded, strict=True)}
+    if not layouts:
+        arrays = {join(where, sep): encoded[slot][0] for where, slot in structure.entries()}
+    layout = encode_layout(structure, names, [tag for _, tag in encoded], sep) if layouts else ""
+    return Content(arrays, layout, structure, _checked(path, form, metadata))
+
+
+def _checked(path: str, form: Format, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns texts to save.
+
+    Raises:
+      TypeError: they are no mapping of texts to texts.
+      ParamTreeError: the format does not keep them.
+    """
+    metadata = {} if metadata is None else metadata
+    texts = isinstance(metadata, Mapping) and {*map(type, [*metadata, *metadata.values()])} <= {str}
+    if not texts:
+        raise TypeError(f"metadata is a mapping of texts to texts, not {metadata!r}.")
+    if metadata and "metadata" not in form.keeps:
+        keeping = ", ".join(form.name for form in FORMATS if "metadata" in form.keeps)
+        raise ParamTreeError(f"{path} was not written: {form.name} has no metadata; {keeping} has.")
+    return dict(metadata)
+
+
+def _check_tree(path: str, tree: Any) -> None:
+    """Raises MismatchError if something is saved in place of a tree, or would be left out of one."""
+    if isinstance(tree, ParamTree) or hasattr(type(tree), "__open__"):
+        return
+    if tree is None or (jax.tree_util.all_leaves([tree]) and not is_array_or_number(tree)):
+        what = f"the layer or function {tree!r:.80}" if callable(tree) else f"{tree!r:.80}"
+        raise MismatchError(
+            f"{path} was not written: expected a tree of arrays, such as the parameters that pt.init "
+            f"returns, but found {what}."
+        )
+    for where, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Layer):
+            name = jax.tree_util.keystr(where, simple=True, separator="_")
+            raise MismatchError(
+                f"{path} was not written: `{name}` is the layer {leaf!r:.80}, not its parameters."
+            )
+
+
+def _is_function(leaf: Any) -> bool:
+    """Returns whether a leaf is code, as in modules of other libraries: there is nothing to save."""
+    return callable(leaf) and not is_array_or_number(leaf)
 
 
 def _check_names(structure: Structure, sep: str) -> None:

@@ -56,18 +56,24 @@ class Stored(NamedTuple):
 class Source(contextlib.AbstractContextManager["Source"]):
     """The arrays of a file by name, and the structure of the tree if the file records it.
 
-    ``kinds`` are the kinds that names imply, ``nameless`` says that the names are just numbers, and
-    ``ordered`` that names may be matched by order, as Gluon's. ``parts`` are the files that an index
-    lists. Files stay open until the source is closed, so replacing one meanwhile has no effect.
+    ``kinds`` are the kinds that names imply, ``nameless`` says that the names are just numbers,
+    ``ordered`` that names may be matched by order, as Gluon's, and ``unordered`` that the order of the
+    names means nothing. ``ties`` maps further names of an array to its first. ``metadata`` are texts of
+    the file's own, ``notes`` are remarks for the report, and ``parts`` the files that an index lists.
+    Files stay open until the source is closed, so replacing one meanwhile has no effect.
     """
 
     path: str
-    format: str
+    format: Any  # a Format
     arrays: Mapping[str, Stored]
     layout: Layout | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
     nameless: bool = False
     ordered: bool = False
+    unordered: bool = False
+    ties: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     parts: Sequence[str] = ()
     files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 

@@ -13,7 +13,7 @@ import paramtree as pt
 from examples import parameter_management as example
 from paramtree import nn
 from paramtree.core.tree import flatten
-from paramtree.io.load import open_source
+from paramtree.io.opening import open_source
 
 GOLD = Path(__file__).parents[1] / "data" / "gluon"
 FILES = sorted(path.name for path in GOLD.glob("*.params"))

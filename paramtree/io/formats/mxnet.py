@@ -6,7 +6,7 @@ MXNet does; all four versions can be read, dense and sparse.
 
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BufferedReader
 from typing import Any
@@ -15,78 +15,84 @@ import numpy as np
 
 from paramtree.core.structure import STATE
 from paramtree.io.atomic import replacing
+from paramtree.io.formats.format import Content, Format
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_span
 from paramtree.io.wire import to_dtype, to_host
 
-__all__ = ["MAGIC", "NATIVE", "read", "write"]
+__all__ = ["FORMAT"]
 
-MAGIC = struct.pack("<Q", 0x112)
+_MAGIC = struct.pack("<Q", 0x112)
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = [  # indexed by MXNet's type code
     "float32", "float64", "float16", "uint8", "int32", "int8", "int64", "bool", "int16", "uint16",
     "uint32", "uint64", "bfloat16",
 ]  # fmt: skip
-NATIVE = frozenset(_DTYPES)
 _DENSE, _ROWS, _CSR = 0, 1, 2  # storage types; also the number of index arrays
 _CPU = (1, 0)  # device type and number
 
 
-def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
-    """Writes arrays of native dtypes, without the layout, for which the format has no place.
+class Params(Format):
+    """MXNet's ``.params``. A tied array is in it under each of its names."""
 
-    Uses version 2, which every MXNet reads. It cannot hold scalars or empty arrays; if there are any,
-    all arrays are written in version 3, as by MXNet in its numpy mode.
-    """
-    host = {name: to_host(array) for name, array in arrays.items()}
-    magic = _V2 if all(array.size and array.ndim for array in host.values()) else _V3
-    with replacing(path) as new, open(new, "wb") as file:
-        file.write(MAGIC + struct.pack("<QQ", 0, len(host)))
-        for array in host.values():
-            head = struct.pack(f"<Iii{array.ndim}q", magic, _DENSE, array.ndim, *array.shape)
-            file.write(head + struct.pack("<iii", *_CPU, _DTYPES.index(array.dtype.name)))
-            file.write(array.reshape(-1).view(np.uint8).data)
-        file.write(struct.pack("<Q", len(host)))
-        for name in host:
-            encoded = name.encode()
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
+    name = "params"
+    endings = (".params",)
+    native = frozenset(_DTYPES)
 
+    def recognises(self, path: str, head: bytes) -> bool:
+        return head.startswith(_MAGIC)
 
-def read(path: str, file: BufferedReader) -> Source:
-    """Opens a ``.params`` file.
+    def write(self, path: str, content: Content) -> None:
+        """Writes arrays, in version 2, which every MXNet reads.
 
-    The prefixes ``arg:`` and ``aux:`` of an exported model are removed; ``aux:`` marks state. Arrays
-    without names are named by their index.
+        It cannot hold scalars or empty arrays; if there are any, all arrays are written in version 3,
+        as by MXNet in its numpy mode.
+        """
+        host = {name: to_host(array) for name, array in content.arrays.items()}
+        magic = _V2 if all(array.size and array.ndim for array in host.values()) else _V3
+        with replacing(path) as new, open(new, "wb") as file:
+            file.write(_MAGIC + struct.pack("<QQ", 0, len(host)))
+            for array in host.values():
+                head = struct.pack(f"<Iii{array.ndim}q", magic, _DENSE, array.ndim, *array.shape)
+                file.write(head + struct.pack("<iii", *_CPU, _DTYPES.index(array.dtype.name)))
+                file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(struct.pack("<Q", len(host)))
+            for name in host:
+                encoded = name.encode()
+                file.write(struct.pack("<Q", len(encoded)) + encoded)
 
-    Raises:
-      LoadError: the file is damaged.
-    """
-    reader = _Reader(path, file)
-    reader.take(16, "the header")
-    # An array takes at least 12 bytes: its version, storage type and number of axes.
-    stored = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 12))]
-    names = []
-    for i in range(reader.count("the names", 8)):
-        where = f"name {i}"
-        try:
-            names.append(reader.take(reader.count(where, 1), where).decode())
-        except UnicodeDecodeError:
-            fail(path, where, "is not utf-8.")
-    if reader.left:
-        fail(path, f"at byte {file.tell()}", f"{reader.left} bytes follow the end.")
-    if names and len(names) != len(stored):
-        fail(path, "the names", f"there are {len(names)} for {len(stored)} arrays.")
-    arrays: dict[str, Stored] = {}
-    kinds = {}
-    for i, array in enumerate(stored):
-        full = names[i] if names else str(i)
-        name = full.removeprefix("arg:").removeprefix("aux:")
-        check_name(path, name)
-        if name in arrays:
-            fail(path, repr(full), "appears twice.")
-        arrays[name] = array
-        if full.startswith("aux:"):
-            kinds[name] = STATE
-    return Source(path, "params", arrays, kinds=kinds, nameless=not names, ordered=True)
+    def read(self, path: str, file: BufferedReader) -> Source:
+        """Opens a file, also of an older version, and with sparse arrays.
+
+        The prefixes ``arg:`` and ``aux:`` of an exported model are removed; ``aux:`` marks state.
+        Arrays without names are named by their index.
+        """
+        reader = _Reader(path, file)
+        reader.take(16, "the header")
+        # An array takes at least 12 bytes: its version, storage type and number of axes.
+        stored = [_array(reader, f"array {i}") for i in range(reader.count("the arrays", 12))]
+        names = []
+        for i in range(reader.count("the names", 8)):
+            where = f"name {i}"
+            try:
+                names.append(reader.take(reader.count(where, 1), where).decode())
+            except UnicodeDecodeError:
+                fail(path, where, "is not utf-8.")
+        if reader.left:
+            fail(path, f"at byte {file.tell()}", f"{reader.left} bytes follow the end.")
+        if names and len(names) != len(stored):
+            fail(path, "the names", f"there are {len(names)} for {len(stored)} arrays.")
+        arrays: dict[str, Stored] = {}
+        kinds = {}
+        for i, array in enumerate(stored):
+            full = names[i] if names else str(i)
+            name = full.removeprefix("arg:").removeprefix("aux:")
+            check_name(path, name)
+            if name in arrays:
+                fail(path, repr(full), "appears twice.")
+            arrays[name] = array
+            if full.startswith("aux:"):
+                kinds[name] = STATE
+        return Source(path, self, arrays, kinds=kinds, nameless=not names, ordered=True)
 
 
 class _Reader:
@@ -209,3 +215,6 @@ def _dense_csr(dense: np.ndarray, data: np.ndarray, starts: np.ndarray, columns:
     rows = np.repeat(np.arange(len(dense)), (starts[1:] - starts[:-1]).astype(np.int64))
     dense[rows, columns] = data
     return True
+
+
+FORMAT = Params()

@@ -3,7 +3,6 @@
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
 from functools import partial
 from io import BufferedReader
 from typing import Any
@@ -13,61 +12,61 @@ from numpy.lib import format as npy
 
 from paramtree.core.errors import LoadError
 from paramtree.io.atomic import replacing
+from paramtree.io.formats.format import Content, Format
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_into, read_layout
 from paramtree.io.wire import NUMBERS, to_host
 
-__all__ = ["NATIVE", "PICKLE", "read", "write"]
+__all__ = ["FORMAT"]
 
-NATIVE = NUMBERS
-PICKLE = (
-    "is a pickle, as PyTorch writes. Loading one runs the code in it, so paramtree never does. Convert "
-    "it where it was written: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
-)
 _LAYOUT = "paramtree.json"
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CHUNK = 2**16  # zipfile copies from a buffer of its own
 _HEADER = 1_000  # bytes; 32 axes need 700, and numpy takes much memory to parse a long one
 
 
-def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
-    """Writes arrays of native dtypes as ``numpy.savez`` does, and the layout as another member."""
-    with replacing(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as file:
-        for name, array in arrays.items():
-            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
-                npy.write_array(member, to_host(array), allow_pickle=False)
-        file.writestr(_LAYOUT, layout)
+class Npz(Format):
+    """numpy's ``.npz``."""
 
+    name = "npz"
+    endings = (".npz",)
+    native = NUMBERS
+    keeps = frozenset(("layout",))
 
-def read(path: str, file: BufferedReader) -> Source:
-    """Opens a ``.npz`` file.
+    def recognises(self, path: str, head: bytes) -> bool:
+        return head.startswith((b"PK\3\4", b"PK\5\6"))
 
-    Raises:
-      LoadError: the file is damaged, is a PyTorch checkpoint, or holds Python objects.
-    """
-    arrays: dict[str, Stored] = {}
-    text = None
-    try:
-        opened = zipfile.ZipFile(file)
-        members = opened.infolist()
-        if any(member.filename.endswith("data.pkl") for member in members):
-            fail(path, "", PICKLE)
-        _check_sizes(path, file, members)
-        for member in members:
-            if member.filename == _LAYOUT:
-                if member.compress_type != zipfile.ZIP_STORED:
-                    fail(path, _LAYOUT, "is compressed, which paramtree never does.")
-                text = opened.read(member).decode()
-                continue
-            name = member.filename.removesuffix(".npy")
-            if name in arrays or name == member.filename:
-                fail(path, repr(name), "appears twice, or is not a .npy file.")
-            check_name(path, name)
-            arrays[name] = _stored(path, opened, member)
-    except LoadError:
-        raise
-    except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
-        fail(path, "", f"is not a .npz file, or is damaged: {error or type(error).__name__}.")
-    return Source(path, "npz", arrays, read_layout(path, _LAYOUT, text, arrays))
+    def write(self, path: str, content: Content) -> None:
+        """Writes arrays as ``numpy.savez`` does, and the layout as another member."""
+        with replacing(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as file:
+            for name, array in content.arrays.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    npy.write_array(member, to_host(array), allow_pickle=False)
+            if content.layout:
+                file.writestr(_LAYOUT, content.layout)
+
+    def read(self, path: str, file: BufferedReader) -> Source:
+        arrays: dict[str, Stored] = {}
+        text = None
+        try:
+            opened = zipfile.ZipFile(file)
+            members = opened.infolist()
+            _check_sizes(path, file, members)
+            for member in members:
+                if member.filename == _LAYOUT:
+                    if member.compress_type != zipfile.ZIP_STORED:
+                        fail(path, _LAYOUT, "is compressed, which paramtree never does.")
+                    text = opened.read(member).decode()
+                    continue
+                name = member.filename.removesuffix(".npy")
+                if name in arrays or name == member.filename:
+                    fail(path, repr(name), "appears twice, or is not a .npy file.")
+                check_name(path, name)
+                arrays[name] = _stored(path, opened, member)
+        except LoadError:
+            raise
+        except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
+            fail(path, "", f"is not a .npz file, or is damaged: {error or type(error).__name__}.")
+        return Source(path, self, arrays, read_layout(path, _LAYOUT, text, arrays))
 
 
 def _check_sizes(path: str, file: BufferedReader, members: list[zipfile.ZipInfo]) -> None:
@@ -96,7 +95,7 @@ def _stored(path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored
         header = shape, _, dtype = read_header(opened)
         start = opened.tell()
     native = dtype.newbyteorder("=")
-    if native.name not in NATIVE:
+    if native.name not in NUMBERS:
         problem = f"has dtype {dtype}: only numbers and booleans are read, without pickle"
         fail(path, where, f"{problem}. For dtypes such as bfloat16 use safetensors, as npz loses them.")
     size = check_shape(path, where, shape, dtype)
@@ -123,3 +122,6 @@ def _array(
     except Exception as error:  # from zipfile or zlib
         fail(path, repr(member.filename), f"cannot be read: {error or type(error).__name__}.")
     return (array.T if fortran else array).astype(dtype.newbyteorder("="), copy=False)
+
+
+FORMAT = Npz()

@@ -18,12 +18,13 @@ import numpy as np
 from paramtree.core.errors import LoadError, ParamTreeError
 from paramtree.core.pytrees import is_array
 from paramtree.io.atomic import sync
+from paramtree.io.formats.format import Content, Format
 from paramtree.io.source import Source, Stored, check_array, fail, read_layout
 from paramtree.io.wire import NUMBERS, to_dtype
 
-__all__ = ["NATIVE", "as_state", "orbax", "read", "write"]
+__all__ = ["FORMAT", "as_state", "orbax"]
 
-NATIVE = NUMBERS | {
+_NATIVE = NUMBERS | {
     "bfloat16", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
     "float8_e5m2fnuz",
 }  # fmt: skip
@@ -47,8 +48,30 @@ def orbax() -> Any:
     return orbax.checkpoint
 
 
-def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
-    """Writes arrays, each process its own shards, and the layout as metadata."""
+class Orbax(Format):
+    """Orbax folders, which all processes write together."""
+
+    name = "orbax"
+    endings = (".orbax",)
+    native = _NATIVE
+    keeps = frozenset(("layout", "slices"))
+    extra = "orbax"
+
+    def recognises(self, path: str, head: bytes) -> bool:
+        return os.path.isdir(path) and (
+            bool(_numbers(path)) or os.path.exists(os.path.join(path, _MARK))
+        )
+
+    def write(self, path: str, content: Content) -> None:
+        """Writes arrays, each process its own shards, and the layout as metadata."""
+        _write(path, content.arrays, content.layout)
+
+    def read(self, path: str, file: Any) -> Source:
+        """Opens a checkpoint that ``pt.save``, ``pt.Checkpoints`` or Orbax itself wrote."""
+        return _read(path, self)
+
+
+def _write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
     ocp = orbax()
     os.makedirs(path, exist_ok=True)
     numbers = _numbers(path)
@@ -132,12 +155,7 @@ class _Checkpoint(Source):
         self.values.update((_name(k), value) for k, value in flat if _name(k) in wanted)
 
 
-def read(path: str) -> Source:
-    """Opens a checkpoint that ``pt.save``, ``pt.Checkpoints`` or Orbax itself wrote.
-
-    Raises:
-      LoadError: the folder has no checkpoint, or a damaged one.
-    """
+def _read(path: str, form: Format) -> Source:
     ocp = orbax()
     from etils import epath  # type: ignore[import-untyped]  # Orbax's own
 
@@ -169,7 +187,7 @@ def read(path: str) -> Source:
     except Exception as error:  # from tensorstore, protobuf, json or Orbax itself
         fail(path, "", f"is not an Orbax checkpoint, or is damaged: {_first_line(error)}.")
     layout = read_layout(path, f"the metadata {_LAYOUT!r}", text, arrays)
-    return _Checkpoint(path, "orbax", arrays, layout, at=at, tree=tree)
+    return _Checkpoint(path, form, arrays, layout, at=at, tree=tree)
 
 
 def _name(key_path: Any) -> str:
@@ -178,3 +196,6 @@ def _name(key_path: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+FORMAT = Orbax()

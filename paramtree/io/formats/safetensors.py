@@ -4,21 +4,20 @@ The package checks the header. The arrays are then read directly into memory tha
 the package's own reader would map the file and copy from there.
 """
 
-import json
+import math
 import os
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from io import BufferedReader
 from typing import Any
 
 from paramtree.core.errors import ParamTreeError
 from paramtree.io.atomic import replacing
+from paramtree.io.formats.format import Content, Format
 from paramtree.io.source import Source, Stored, check_array, fail, read_layout, read_part, read_span
 from paramtree.io.wire import to_dtype, to_host
 
-__all__ = ["INDEX", "NATIVE", "read", "read_index", "write"]
+__all__ = ["FORMAT"]
 
 _CODES = {
     "BOOL": "bool", "C64": "complex64",
@@ -28,90 +27,98 @@ _CODES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-NATIVE = frozenset(_CODES.values())
-INDEX = ".index.json"  # the suffix of an index of several files
+# Less than a byte each: such arrays are listed, but not read.
+_PACKED = {
+    "F4": ("float4_e2m1fn", 4), "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3M2": ("float6_e3m2fn", 6),
+}  # fmt: skip
 _RESERVED = "__metadata__"
 _KEY = "paramtree"  # the metadata key of the layout
 
 
-def write(path: str, arrays: Mapping[str, Any], layout: str) -> None:
-    """Writes arrays of native dtypes, and the layout as metadata."""
-    from safetensors import SafetensorError, TensorSpec, serialize_file
+class Safetensors(Format):
+    """Hugging Face's safetensors."""
 
-    if _RESERVED in arrays:
-        raise ParamTreeError(
-            f"`{_RESERVED}` is reserved in safetensors: save as .npz, or rename the leaf."
-        )
-    host = {name: to_host(array) for name, array in arrays.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
-        )
-        for name, array in host.items()
-    }
-    with replacing(path) as new:
+    name = "safetensors"
+    endings = (".safetensors",)
+    native = frozenset(_CODES.values())
+    keeps = frozenset(("layout", "metadata", "slices", "shards"))
+
+    def recognises(self, path: str, head: bytes) -> bool:
+        return head[8:9] == b"{"
+
+    def write(self, path: str, content: Content) -> None:
+        """Writes arrays, and the layout as metadata.
+
+        Some readers of Hugging Face's models demand a ``format``; "pt" is the layout of our weights.
+        """
+        from safetensors import SafetensorError, TensorSpec, serialize_file
+
+        if _RESERVED in content.arrays:
+            raise ParamTreeError(
+                f"`{_RESERVED}` is reserved in safetensors: save as .npz, or rename the leaf."
+            )
+        if _KEY in content.metadata:
+            raise ParamTreeError(f"the metadata {_KEY!r} is reserved: use another key.")
+        host = {name: to_host(array) for name, array in content.arrays.items()}
+        specs = {
+            name: TensorSpec(
+                dtype=a.dtype.name, shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
+            )
+            for name, a in host.items()
+        }
+        layout = {_KEY: content.layout} if content.layout else {}
+        with replacing(path) as new:
+            try:
+                serialize_file(specs, new, metadata={"format": "pt", **content.metadata, **layout})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(f"{path} was not written: {error}") from error
+
+    def read(self, path: str, file: BufferedReader) -> Source:
+        from safetensors import SafetensorError, safe_open
+
+        arrays: dict[str, Stored] = {}
+        offset = 8 + int.from_bytes(file.read(8), "little")
+        # Reopen by descriptor: the path may be another file by now.
+        same_file = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
         try:
-            serialize_file(specs, new, metadata={_KEY: layout})
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{path} was not written: {error}") from error
+            with safe_open(same_file, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                # The package has checked that there are no gaps: sizes determine the offsets.
+                for name in opened.offset_keys():
+                    info = opened.get_slice(name)
+                    shape, code = tuple(info.get_shape()), info.get_dtype()
+                    if code in _PACKED:
+                        arrays[name] = _packed(path, name, shape, code)
+                        offset += math.prod(shape) * _PACKED[code][1] // 8
+                        continue
+                    if code not in _CODES:
+                        fail(path, repr(name), f"has dtype {code}, which jax lacks: convert it first.")
+                    dtype = to_dtype(_CODES[code])
+                    size = check_array(path, name, shape, dtype)
+                    read_all = partial(read_span, path, file, offset, dtype, shape)
+                    read_slice = partial(read_part, path, file, offset, dtype, shape)
+                    arrays[name] = Stored(shape, dtype, read_all, read_slice=read_slice)
+                    offset += size
+        except SafetensorError as error:
+            fail(path, "", f"is not a safetensors file, or is damaged: {error}.")
+        layout = read_layout(path, f"the metadata {_KEY!r}", metadata.pop(_KEY, None), arrays)
+        # The package sorts by dtype and name.
+        return Source(path, self, arrays, layout, metadata=metadata, unordered=True)
 
 
-def read(path: str, file: BufferedReader) -> Source:
-    """Opens a safetensors file.
+def _packed(path: str, name: str, shape: tuple[int, ...], code: str) -> Stored:
+    dtype = to_dtype(_PACKED[code][0])
+    check_array(path, name, shape, dtype)
 
-    Raises:
-      LoadError: the file is damaged, or has a dtype that jax lacks.
-    """
-    from safetensors import SafetensorError, safe_open
+    def read() -> Any:
+        fail(
+            path,
+            repr(name),
+            f"has dtype {code}, whose numbers share bytes, and is not read: leave it out with "
+            f"rename=[({re.escape(name)!r}, None)], or convert it first.",
+        )
 
-    arrays: dict[str, Stored] = {}
-    offset = 8 + int.from_bytes(file.read(8), "little")
-    # Reopen by descriptor: the path may be another file by now.
-    same_file = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
-    try:
-        with safe_open(same_file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            # The package has checked that there are no gaps or overlaps: sizes determine the offsets.
-            for name in opened.offset_keys():
-                info = opened.get_slice(name)
-                shape, code = tuple(info.get_shape()), info.get_dtype()
-                if code not in _CODES:
-                    fail(path, repr(name), f"has dtype {code}, which jax lacks: convert it first.")
-                dtype = to_dtype(_CODES[code])
-                size = check_array(path, name, shape, dtype)
-                read_all = partial(read_span, path, file, offset, dtype, shape)
-                read_slice = partial(read_part, path, file, offset, dtype, shape)
-                arrays[name] = Stored(shape, dtype, read_all, read_slice=read_slice)
-                offset += size
-    except SafetensorError as error:
-        fail(path, "", f"is not a safetensors file, or is damaged: {error}.")
-    layout = read_layout(path, f"the metadata {_KEY!r}", metadata.get(_KEY), arrays)
-    return Source(path, "safetensors", arrays, layout)
+    return Stored(shape, dtype, read)
 
 
-def read_index(path: str, files: ExitStack) -> Source:
-    """Opens the files that an index lists, as Hugging Face splits large models.
-
-    Raises:
-      LoadError: the index is damaged, lists a file in another folder, or disagrees with a file.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            listed = json.load(file)["weight_map"]
-        parts = sorted(set(listed.values()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fail(path, "", f"is not an index of safetensors files: {error!r}.")
-    arrays: dict[str, Stored] = {}
-    opened = []
-    for part in parts:
-        if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
-            fail(path, repr(part), "is not the name of a file next to the index.")
-        where = os.path.join(os.path.dirname(path), part)
-        if not os.path.isfile(where):
-            fail(path, repr(part), "is in the index, but not next to it.")
-        opened.append(where)
-        contents = read(where, files.enter_context(open(where, "rb"))).arrays  # noqa: SIM115
-        arrays |= {name: stored for name, stored in contents.items() if listed.get(name) == part}
-    if lost := sorted(set(listed) - set(arrays)):
-        fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, but not in the files.")
-    return Source(path, "safetensors", arrays, parts=opened)
+FORMAT = Safetensors()

@@ -1,0 +1,177 @@
+"""Opening a file of any format: by its content, in a folder, or through an index of several files."""
+
+import contextlib
+import json
+import os
+import re
+import stat
+from typing import Any, NoReturn
+
+from paramtree.io.formats import FORMATS
+from paramtree.io.formats.format import Format
+from paramtree.io.layout import Layout
+from paramtree.io.source import Source, Stored, fail, read_layout
+
+__all__ = ["INDEX", "KEY", "open_source"]
+
+INDEX = ".index.json"  # the ending of an index of several files
+KEY = "paramtree"  # the key of a layout in the metadata of an index
+HEAD = 512  # bytes by which a file is recognised
+
+
+def open_source(path: str) -> Source:
+    """Opens a file of any supported format. Use it in a ``with`` statement.
+
+    Raises:
+      LoadError: the file is damaged, or its format is not supported.
+      FileNotFoundError: there is no such file.
+    """
+    with contextlib.ExitStack() as files:
+        if os.path.isdir(path):
+            source = _open_folder(path, files)
+        elif path.endswith(INDEX):
+            source = _open_index(path, files)
+        elif not os.path.exists(path) and os.path.exists(path + INDEX):
+            source = _open_index(path + INDEX, files)  # what max_shard_size has written for this path
+        else:
+            source = _open_file(path, files)
+        # The source closes what was opened for it.
+        own = source.files.pop_all()
+        source.files.enter_context(files.pop_all())
+        source.files.enter_context(own)
+        return source
+
+
+def _open_file(path: str, files: contextlib.ExitStack) -> Source:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        fail(path, "", "is not a file, but a device, a pipe or a socket.")
+    file = files.enter_context(open(path, "rb"))  # noqa: SIM115  # closed with the source
+    head = file.read(HEAD)
+    file.seek(0)
+    form = next((form for form in FORMATS if form.recognises(path, head)), None)
+    if form is None:
+        _unknown(path, head)
+    return form.read(path, file)
+
+
+def _open_folder(path: str, files: contextlib.ExitStack) -> Source:
+    """Opens an Orbax checkpoint, or the model in a folder as those of a hub."""
+    for form in FORMATS:
+        if form.recognises(path, b""):
+            return form.read(path, None)
+    names = sorted(os.listdir(path))
+    for form in FORMATS:  # a hub has the same model in several formats: the first is taken
+        models = [name for name in names if name.endswith((*form.endings, *_indices(form)))]
+        indices = [name for name in models if name.endswith(INDEX)]
+        if len(indices) == 1:
+            listed = set(_listed(os.path.join(path, indices[0])).values())
+            models = [indices[0], *(name for name in models if name not in {*listed, indices[0]})]
+        models = _preferred(models)
+        if len(models) == 1:
+            return open_source(os.path.join(path, models[0]))
+        if models:
+            fail(path, "", f"has several models, {', '.join(models[:5])}: name one of them.")
+    return fail(
+        path,
+        "",
+        "is a folder without a finished Orbax checkpoint, and without a model as in a folder of a hub, "
+        f"such as model.safetensors; it has {', '.join(names[:5]) or 'nothing'}.",
+    )
+
+
+def _indices(form: Format) -> list[str]:
+    return [ending + INDEX for ending in form.endings]
+
+
+def _preferred(models: list[str]) -> list[str]:
+    """Returns the model that a hub calls so, if it is among others, such as an optimiser's state."""
+    usual = [name for name in models if name.split(".")[0] in ("model", "pytorch_model", "flax_model")]
+    return usual if len(usual) == 1 else models
+
+
+def _listed(path: str) -> dict[str, Any]:
+    """Returns which file each name is in, by an index.
+
+    Raises:
+      LoadError: it is no index.
+    """
+    return _index(path)[0]
+
+
+def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        listed, metadata = content["weight_map"], content.get("metadata") or {}
+        set(listed.values())
+        dict(metadata)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        named = path.lower().removesuffix(INDEX)
+        form = next((form.name for form in FORMATS if named.endswith(form.endings)), "model")
+        fail(path, "", f"is not an index of {form} files: {error!r}.")
+    return listed, metadata
+
+
+def _open_index(path: str, files: contextlib.ExitStack) -> Source:
+    """Opens the files that an index lists, as Hugging Face splits large models.
+
+    Raises:
+      LoadError: the index is damaged, lists a file in another folder, or disagrees with a file.
+    """
+    listed, about = _index(path)
+    arrays: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    ties: dict[str, str] = {}
+    opened, sources = [], []
+    for part in sorted(set(listed.values()), key=str):
+        if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
+            fail(path, repr(part), "is not the name of a file next to the index.")
+        where = os.path.join(os.path.dirname(path), part)
+        if not os.path.isfile(where):
+            fail(path, repr(part), "is in the index, but not next to it.")
+        opened.append(where)
+        source = _open_file(where, files)
+        sources.append(source)
+        files.enter_context(source.files)
+        arrays |= {name: a for name, a in source.arrays.items() if listed.get(name) == part}
+        metadata |= source.metadata
+        ties |= source.ties
+    if lost := sorted(set(listed) - set(arrays) - set(ties)):
+        fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, but not in the files.")
+    if not sources:
+        fail(path, "", "lists no files.")
+    layout: Layout | None = read_layout(path, f"the metadata {KEY!r}", about.get(KEY), arrays)
+    return Source(
+        path,
+        sources[0].format,
+        arrays,
+        layout,
+        unordered=True,
+        ties=ties,
+        metadata=metadata,
+        parts=opened,
+    )
+
+
+# What users have in place of a model, by how it begins, and what to say of it.
+_MISTAKEN = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: run `git lfs pull`."),
+    (b"<!doctype html", "is an HTML page: the download gave a page in place of the file."),
+    (b"<html", "is an HTML page: the download gave a page in place of the file."),
+    (b"<?xml", "is an XML page: the download gave an error in place of the file."),
+    (b"\x93numpy", "holds one array without a name. Write it with numpy.savez."),
+    (b"gguf", "is a GGUF file: convert it to safetensors."),
+    (b"\x1f\x8b", "is compressed by gzip: unpack it first."),
+    (b"ustar", "is a tar archive: unpack it first."),
+)
+
+
+def _unknown(path: str, head: bytes) -> NoReturn:
+    start = head.lstrip().lower()
+    if not head:
+        fail(path, "", "is empty.")
+    for magic, problem in _MISTAKEN:
+        if start.startswith(magic):
+            fail(path, "", problem)
+    *known, last = (form.name for form in FORMATS)
+    fail(path, "", f"is neither {', '.join(known)} nor {last}.")
