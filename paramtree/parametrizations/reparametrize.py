@@ -84,6 +84,9 @@ def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
     kind of run, also where the model reads leaves itself, on tied leaves and in stacks. Transforms of
     equal models with equal rules are equal, so they share jit caches.
 
+    Some parts are state: an optimizer gets ``pt.select(params, kind="param")``, and the gradient is
+    that of ``pt.grad``, or of the first part of ``pt.partition(params, kind="param")``.
+
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
       rules: patterns to parametrisations, as in ``pt.parametrizations``, or to None, which leaves a

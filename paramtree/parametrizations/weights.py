@@ -55,11 +55,13 @@ class SpectralNorm:
     Miyato et al., "Spectral normalization for generative adversarial networks", 2018. The parts are
     ``weight``, and the state ``u``, (rows,), and ``v``, (columns,), for the weight as a matrix of the
     rows of its first axis. A call under ``pt.training`` iterates; inference does not. The weight that
-    the model reads has a spectral norm of one, so expanding a net changes its output.
+    the model reads has a spectral norm of about one, so expanding a net changes its output. The
+    estimate lags behind a weight that changes fast: one iteration, as in the paper, may read it half as
+    large again, and more come closer.
 
     Args:
       iterations: how often each training call iterates.
-      epsilon: the least norm to divide by.
+      epsilon: the least length of a vector to divide by, while iterating.
 
     Example:
       >>> parts = SpectralNorm(20).split(jnp.diag(jnp.array([4.0, 2.0])), jax.random.key(0))
@@ -98,10 +100,12 @@ class SpectralNorm:
         return {"u": u, "v": v}
 
     def _iterated(self, matrix: Any, u: Any, v: Any, times: int) -> tuple[Any, Any]:
-        for _ in range(times):
-            u = self._unit(matrix @ v)
-            v = self._unit(matrix.T @ u)
-        return u, v
+        def once(_: Any, vectors: Any) -> Any:
+            u = self._unit(matrix @ vectors[1])
+            return u, self._unit(matrix.T @ u)
+
+        result: tuple[Any, Any] = jax.lax.fori_loop(0, times, once, (u, v))
+        return result
 
     def _unit(self, vector: Any) -> Any:
         return vector / jnp.maximum(jnp.sqrt(jnp.vdot(vector, vector)), self.epsilon)
