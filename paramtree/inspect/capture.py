@@ -1,6 +1,7 @@
 """Activations by name: what layers return, captured or replaced on the way, by two model transforms."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import MismatchError, RuleError, ScopeError
+from paramtree.core.errors import MismatchError, ParamTreeError, RuleError, ScopeError
+from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, check_table, compiled, no_match, pattern_text, sep_of
 from paramtree.core.structure import Path
-from paramtree.core.tree import ParamTree
+from paramtree.core.tree import ParamTree, place_of, unflatten
 from paramtree.inspect.looking import Looking, Watcher, looked_at, without
 from paramtree.model.run import INFERENCE
 from paramtree.model.scope import Scope, level_of, run_of
@@ -24,23 +26,36 @@ __all__ = ["capture", "intervene"]
 class _Activations(Watcher):
     """What one capture or intervention looks for, and what it has found."""
 
-    def __init__(self, rules: Mapping[Any, Any], inputs: bool, replaces: bool) -> None:
+    def __init__(self, rules: Mapping[Any, Any], inputs: bool, replaces: bool, base: Path = ()) -> None:
         self.rules, self.inputs, self.replaces = dict(rules), inputs, replaces
+        self.base = len(base)  # names start at the tree that the model is called with
         self.used: set[int] = set()
         self.names: dict[Path, None] = {}  # all that was there to be matched
 
     def called(self, run: Looking, place: Path, layer: Any, call: Any, args: Any) -> Any:
         count = run.counts[place] = run.counts.get(place, -1) + 1
-        number = str(count or "")
-        rule = self._rule(place, (*place, f"output{number}"))
+        number, inner = str(count or ""), run.is_within(place)
+        place = place[self.base :]
+        # To replace what a layer returns is not to replace what it calls on its own scope.
+        named = [] if self.replaces and inner else [place]
+        rule = self._rule(*named, (*place, f"output{number}"))
+        if not inner:
+            self.names[place] = None
         if rule is not None and self.inputs:
             self.keep(run, (*place, f"input{number}"), args[0] if len(args) == 1 else args)
         y = call()
         return y if rule is None else self._seen(run, (*place, f"output{number}"), place, y, rule)
 
     def sown(self, run: Looking, place: Path, name: str, value: Any) -> Any:
+        if not isinstance(name, str) or not name or re.search(r"/|^(output|input)\d*$", name):
+            raise ScopeError(
+                f"{name!r} cannot name a value that is sown: give it a name that is not empty, without "
+                "'/', and other than 'output' and 'input', which are those of the layer."
+            )
+        place = place[self.base :]
         path = (*place, name)
         rule = self._rule(path, *([] if self.replaces else [place]))
+        self.names[path] = None
         return value if rule is None else self._seen(run, path, path, value, rule)
 
     def keep(self, run: Looking, path: Path, value: Any) -> None:
@@ -67,16 +82,11 @@ class _Activations(Watcher):
             ]
             raise RuleError(f"{verb}: among the layers that were called, {'; '.join(texts)}.")
 
-    def _rule(self, path: Path, *more: Path) -> Any:
+    def _rule(self, *paths: Path) -> Any:
         """Returns the index of the first rule that matches one of the paths, else None."""
-        self.names[path] = None
-        for i, pattern in enumerate(self.rules):
-            for one in (path, *more):
-                name = (sep_of(pattern) if not callable(pattern) else "_").join(one)
-                if pattern(name, None) if callable(pattern) else compiled(pattern).fullmatch(name):
-                    self.used.add(i)
-                    return i
-        return None
+        found = [i for i, pattern in enumerate(self.rules) if any(_matches(pattern, p) for p in paths)]
+        self.used.update(found)
+        return next(iter(found), None)
 
     def _seen(self, run: Looking, path: Path, name: Path, value: Any, rule: int) -> Any:
         if not self.replaces:
@@ -86,26 +96,35 @@ class _Activations(Watcher):
         new = new(join(name), value) if callable(new) else _own(new, value, run.index)
         if _forms(value) != _forms(new):
             have = f"`{join(name)}` is" if name else "the output is"
+            sizes = tuple(size for _, size in run.index)
+            copies = f", or {sizes} of them, one for each iteration" if sizes else ""
             raise MismatchError(
-                f"intervene: {have} {_forms(value)}, and would be replaced by {_forms(new)}: give "
-                "a value of the same shape and dtype, or in a stack one for each copy."
+                f"intervene: {have} {_forms(value)}, and would be replaced by {_forms(new)}: give a "
+                f"value of the same shape and dtype{copies}."
             )
         return new
 
 
-def _own(new: Any, value: Any, indices: Sequence[Any]) -> Any:
+def _matches(pattern: Any, path: Path) -> bool:
+    if callable(pattern):
+        return bool(pattern(join(path), None))
+    return compiled(pattern).fullmatch(sep_of(pattern).join(path)) is not None
+
+
+def _own(new: Any, value: Any, indices: Sequence[tuple[Any, int]]) -> Any:
     """Returns the part of a replacement for an iteration; a number fills the value."""
     if isinstance(new, int | float):
         return jax.tree.map(lambda a: jnp.full_like(a, new), value)
-    for index in indices if _forms(new) != _forms(value) else ():
-        if all(map(jnp.ndim, jax.tree.leaves(new))):
-            new = jax.tree.map(lambda a, i=index: jnp.asarray(a)[i], new)
+    sizes = tuple(size for _, size in indices)
+    if sizes and _forms(new) == _forms(value, sizes):
+        index = tuple(index for index, _ in indices)
+        return jax.tree.map(lambda a: jnp.asarray(a)[index], new)
     return new
 
 
-def _forms(value: Any) -> Any:
-    """Returns the shapes and dtypes of a pytree."""
-    return jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), value)
+def _forms(value: Any, sizes: tuple[int, ...] = ()) -> Any:
+    """Returns the shapes, after some axes in front, and the dtypes of a pytree."""
+    return jax.tree.map(lambda a: ((*sizes, *jnp.shape(a)), jnp.result_type(a)), value)
 
 
 def _run(
@@ -118,8 +137,17 @@ def _run(
             f"{verb}: a model is called with its parameters first, model(params, x), but found "
             f"{type(p).__name__} in their place."
         )
-    if run_of(p).recording:  # a model that is being initialised has no activations
-        return f(p, *inputs, **kwargs), from_tree({})
+    recording = run_of(p).recording
+    if recording and not seen.replaces:
+        # First the leaves are asked for. What is captured comes from a run on those that are known: not
+        # yet all the first time, and never those of a model that is reparametrised only afterwards.
+        outputs = f(p, *inputs, **kwargs)
+        source = open_tree(p)
+        known = unflatten(source.structure, source.leaves, source.place)
+        try:
+            return outputs, _run(f, known, seen, inputs, kwargs, verb)[1]
+        except ParamTreeError:
+            return outputs, from_tree({})  # reading it is an error
     run = Looking(run_of(p), seen)
     outputs = f(looked_at(p, run), *inputs, **kwargs)
     seen.check(verb)
@@ -131,8 +159,15 @@ def _run(
         inner = without(value)
         return level_of(inner) if run_of(inner) is INFERENCE else inner
 
-    outputs = jax.tree.map(plain, outputs, is_leaf=lambda value: isinstance(value, ParamTree))
-    return outputs, from_tree({"/".join(path): value for path, value in run.found.items()})
+    def all_plain(values: Any) -> Any:
+        return jax.tree.map(plain, values, is_leaf=lambda value: isinstance(value, ParamTree))
+
+    found = {"/".join(path): all_plain(value) for path, value in run.found.items()}
+    return all_plain(outputs), from_tree(found)
+
+
+def _base(p: Any) -> Path:
+    return place_of(p) if isinstance(p, ParamTree) else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +178,12 @@ class Captured:
     patterns: tuple[Any, ...]
     inputs: bool
 
+    def over(self, f: Callable[..., Any]) -> "Captured":
+        """Returns the same transform of another model."""
+        return dataclasses.replace(self, f=f)
+
     def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, ParamTree]:
-        seen = _Activations(dict.fromkeys(self.patterns), self.inputs, replaces=False)
+        seen = _Activations(dict.fromkeys(self.patterns), self.inputs, False, _base(p))
         return _run(self.f, p, seen, inputs, kwargs, "capture")
 
 
@@ -192,13 +231,20 @@ class Intervened:
     def __init__(self, f: Callable[..., Any], rules: Mapping[Any, Any]) -> None:
         self.f, self.rules = f, dict(rules)
 
+    def over(self, f: Callable[..., Any]) -> "Intervened":
+        """Returns the same transform of another model."""
+        return Intervened(f, self.rules)
+
     def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
-        seen = _Activations(self.rules, False, replaces=True)
+        seen = _Activations(self.rules, False, True, _base(p))
         return _run(self.f, p, seen, inputs, kwargs, "intervene")[0]
 
     def _identity(self) -> Any:
         # Arrays are compared by identity, as they may be traced.
-        return self.f, *((p, v if callable(v) else id(v)) for p, v in self.rules.items())
+        plain = {
+            p: v if callable(v) or isinstance(v, int | float) else id(v) for p, v in self.rules.items()
+        }
+        return self.f, *((pattern, type(value), value) for pattern, value in plain.items())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Intervened) and self._identity() == other._identity()
@@ -217,8 +263,9 @@ def intervene(f: Callable[..., Any], rules: Mapping[Any, Any]) -> Callable[..., 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``, also one made by another transform.
       rules: patterns to arrays, numbers, or functions ``fn(name, value)`` of the value that would be
-        there; the first that matches wins. A pattern matches the name of a layer, of its output as
-        ``pt.capture`` gives it, or of a sown value.
+        there; the first that matches wins. A pattern matches the name of a layer, for all calls from
+        outside of it; of an output as ``pt.capture`` gives it, such as ``blocks_output1`` for what a
+        ``nn.Repeat`` calls; or of a sown value.
 
     Raises:
       RuleError: ``rules`` is not a table, or when called: a pattern matches nothing.

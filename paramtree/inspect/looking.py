@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from paramtree.core.structure import Path
 from paramtree.core.tree import ParamTree, place_of
-from paramtree.model.run import Run
+from paramtree.model.run import INFERENCE, Run
 from paramtree.model.scope import Scope, run_of, scope_of
 from paramtree.model.traces import current_trace, flattened_for
 
@@ -50,21 +50,24 @@ class Looking(Run):
     Attributes:
       inner: the run that the model would have.
       watcher: what is told.
-      index: in iterations, the number of each.
+      index: in iterations, the number of each, and of how many.
+      made: how many calls were made before a function that jax compiles got the scope.
       counts: how often layers were called, by place.
       found: what the watcher keeps of this run, by path; iterations leave it behind, stacked.
       trace: the trace in which the run was made.
     """
 
-    __slots__ = ("__weakref__", "_inside", "_open", "_outer", "_self", "counts", "found", "index",
-                 "inner", "trace", "watcher")  # fmt: skip
+    __slots__ = ("__weakref__", "_inside", "_open", "_outer", "_self", "_size", "counts", "found",
+                 "index", "inner", "made", "trace", "watcher")  # fmt: skip
 
     def __init__(self, inner: Any, watcher: Watcher, outer: "Looking | None" = None) -> None:
         self.inner, self.watcher = inner, watcher
         self._outer, self._self = outer, weakref.ref(self)
         self._inside: Mapping[Path, int] = {}  # the counts of the last iteration that was traced
         self.counts: dict[Path, int] = dict(outer.counts) if outer else {}
-        self.index: tuple[Any, ...] = outer.index if outer else ()
+        self.index: tuple[tuple[Any, int], ...] = outer.index if outer else ()
+        self.made: list[int] = outer.made if outer else [0]
+        self._size = 0  # of the iterations that are traced now
         self._open: list[tuple[Any, Path]] = outer._open if outer else []  # calls not yet returned
         self.trace = current_trace()
         self.found: dict[Path, Any] = {}
@@ -75,6 +78,10 @@ class Looking(Run):
     @property
     def training(self) -> bool:  # type: ignore[override]  # the base has it as a constant
         return bool(self.inner.training)
+
+    @property
+    def recording(self) -> bool:  # type: ignore[override]  # the same
+        return bool(self.inner.recording)
 
     def call(self, layer: Any, scope: Scope, method: Any, args: Any, kwargs: Any) -> Any:
         # Outside of this, the run of a transform further out sees what this one returns.
@@ -91,10 +98,15 @@ class Looking(Run):
         if self._open and self._open[-1][0] is layer and self._open[-1][1] == place:
             return call()  # its own method again, through super()
         self._open.append((layer, place))
+        self.made[0] += 1
         try:
             return self.watcher.called(self, place, layer, call, args)
         finally:
             self._open.pop()
+
+    def is_within(self, place: Path) -> bool:
+        """Returns whether a call at the same place has made this one."""
+        return any(place == other for _, other in self._open[:-1])
 
     def declare(self, scope: Any, kind: str, name: str, *how: Any, **kwargs: Any) -> Any:
         leaf = self.inner.declare(scope, kind, name, *how, **kwargs)
@@ -112,7 +124,8 @@ class Looking(Run):
     # What the base class would answer itself
 
     def child(self, scope: Scope, key: Any) -> Any:
-        return self.inner.child(scope, key)
+        value = self.inner.child(scope, key)
+        return looked_at(value, self) if run_of(value) is self.inner is not INFERENCE else value
 
     attribute = child
 
@@ -137,14 +150,21 @@ class Looking(Run):
         self.inner.tie(scope, pairs)
 
     def split(self, scope: Any, n: int) -> Any:
+        self._size = n
         return self.inner.split(scope, n), jnp.arange(n)
+
+    def repeated(self, scope: Any, count: int) -> Any:
+        scope = self.inner.repeated(without(scope), count)  # while the model is initialised
+        run = Looking(run_of(scope), self.watcher, self)
+        run.index = (*self.index, (0, count))
+        return looked_at(scope, run)
 
     def inside(self, tree: ParamTree, part: Any, fixed: bool = False) -> Any:
         inner, index = (None, None) if part is None else part
         scope = self.inner.inside(tree, inner, fixed)
         run = Looking(run_of(scope), self.watcher, self)
         if index is not None:
-            run.index = (*self.index, index)
+            run.index = (*self.index, (index, self._size))
         return looked_at(scope, run)
 
     def results(self, scope: Any, all_state: bool = False) -> dict[int, Any]:
@@ -172,14 +192,18 @@ class Looking(Run):
         return run
 
     def sealed(self) -> Any:
-        return self
+        inner = self.inner.sealed()
+        return self if inner is self.inner else Looking(inner, self.watcher, self)
 
     def pending(self) -> Any:
-        return None
+        return self.inner.pending()
 
     def token(self) -> tuple[Any, tuple[Any, ...]]:
         token, arrays = self.inner.token()
-        return _Token(token, self._self, flattened_for() != "tree.map"), arrays
+        purpose = flattened_for()
+        # jax would reuse the trace of a compiled function, in which another call was watched.
+        made = self.made[0] if purpose == "jit" else 0
+        return _Token(token, self._self, purpose != "tree.map", made), arrays
 
 
 def looked_at(scope: Any, run: Looking) -> Any:
@@ -199,6 +223,7 @@ class _Token:
     token: Any
     run: "weakref.ref[Looking]"
     keeps_place: bool
+    made: int
 
     def again(self, *arrays: Any) -> Any:
         inner, run = self.token.again(*arrays), self.run()

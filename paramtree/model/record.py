@@ -201,9 +201,10 @@ class Recording(_Reading):
         prefix = "".join(f"{segment}/" for segment in place_of(scope))
         self._record.ties.update((prefix + alias, prefix + source) for alias, source in pairs.items())
 
-    def finish(self, function: Any) -> None:
-        """Asks for a function to be applied to the tree of values, with the key."""
-        self._record.finishes.append(function)
+    @property
+    def finishes(self) -> list[Any]:
+        """The functions to apply to the tree of values, with the key, the last one first."""
+        return self._record.finishes
 
     def pending(self) -> "Recording":
         """Returns the run, in which patterns that match nothing yet may match later."""
@@ -235,8 +236,7 @@ class Recording(_Reading):
 
     def token(self) -> tuple["_Token", tuple[Any, ...]]:
         """Returns what makes the run again."""
-        self._record.passed = True
-        keeps_place = flattened_for() != "tree.map"
+        self._record.passed, keeps_place = True, flattened_for() != "tree.map"
         return _Token(weakref.ref(self._record), self._stack, keeps_place, current_trace()), ()
 
 

@@ -112,7 +112,7 @@ class Run:
         """Returns the run of a call within this one."""
         return run
 
-    def parametrized(self, path: Path, parametrization: Any) -> None:
+    def parametrized(self, path: Path, how: Any) -> None:
         """Takes note that a parameter is read through a parametrisation."""
 
     def sow(self, scope: Any, name: str, value: Any) -> Any:

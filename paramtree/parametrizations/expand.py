@@ -4,7 +4,7 @@ One rule table makes and unmakes it: ``expand`` splits the parameters that match
 their parts again. What a rule means is the same in both, as patterns name the parameter, never a part.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -30,7 +30,9 @@ from paramtree.initializers.draw import check_key, path_key, path_words
 from paramtree.verbs.assemble import Draft, Entry, take_apart
 from paramtree.verbs.restructure import editable
 
-__all__ = ["Folded", "check_rules", "expand", "expand_level", "fold", "folded", "over_stack"]
+__all__ = [
+    "Folded", "check_rules", "expand", "expand_levels", "fold", "folded", "over_stack", "state_parts",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -70,32 +72,34 @@ def expand(tree: T, rules: Rules, key: jax.Array | None = None) -> T:
     if key is not None:
         check_key(key)
     plain, back = editable(tree, "expand")
-    return back(expand_level(plain, (), rules, key, "expand"))
+    return back(expand_levels(plain, [()], rules, key, "expand"))
 
 
-def expand_level(
-    tree: ParamTree, at: Path, rules: Rules, key: jax.Array | None, verb: str
+def expand_levels(
+    tree: ParamTree, levels: Iterable[Path], rules: Rules, key: jax.Array | None, verb: str
 ) -> ParamTree:
-    """Returns a tree in which one level is expanded; patterns match names that start there."""
-    level = tree["/".join(at)] if at else tree
-    source = open_tree(level)
-    structure = source.structure
-    assigned = resolve(source, rules, f"the rules of {verb}", default=None)
-    for pattern in rules:
-        entries = zip(structure.entries(), hits(source, pattern), strict=True)
-        if not any(hit and structure.kinds[slot] == PARAM for (_, slot), hit in entries):
-            raise RuleError(f"{verb}: {pattern_text(pattern)} matches only state, which is not split.")
+    """Returns a tree in which some levels are expanded; patterns match names that start there.
+
+    A leaf that is tied into several of them is split once.
+    """
     whole, values = flatten(tree)[0], tuple(rules.values())
-    slots = whole.slots_by_path()
+    chosen: dict[int, int] = {}  # the rule of each slot
+    for at in levels:
+        for slot, rule in _assigned(tree, at, rules, verb).items():
+            if chosen.setdefault(slot, rule) != rule:
+                raise RuleError(
+                    f"{verb}: `{join(whole.canonical[slot])}` is tied into several levels, in which "
+                    "different rules match it: give all its names one rule."
+                )
     draft = take_apart(tree)
     split: dict[Any, dict[str, Any]] = {}
-    for own, rule in enumerate(assigned.rules):
-        if rule < 0 or values[rule] is None or structure.kinds[own] != PARAM:
+    for slot, rule in chosen.items():
+        if values[rule] is None:
             continue
-        slot = slots["/".join((*at, *structure.canonical[own]))]
         label, stack = whole.kept[slot], whole.stack_of(slot)
-        path = (*place_of(tree), *whole.canonical[slot])
-        parts = _split(values[rule], draft.leaves[label], path, stack, key)
+        path = whole.canonical[slot]
+        shown = join((*place_of(tree), *path))
+        parts = _split(values[rule], draft.leaves[label], path, shown, stack, key)
         kinds = state_parts(values[rule], parts)
         if not isinstance(parts, dict):
             draft.leaves[label] = parts
@@ -116,6 +120,23 @@ def expand_level(
             else [Entry((*entry.path, name), (entry.label, name), entry.stack) for name in names]
         )
     return draft.assembled(edited)
+
+
+def _assigned(tree: ParamTree, at: Path, rules: Rules, verb: str) -> dict[int, int]:
+    """Returns the rule of each slot of a tree with a parameter of a level that a rule matches."""
+    source = open_tree(tree["/".join(at)] if at else tree)
+    structure = source.structure
+    assigned = resolve(source, rules, f"the rules of {verb}", default=None)
+    for pattern in rules:
+        entries = zip(structure.entries(), hits(source, pattern), strict=True)
+        if not any(hit and structure.kinds[slot] == PARAM for (_, slot), hit in entries):
+            raise RuleError(f"{verb}: {pattern_text(pattern)} matches only state, which is not split.")
+    slots = flatten(tree)[0].slots_by_path()
+    return {
+        slots["/".join((*at, *structure.canonical[own]))]: rule
+        for own, rule in enumerate(assigned.rules)
+        if rule >= 0 and structure.kinds[own] == PARAM
+    }
 
 
 def fold(tree: T, rules: Rules) -> T:
@@ -141,7 +162,7 @@ def fold(tree: T, rules: Rules) -> T:
     """
     check_rules(rules)
     plain, back = editable(tree, "fold")
-    return back(folded(plain, rules, "fold"))
+    return back(folded(plain, rules, "fold", kinds=isinstance(tree, ParamTree)))
 
 
 class Folded(NamedTuple):
@@ -154,46 +175,57 @@ class Folded(NamedTuple):
 
 
 def folded(
-    tree: ParamTree, rules: Rules, verb: str, update: Callable[[Folded], dict[str, Any]] | None = None
+    tree: ParamTree,
+    rules: Rules,
+    verb: str,
+    update: Callable[[Folded], dict[str, Any]] | None = None,
+    kinds: bool = True,
 ) -> ParamTree:
     """Returns the tree with parts joined; ``update`` gives new values of parts that are state.
 
     Without it the tree is for storing: a parametrisation may have a ``restore(parts)`` for that, if the
-    value that ``join`` gives has lost something.
+    value that ``join`` gives has lost something. ``kinds`` says that the kinds of parts are known.
     """
     draft = take_apart(tree)
     groups = _groups(draft)
     gone: dict[Path, Any] = {}  # the path of each parameter, to the labels of its parts
     values: dict[Any, Any] = {}
-    unused, why = dict(enumerate(rules)), dict[int, str]()
+    used: set[int] = set()
+    unfit: dict[Path, str] = {}
     for labels, paths in groups.items():
-        if any(path[:-1] in gone for path in paths):  # a part of a parameter
-            continue
         parts = {name: draft.leaves[label] for name, label in labels if label in draft.leaves}
-        stack = _stack_of(draft, paths[0], labels)
+        known = {name: draft.kinds[label] for name, label in labels}
+        single = [*known] == [""]
+        if any(path[:-1] in gone for path in paths) or (single and (known[""] == STATE or not parts)):
+            continue  # a part of a parameter, a state or a hole
+        one = Folded((*draft.place, *paths[0]), None, parts, _stack_of(draft, paths[0], labels))
         for i, (pattern, parametrization) in enumerate(rules.items()):
-            if parametrization is None:
-                if _names(pattern, paths, parts, draft.place):
-                    unused.pop(i, None)
-                    break
+            one = one._replace(parametrization=parametrization)
+            problem = "" if parametrization is None else _problem(one, known if kinds else {})
+            if not _applies(pattern, one, paths, problem):
                 continue
-            one = Folded((*draft.place, *paths[0]), parametrization, parts, stack)
-            if callable(pattern) or any(map(_matcher(pattern), paths)):
-                problem = _problem(one, {name: draft.kinds[label] for name, label in labels})
-                if not problem and callable(pattern):
-                    value = over_stack(_joined(one), stack)(parts)
-                    problem = "" if any(pattern(join(path), value) for path in paths) else "no match"
-                if problem:
-                    why.setdefault(i, f"`{join(one.path)}` does not fit: {problem}")
-                    continue
-                unused.pop(i, None)
+            used |= {j for j, other in enumerate(rules) if j >= i and _applies(other, one, paths, "")}
+            if problem:
+                # A level whose leaves the pattern matches, too, may be one of the model's own.
+                if single or not all(_applies(pattern, one, [(*paths[0], n)], problem) for n in known):
+                    above = unfit.get(paths[0][:-1], "") if single else ""
+                    unfit[paths[0]] = above or f"`{join(one.path)}` does not fit: {problem}"
+            elif parametrization is not None:
                 one = one._replace(parts={**parts, **update(one)}) if update else one
                 join_parts = _joined(one) if update else _joined(one, "restore")
-                values[labels] = over_stack(join_parts, stack)(one.parts)
+                values[labels] = over_stack(join_parts, one.stack)(one.parts)
                 gone.update(dict.fromkeys(paths, labels))
-                break
-    if unused:
-        raise RuleError(f"{verb}: {'; '.join(_unused(unused, why, groups))}.")
+            break
+    if unused := [pattern for i, pattern in enumerate(rules) if i not in used]:
+        names = [path for paths in groups.values() for path in paths]
+        raise RuleError(f"{verb}: {'; '.join(_no_parameter(pattern, names) for pattern in unused)}.")
+    if unfit:
+        shown = [*dict.fromkeys(unfit.values())]
+        more = f"; and {len(shown) - 20:,} more" if len(shown) > 20 else ""
+        raise RuleError(
+            f"{verb}: the rules match parameters that are not parametrised by them: "
+            f"{'; '.join(shown[:20])}{more}. Call pt.expand(params, rules) with the same rules first."
+        )
     entries: list[Entry] = []
     for entry in draft.entries:
         at = entry.path if entry.path in gone else entry.path[:-1]
@@ -203,6 +235,31 @@ def folded(
             entries.append(Entry(at, gone[at], entry.stack))
             draft.leaves[gone[at]], draft.kinds[gone[at]] = values[gone[at]], PARAM
     return draft.assembled(entries)
+
+
+def _applies(pattern: Any, one: Folded, paths: Sequence[Path], problem: str) -> bool:
+    """Returns whether a pattern matches one of the names of a parameter.
+
+    None, which leaves parameters alone, applies to a level if it does to all leaves in it; a predicate
+    applies to nothing whose value is unknown.
+    """
+    if not callable(pattern):
+        test, sep = compiled(pattern).fullmatch, sep_of(pattern)
+        if one.parametrization is None and "" not in one.parts:
+            return all(any(test(sep.join((*p, name))) for p in paths) for name in one.parts)
+        return any(test(sep.join(path)) for path in paths)
+    if problem or (one.parametrization is None and "" not in one.parts):
+        return False
+    value = one.parts.get("")
+    if one.parametrization is not None:
+        value = over_stack(_joined(one), one.stack)(one.parts)
+    return any(pattern(join(path), value) for path in paths)
+
+
+def _no_parameter(pattern: Any, paths: Sequence[Path]) -> str:
+    if callable(pattern):
+        return f"{pattern_text(pattern)} is true for no parametrised parameter"
+    return no_match(pattern, [sep_of(pattern).join(path) for path in paths])
 
 
 def _groups(draft: Draft) -> dict[Any, list[Path]]:
@@ -227,33 +284,6 @@ def _stack_of(draft: Draft, path: Path, labels: Any) -> Stack:
     return next(entry.stack for entry in draft.entries if entry.path in wanted)
 
 
-def _unused(unused: Mapping[int, Any], why: Mapping[int, str], groups: Any) -> Iterator[str]:
-    """Yields what is wrong with each rule that joined nothing."""
-    paths = [path for paths in groups.values() for path in paths]
-    for i, pattern in unused.items():
-        if i in why:
-            yield (
-                f"{pattern_text(pattern)} matches no parametrised parameter; {why[i]}. Call "
-                "pt.expand(params, rules) with the same rules first"
-            )
-        elif callable(pattern):
-            yield f"{pattern_text(pattern)} is true for no parametrised parameter"
-        else:
-            yield no_match(pattern, [sep_of(pattern).join(path) for path in paths])
-
-
-def _names(pattern: Any, paths: list[Path], parts: dict[str, Any], place: Path) -> bool:
-    """Returns whether a pattern, or a predicate of a single leaf, matches one of some paths."""
-    if not callable(pattern):
-        return any(map(_matcher(pattern), paths))
-    return [*parts] == [""] and any(pattern(join((*place, *path)), parts[""]) for path in paths)
-
-
-def _matcher(pattern: Any) -> Callable[[Path], bool]:
-    test, sep = compiled(pattern).fullmatch, sep_of(pattern)
-    return lambda path: test(sep.join(path)) is not None
-
-
 def _joined(one: Folded, how: str = "join") -> Callable[[Any], Any]:
     """Returns the function that joins the parts of one copy."""
     function = getattr(one.parametrization, how, one.parametrization.join)
@@ -269,20 +299,23 @@ def _problem(one: Folded, kinds: Mapping[str, str]) -> str:
         if shape is None or list(shape[: len(sizes)]) != sizes:
             return f"{name or 'the leaf'} is {describe(part)}"
         shapes[name] = jax.ShapeDtypeStruct(shape[len(sizes) :], part.dtype)
-    if len(shapes) < len(kinds):
+    if kinds and len(shapes) < len(kinds):
         return "parts are left out of the tree"
+    parametrization, names = one.parametrization, ", ".join(filter(None, one.parts)) or "one array"
     try:
         value = jax.eval_shape(_joined(one), shapes)
-        again = jax.eval_shape(one.parametrization.split, value, jax.random.key(0))
+        again = jax.eval_shape(parametrization.split, value, jax.random.key(0))
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        return ""  # a split that needs values; the parts can be joined
     except Exception as error:  # whatever a parametrisation raises for parts that are not its own
-        names = ", ".join(filter(None, one.parts)) or "one array"
         if isinstance(error, KeyError | TypeError | AttributeError):  # other names, or one array
-            return f"{one.parametrization!r} has other parts than {names}"
-        return f"{one.parametrization!r} cannot join {names} ({type(error).__name__}: {error})"
+            return f"{parametrization!r} has other parts than {names}"
+        return f"{parametrization!r} cannot join {names} ({type(error).__name__}: {error})"
     expected = again if isinstance(again, dict) else {"": again}
-    state = state_parts(one.parametrization, again)
-    wanted = {name: (part.shape, part.dtype) for name, part in expected.items()}
-    found = {name: (part.shape, part.dtype) for name, part in shapes.items()}
+    state = state_parts(parametrization, again)
+    # Not the dtypes, which a cast may have changed.
+    wanted = {name: jnp.shape(part) for name, part in expected.items()}
+    found = {name: part.shape for name, part in shapes.items()}
     if wanted != found:
         return f"expected {_shown(wanted)}, but found {_shown(found)}"
     wrong = [name for name, kind in kinds.items() if (kind == STATE) != (name in state)]
@@ -290,22 +323,22 @@ def _problem(one: Folded, kinds: Mapping[str, str]) -> str:
 
 
 def _shown(parts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name or 'one part'} {dtype}{shape}" for name, (shape, dtype) in parts.items())
+    return ", ".join(f"{name or 'one part'} {shape}" for name, shape in parts.items())
 
 
-def _split(parametrization: Any, value: Any, path: Path, stack: Stack, key: Any) -> Any:
+def _split(parametrization: Any, value: Any, path: Path, shown: str, stack: Stack, key: Any) -> Any:
     """Returns the parts of a parameter; in a stack, each copy is split by itself."""
     shape, sizes = shape_of(value), tuple(size for _, size in stack)
     if shape is None or shape[: len(sizes)] != sizes:
-        raise MismatchError(f"expand: `{join(path)}` is {describe(value)}, not an array of its stack.")
+        raise MismatchError(f"expand: `{shown}` is {describe(value)}, not an array of its stack.")
     keys = None if key is None else _keys(key, path, stack)
-    problem = f"`{join(path)}` is {describe(value)}, and {parametrization!r} cannot split it"
+    problem = f"`{shown}` is {describe(value)}, and {parametrization!r} cannot split it"
     names: list[str] = []  # jax sorts the keys of a dict
 
     def one(pair: Any) -> Any:
         parts = parametrization.split(*pair)
         names[:] = parts if isinstance(parts, dict) else ()
-        return parts
+        return jax.tree.map(lambda part: part if shape_of(part) is None else jnp.asarray(part), parts)
 
     function = over_stack(one, stack)
     try:
@@ -324,24 +357,29 @@ def _split(parametrization: Any, value: Any, path: Path, stack: Stack, key: Any)
         expects = getattr(parametrization, "expects", "")
         raise MismatchError(
             f"expand: {problem}: joined again, finite values are infinite or NaN.{expects} Give the "
-            f"parameter other values, or the rule {{{join(path)!r}: None}}, before this one."
+            f"parameter other values, or the rule {{{shown!r}: None}}, before this one."
         )
     named = parts if isinstance(parts, dict) else {"": parts}
     wrong = [n for n in named if not isinstance(n, str) or "/" in n or (not n and named is parts)]
     if wrong or not named or any(shape_of(part) is None for part in named.values()):
         raise MismatchError(
-            f"expand: {parametrization!r} splits `{join(path)}` into {parts!r}; expected an array, "
+            f"expand: {parametrization!r} splits `{shown}` into {parts!r}; expected an array, "
             "or a dict of names without '/' to arrays."
         )
     return parts
 
 
 def _lost(value: Any, parts: Any, join_parts: Callable[[Any], Any]) -> bool:
-    """Returns whether the values of a parameter are finite, and those that are read are not."""
+    """Returns whether the values of a parameter are finite, and its parts, or what is read, are not."""
     leaves = jax.tree.leaves((value, parts))
     if any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in leaves):
         return False
-    return bool(jnp.all(jnp.isfinite(value))) and not bool(jnp.all(jnp.isfinite(join_parts(parts))))
+    joined = join_parts(parts)
+    return _finite(value) and not all(map(_finite, (joined, *jax.tree.leaves(parts))))
+
+
+def _finite(value: Any) -> bool:
+    return not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.all(jnp.isfinite(value)))
 
 
 def _keys(key: Any, path: Path, stack: Stack) -> Any:
@@ -380,7 +418,7 @@ def check_rules(rules: Any) -> None:
     wrong = [
         f"{pattern_text(pattern)} gives {value!r}"
         for pattern, value in rules.items()
-        if isinstance(value, type)
+        if isinstance(value, type | str | bytes)
         or (value is not None and not all(callable(getattr(value, f, None)) for f in ("split", "join")))
     ]
     if wrong:

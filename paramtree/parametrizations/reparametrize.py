@@ -1,17 +1,28 @@
 """The model transform that reads parameters through their parametrisation."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from paramtree.core.arrays import join
+from paramtree.core.errors import MismatchError, ScopeError
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Rules, hits
-from paramtree.core.structure import PARAM
+from paramtree.core.structure import PARAM, Path
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.model.scope import run_of
-from paramtree.parametrizations.expand import Folded, check_rules, expand_level, folded, over_stack
+from paramtree.model.training import TrainingModel, training
+from paramtree.parametrizations.expand import (
+    Folded,
+    check_rules,
+    expand_levels,
+    folded,
+    over_stack,
+    state_parts,
+)
 
 __all__ = ["reparametrize"]
 
@@ -32,23 +43,102 @@ class Reparametrized:
             )
         run, rules = run_of(p), dict(self.rules)
         if run.recording:
-            run.finish(lambda tree, key: expand_level(tree, place_of(p), rules, key, "reparametrize"))
-            return self.f(_as_read(p, rules), *inputs, **kwargs)
+            with _expanding(run.finishes, rules, place_of(p)):
+                return self.f(_as_read(p, rules), *inputs, **kwargs)
 
         def update(one: Folded) -> dict[str, Any]:
             """Writes what a training call writes to parts that are state."""
             run.parametrized(one.path, one.parametrization)
             if not run.training or not hasattr(one.parametrization, "update"):
                 return {}
-            new: dict[str, Any] = over_stack(one.parametrization.update, one.stack)(one.parts)
+            new: Any = over_stack(one.parametrization.update, one.stack)(one.parts)
+            _check_update(one, new)
             for name, value in new.items():
-                p["/".join(one.path[len(place_of(p)) :])].update(name, value)
-            return new
+                try:
+                    p["/".join(one.path[len(place_of(p)) :])].update(name, value)
+                except ScopeError as error:
+                    raise _misplaced(error, one, place_of(p)) from None
+            return dict(new)
 
         source = open_tree(p)
         plain = unflatten(source.structure, source.leaves, source.place)
         tree = folded(plain, rules, "reparametrize", update)
-        return self.f(source.rebuild(*flatten(tree)), *inputs, **kwargs)
+        outputs = self.f(source.rebuild(*flatten(tree)), *inputs, **kwargs)
+        return jax.tree.map(
+            lambda value: _unfolded(value, tree, rules),
+            outputs,
+            is_leaf=lambda value: isinstance(value, ParamTree),
+        )
+
+
+@dataclasses.dataclass
+class _Expansion:
+    """What remains to be done when a model is initialised: its values are expanded at some levels.
+
+    A reparametrised part that is called on several scopes, or twice on one, is expanded once at each:
+    together, as the scopes may be tied.
+    """
+
+    rules: Rules
+    levels: dict[Path, None]
+    is_open: bool = True
+
+    def __call__(self, tree: ParamTree, key: Any) -> ParamTree:
+        return expand_levels(tree, self.levels, self.rules, key, "reparametrize")
+
+
+@contextlib.contextmanager
+def _expanding(finishes: list[Any], rules: Rules, place: Path) -> Iterator[None]:
+    """Asks for the expansion of a level; a call within a call with the same rules is one of its own."""
+    own = (f for f in finishes if isinstance(f, _Expansion) and not f.is_open and f.rules == rules)
+    one = next(own, None)
+    if one is None:
+        one = _Expansion(rules, {})
+        finishes.append(one)
+    one.levels[place] = None
+    one.is_open = True
+    try:
+        yield
+    finally:
+        one.is_open = False
+
+
+def _check_update(one: Folded, new: Any) -> None:
+    """Raises MismatchError unless an update is one of parts that are state."""
+    state = state_parts(one.parametrization, one.parts)
+    if not isinstance(new, Mapping) or not set(new) <= state:
+        found = list(new) if isinstance(new, Mapping) else new
+        raise MismatchError(
+            f"{one.parametrization!r}.update of `{join(one.path)}` returned {found!r}: expected new "
+            f"values of parts that are state, {', '.join(sorted(state)) or 'of which it has none'}."
+        )
+
+
+def _misplaced(error: ScopeError, one: Folded, place: Path) -> ScopeError:
+    """Returns the error for an update in a transform of jax, with what to write for the whole model."""
+    at, scope = (place[-1], f"p[{place[-1]!r}]") if place else ("", "p")
+    return ScopeError(
+        f"`{join(one.path)}` is read through {one.parametrization!r}, which writes state in training, "
+        "but the model is called inside a jax transform, and the value cannot get out of it. Within "
+        f"jax.checkpoint: `y, new = jax.checkpoint(pt.training(model))({scope}, x)`, and then "
+        f"`p.update({at!r}, new)`. For loops there is pt.scan, for copies nn.Repeat and nn.Vmap. "
+        f"({error})"
+    )
+
+
+def _unfolded(value: Any, tree: ParamTree, rules: Rules) -> Any:
+    """Returns an output of the model; a tree of its parameters would be one of the plain model.
+
+    Raises:
+      ScopeError: it is that, as of a model that calls pt.training inside.
+    """
+    same = isinstance(value, ParamTree) and open_tree(value).structure is flatten(tree)[0]
+    if same and any(parametrization is not None for parametrization in rules.values()):
+        raise ScopeError(
+            "reparametrize: the model returns a tree of its parameters, in which they are not "
+            "parametrised. If it is one in training, write pt.training(pt.reparametrize(f, rules))."
+        )
+    return value
 
 
 def _as_read(scope: Any, rules: Rules) -> Any:
@@ -115,4 +205,10 @@ def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
     check_rules(rules)
     if not callable(f):
         raise TypeError(f"reparametrize takes a model first, but found {type(f).__name__}.")
+    # Outside of these transforms the parameters would not be parametrised in what training returns.
+    if isinstance(f, TrainingModel):
+        return training(reparametrize(f.f, rules))
+    if (over := getattr(f, "over", None)) is not None:
+        around: Callable[..., Any] = over(reparametrize(getattr(f, "f"), rules))  # noqa: B009
+        return around
     return Reparametrized(f, tuple(rules.items()))

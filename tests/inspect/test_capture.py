@@ -254,3 +254,117 @@ def test_a_replacement_of_another_form_is_an_error(value: Any) -> None:
     params = pt.init(net, jax.random.key(0), x)
     with pytest.raises((pt.MismatchError, TypeError), match="`repeat0` is .*would be replaced by|text"):
         pt.intervene(net, {"repeat0": value})(params, x)
+
+
+# Calls
+
+
+DENSE = nn.Dense(4)
+Y = jax.random.normal(jax.random.key(5), (3, 4))
+
+
+def by_hand(p: Any, x: Any) -> Any:
+    return DENSE(p.d, DENSE(p.d, DENSE(p.d, x)))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+@pytest.mark.parametrize("name", ["d_output", "d_output1", "d_output2", "d"])
+def test_a_compiled_layer_that_is_called_again_is_another_call(wrap: Any, name: str) -> None:
+    layer = wrap(DENSE)
+
+    def net(p: Any, x: Any) -> Any:
+        return layer(p.d, layer(p.d, layer(p.d, x)))
+
+    params = pt.init(net, jax.random.key(0), Y)
+    change = {name: lambda n, h: 2 * h + 1}
+    expected = pt.intervene(by_hand, change)(params, Y)
+    for model in (pt.intervene(net, change), jax.jit(pt.intervene(net, change))):
+        np.testing.assert_allclose(model(params, Y), expected, rtol=1e-5)
+    assert np.any(expected != by_hand(params, Y))
+
+
+def test_a_stack_of_another_length_is_an_error() -> None:
+    net = nn.Sequential(nn.Repeat(nn.Repeat(nn.Dense(4), 3), 2))
+    params = pt.init(net, jax.random.key(0), Y)
+    inner = "repeat0_output2"
+    for sizes in ((2,), (3,), (5,), (3, 2), (2, 5), (1, 2, 3)):
+        stack = jnp.zeros((*sizes, 3, 4))
+        with pytest.raises(pt.MismatchError, match=r"or \(2, 3\) of them, one for each iteration"):
+            pt.intervene(net, {inner: stack})(params, Y)
+    zeros = pt.intervene(net, {inner: jnp.zeros((2, 3, 3, 4))})(params, Y)
+    assert not np.any(zeros) and not np.any(pt.intervene(net, {inner: jnp.zeros((3, 4))})(params, Y))
+
+
+class Wrapper(nn.Layer):
+    """A layer that calls others on its own scope."""
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return 2 * nn.Dense(4)(p, nn.Dropout(0.5)(p, x))
+
+
+@pytest.mark.parametrize(
+    ("net", "name"),
+    [
+        (nn.Sequential(wrapped=Wrapper()), "wrapped"),
+        (nn.Sequential(nn.Repeat(nn.Dense(4), 3)), "repeat0"),
+        (nn.Sequential(lstm=nn.LSTM(4, num_layers=2, dropout=0.5, layout="NTC")), "lstm"),
+    ],
+)
+def test_a_layer_is_replaced_once_and_not_what_it_calls_on_its_scope(net: Any, name: str) -> None:
+    x = Y[None] if name == "lstm" else Y
+    params = pt.init(net, jax.random.key(0), x)
+
+    def total(change: Any) -> Any:
+        return pt.intervene(net, {name: lambda n, h: h + change})(params, x).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.zeros(())), x.size, rtol=1e-5)
+    if name == "repeat0":
+        copies = pt.unstack(params, name)
+        add = pt.intervene(net, {name: lambda n, h: h + 1})
+        np.testing.assert_allclose(add(copies, x), add(params, x), rtol=1e-5, atol=1e-6)
+
+
+def test_names_start_at_the_tree_that_is_given() -> None:
+    net = nn.Sequential(nn.Dense(4), nn.Dense(4))
+    params = pt.init(lambda p, x: net(p.part, x), jax.random.key(0), Y)
+    for capture in (pt.capture(net, "dense0"), jax.jit(pt.capture(net, "dense0"))):
+        assert list(pt.collect(capture(params.part, Y)[1])) == ["dense0_output"]
+    model = pt.intervene(net, {"dense1": 0.0})
+    assert not np.any(model(params.part, Y)) and not np.any(jax.jit(model)(params.part, Y))
+
+
+def test_a_model_that_captures_or_adapts_inside_is_initialised() -> None:
+    body = nn.Sequential(nn.Dense(4), nn.Repeat(nn.Dense(4), 2))
+
+    def captures(p: Any, x: Any) -> Any:
+        y, acts = pt.capture(body, "dense0|repeat0_output1")(p.body, x)
+        return nn.Dense(2)(p.head, acts.dense0.output) + acts.repeat0.output1.sum()
+
+    for at in ("dense0", "repeat0", "repeat0_output1"):
+
+        def adapts(p: Any, x: Any, at: str = at) -> Any:
+            rule = {at: lambda name, h: h + nn.Dense(4)(p.adapter, h)}
+            return pt.intervene(body, rule)(p.body, x)
+
+        if at != "repeat0_output1":  # a layer of the outside cannot be in the scan
+            params = pt.init(adapts, jax.random.key(0), Y)
+            assert "adapter_weight" in pt.collect(params) and adapts(params, Y).shape == Y.shape
+    params = pt.init(captures, jax.random.key(0), Y)
+    assert list(params) == ["body", "head"] and captures(params, Y).shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "output", "output1", "input", 3])
+def test_names_that_cannot_be_sown(name: Any) -> None:
+    def net(p: Any, x: Any) -> Any:
+        return p.sow(name, nn.Dense(4)(p.d, x))
+
+    params = pt.init(net, jax.random.key(0), Y)
+    with pytest.raises(pt.ScopeError, match="cannot name a value that is sown: give it a name"):
+        pt.capture(net)(params, Y)
+
+
+def test_equal_numbers_make_equal_interventions() -> None:
+    for value in (0.5, 1, True):
+        assert pt.intervene(DENSE, {"": value}) == pt.intervene(DENSE, {"": type(value)(value)})
+    assert pt.intervene(DENSE, {"": 1}) != pt.intervene(DENSE, {"": 1.0})
+    assert pt.intervene(DENSE, {"": np.ones(2)}) != pt.intervene(DENSE, {"": np.ones(2)})
