@@ -42,7 +42,7 @@ from paramtree.nn.scan import scan as scan
 from paramtree.packed import pack as pack
 from paramtree.packed import unpack as unpack
 from paramtree.parametrizations.expand import expand as expand
-from paramtree.parametrizations.expand import fold as fold
+from paramtree.parametrizations.fold import fold as fold
 from paramtree.parametrizations.reparametrize import reparametrize as reparametrize
 from paramtree.sharding.shardings import shardings as shardings
 from paramtree.verbs.cast import cast as cast

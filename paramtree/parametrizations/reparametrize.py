@@ -15,14 +15,8 @@ from paramtree.core.structure import PARAM, Path
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.model.scope import run_of
 from paramtree.model.training import TrainingModel, training
-from paramtree.parametrizations.expand import (
-    Folded,
-    check_rules,
-    expand_levels,
-    folded,
-    over_stack,
-    state_parts,
-)
+from paramtree.parametrizations.expand import check_rules, expand_levels, over_stack, state_parts
+from paramtree.parametrizations.fold import Folded, folded
 
 __all__ = ["reparametrize"]
 
