@@ -37,8 +37,9 @@ exit codes:
   130  interrupted
   141  broken pipe, as with `| head`
 
-Reads safetensors (or an .index.json of several files), MXNet's .params, numpy's .npz
-and Orbax folders, recognized from their content. Never reads a pickle.
+Reads safetensors (or an .index.json of several files), MXNet's .params, numpy's .npz,
+Orbax folders, PyTorch's .pt, .pth and .bin, Flax's .msgpack and Keras's .h5, recognized
+from their content. Nothing in a file is run.
 """
 
 

@@ -8,7 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 
-__all__ = ["replacing", "sync"]
+__all__ = ["locked", "replacing", "sync"]
 
 try:
     import fcntl
@@ -87,6 +87,18 @@ def _create(prefix: str) -> tuple[str, int]:
             raise
         return path, lock
     raise FileNotFoundError(f"another process keeps deleting new files in {os.path.dirname(prefix)}")
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Holds the lock of a folder, after waiting for another process that does; a kill frees it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: str) -> None:

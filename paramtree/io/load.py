@@ -14,7 +14,7 @@ from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.io.matching import Item, Lookup, Rename, rename_all
 from paramtree.io.opening import open_source
 from paramtree.io.peek import arranged, items_of
-from paramtree.io.placing import Placing, divides
+from paramtree.io.placing import LossyCastError, Placing, divides
 from paramtree.io.problems import LoadReport, Problems
 from paramtree.io.restack import restack
 from paramtree.io.source import Source, segments
@@ -42,9 +42,11 @@ def load(
 ) -> Any:
     r"""Loads a tree from a file. The format is recognized from the content.
 
-    Reads safetensors, MXNet's ``.params``, numpy's ``.npz`` and Orbax checkpoints, never a pickle.
+    Reads safetensors, MXNet's ``.params``, numpy's ``.npz``, Orbax checkpoints, PyTorch's ``.pt``,
+    ``.pth`` and ``.bin``, Flax's ``.msgpack`` and Keras's ``.h5``; nothing in a file is run.
     Names in the file match leaves of ``like`` if joined with ".", "/" or "_", with positions in place
     of layer names (``0.weight``), under any name of a tied leaf, and in ``.params`` also by order.
+    The ``module.`` that PyTorch's DataParallel puts before names may be missing in ``like``.
     If anything does not fit, nothing is loaded. A pattern of names matches a whole name, or a whole
     path if it contains "/", as ``"encoder/.*"``; only those of ``rename`` match parts of names.
 
@@ -141,6 +143,11 @@ class _Loader:
             return item.read()
         return decode(self.source.get(item.origin), self.tags.get(item.origin, ""))
 
+    def slices(self, item: Item) -> Callable[[Any], Any] | None:
+        """Returns the function that reads a slice of an item as it is, if there is one."""
+        whole = item.read is not None or item.origin in self.tags
+        return None if whole else self.source.arrays[item.origin].read_slice
+
     def untrusted(self, item: Item) -> Any:
         """Returns an array for a transform, whose shape ``like`` cannot vouch for."""
         if self.source.arrays[item.origin].expands:
@@ -179,13 +186,17 @@ class _Loader:
         keep: bool,
     ) -> tuple[Any, LoadReport]:
         """Returns ``like`` with the values of the file."""
+        if jax.tree_util.all_leaves([like]) and not is_array_or_number(like):
+            raise TypeError(
+                f"like= is {like!r:.80}; expected a tree of arrays or shapes, such as pt.abstract(f, x)."
+            )
         source, problems = self.source, self.problems
         target = open_tree(like, is_array_or_number)
         structure, leaves = target.structure, target.leaves
         lookup = Lookup(structure, self.sep)
         shapes = [shape_of(leaf) for leaf in leaves]
         items = transform_all(self.items, self.transform, lookup.shown, self.untrusted)
-        items = restack(items, lookup, shapes, self.value)
+        items = restack(items, lookup, shapes, self.value, self.slices)
         ordered = source.ordered and self.rename is None
         paths = lookup.assign(items, shapes, ordered, source.nameless)
         groups: list[list[Item]] = [[] for _ in leaves]
@@ -230,16 +241,19 @@ class _Loader:
                 placing.keep(leaf)
                 continue
             name, first = join(path), group[0]
-            whole = len(group) > 1 or first.read is not None or first.origin in self.tags
-            stored = None if whole else self.source.arrays[first.origin]
+            slices = self.slices(first) if len(group) == 1 else None
             dtype = first.dtype if leaf is None else dtype_of(leaf)
-            if stored and stored.read_slice and dtype is not None and divides(sharding, dtype):
-                placing.add_sharded(stored.read_slice, stored.shape, dtype, sharding)
-            else:
-                value = self.value(first)
-                for alias in group[1:]:
-                    self.problems.equal(name, first, value, alias, self.value(alias))
-                placing.add(value, leaf, sharding, copy=first.read is not None)
+            try:
+                if slices and dtype is not None and divides(sharding, dtype):
+                    placing.add_sharded(slices, first.shape, dtype, sharding)
+                else:
+                    value = self.value(first)
+                    for alias in group[1:]:
+                        self.problems.equal(name, first, value, alias, self.value(alias))
+                    placing.add(value, leaf, sharding, copy=first.read is not None)
+            except LossyCastError as error:
+                self.problems.lossy(name, first, str(error))
+                placing.keep(leaf)
             loaded[name] = [item.origin for item in group]
             if dtype not in (None, first.dtype):
                 casts[name] = str(first.dtype)

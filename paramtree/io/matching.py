@@ -18,6 +18,8 @@ from paramtree.verbs.restructure import rewriter
 
 __all__ = ["Item", "Lookup", "Rename", "closest", "name_pattern", "rename_all"]
 
+_PARALLEL = "module."  # what PyTorch's DataParallel puts before every name
+
 Rename = Sequence[tuple[Any, str | None]] | Callable[[str], str | None]
 
 
@@ -27,7 +29,8 @@ class Item:
 
     ``names`` are all its names, several if the file records ties; ``origin`` is its name in the file.
     ``read`` returns the array; None means that the source reads it. ``stack`` is that of the first
-    name; None means that the file does not say.
+    name; None means that the file does not say. ``loose`` says that levels in the names may be joined
+    with "_" in places, as in those that a transform made.
     """
 
     origin: str
@@ -36,6 +39,7 @@ class Item:
     dtype: Any
     read: Callable[[], Any] | None = None
     stack: Stack | None = None
+    loose: bool = False
 
 
 def rename_all(items: Iterable[Item], rename: Rename | None) -> list[Item]:
@@ -89,10 +93,18 @@ class Lookup:
                 spelled[name] = None if name in spelled else path  # an ambiguous name matches nothing
             self._spelled = {**spelled, **self._spelled}
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str, loose: bool = False) -> Path | None:
         """Returns the path of the leaf with a name, or None."""
+        path = self._find(name, loose)
+        if path is None and name.startswith(_PARALLEL):
+            path = self._find(name.removeprefix(_PARALLEL), loose)
+        return path
+
+    def _find(self, name: str, loose: bool) -> Path | None:
         if name in self._spelled:
             return self._spelled[name]
+        if loose and (joined := re.sub("[./]", "_", name)) in self._spelled:
+            return self._spelled[joined]
         return self._by_position(re.split("[./]", name))
 
     def shown(self, name: str, by: str) -> str:
@@ -130,7 +142,10 @@ class Lookup:
             network = names[0][: names[0].rfind("_", 0, common) + 1]  # Gluon's name of the network
             spellings += [_unfused, lambda name: name.removeprefix(network)]
         attempts = [
-            [[path for name in item.names if (path := self.find(spell(name)))] for item in items]
+            [
+                [path for name in item.names if (path := self.find(spell(name), item.loose))]
+                for item in items
+            ]
             for spell in spellings
         ]
         for paths in attempts:

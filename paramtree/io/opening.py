@@ -7,15 +7,16 @@ import re
 import stat
 from typing import Any, NoReturn
 
-from paramtree.io.formats import FORMATS
-from paramtree.io.formats.format import Format
+from paramtree.io import formats
 from paramtree.io.layout import Layout
 from paramtree.io.source import Source, Stored, fail, read_layout
 
 __all__ = ["INDEX", "KEY", "open_source"]
 
 INDEX = ".index.json"  # the ending of an index of several files
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name of one of several files
 KEY = "paramtree"  # the key of a layout in the metadata of an index
+_TRIES = 100  # to open a model that another process keeps replacing
 HEAD = 512  # bytes by which a file is recognised
 
 
@@ -26,15 +27,29 @@ def open_source(path: str) -> Source:
       LoadError: the file is damaged, or its format is not supported.
       FileNotFoundError: there is no such file.
     """
+    for _ in range(_TRIES):
+        with contextlib.suppress(_Replaced):
+            return _open(path)
+    return fail(path, "", "is replaced by another process again and again: load it when that is done.")
+
+
+class _Replaced(Exception):  # noqa: N818  # no error: there is a newer model
+    """The files of an index are gone, since another process has saved a newer model."""
+
+
+def _open(path: str) -> Source:
     with contextlib.ExitStack() as files:
         if os.path.isdir(path):
             source = _open_folder(path, files)
         elif path.endswith(INDEX):
             source = _open_index(path, files)
-        elif not os.path.exists(path) and os.path.exists(path + INDEX):
-            source = _open_index(path + INDEX, files)  # what max_shard_size has written for this path
         else:
-            source = _open_file(path, files)
+            try:
+                source = _open_file(path, files)
+            except FileNotFoundError:
+                if not os.path.exists(path + INDEX):
+                    raise
+                source = _open_index(path + INDEX, files)  # what max_shard_size has written
         # The source closes what was opened for it.
         own = source.files.pop_all()
         source.files.enter_context(files.pop_all())
@@ -48,7 +63,7 @@ def _open_file(path: str, files: contextlib.ExitStack) -> Source:
     file = files.enter_context(open(path, "rb"))  # noqa: SIM115  # closed with the source
     head = file.read(HEAD)
     file.seek(0)
-    form = next((form for form in FORMATS if form.recognises(path, head)), None)
+    form = next((form for form in formats.FORMATS if form.recognises(path, head)), None)
     if form is None:
         _unknown(path, head)
     return form.read(path, file)
@@ -56,17 +71,14 @@ def _open_file(path: str, files: contextlib.ExitStack) -> Source:
 
 def _open_folder(path: str, files: contextlib.ExitStack) -> Source:
     """Opens an Orbax checkpoint, or the model in a folder as those of a hub."""
-    for form in FORMATS:
+    for form in formats.FORMATS:
         if form.recognises(path, b""):
             return form.read(path, None)
     names = sorted(os.listdir(path))
-    for form in FORMATS:  # a hub has the same model in several formats: the first is taken
-        models = [name for name in names if name.endswith((*form.endings, *_indices(form)))]
-        indices = [name for name in models if name.endswith(INDEX)]
-        if len(indices) == 1:
-            listed = set(_listed(os.path.join(path, indices[0])).values())
-            models = [indices[0], *(name for name in models if name not in {*listed, indices[0]})]
-        models = _preferred(models)
+    for form in formats.FORMATS:  # a hub has the same model in several formats: the first is taken
+        endings = (*form.endings, *(ending + INDEX for ending in form.endings))
+        models = [name for name in names if name.lower().endswith(endings)]
+        models = _preferred([name for name in models if not _SHARD.search(name)])
         if len(models) == 1:
             return open_source(os.path.join(path, models[0]))
         if models:
@@ -79,26 +91,18 @@ def _open_folder(path: str, files: contextlib.ExitStack) -> Source:
     )
 
 
-def _indices(form: Format) -> list[str]:
-    return [ending + INDEX for ending in form.endings]
-
-
 def _preferred(models: list[str]) -> list[str]:
     """Returns the model that a hub calls so, if it is among others, such as an optimiser's state."""
     usual = [name for name in models if name.split(".")[0] in ("model", "pytorch_model", "flax_model")]
     return usual if len(usual) == 1 else models
 
 
-def _listed(path: str) -> dict[str, Any]:
-    """Returns which file each name is in, by an index.
+def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns which file each name is in, by an index, and the metadata of the index.
 
     Raises:
       LoadError: it is no index.
     """
-    return _index(path)[0]
-
-
-def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -107,7 +111,7 @@ def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         dict(metadata)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         named = path.lower().removesuffix(INDEX)
-        form = next((form.name for form in FORMATS if named.endswith(form.endings)), "model")
+        form = next((form.name for form in formats.FORMATS if named.endswith(form.endings)), "model")
         fail(path, "", f"is not an index of {form} files: {error!r}.")
     return listed, metadata
 
@@ -127,15 +131,24 @@ def _open_index(path: str, files: contextlib.ExitStack) -> Source:
         if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
             fail(path, repr(part), "is not the name of a file next to the index.")
         where = os.path.join(os.path.dirname(path), part)
-        if not os.path.isfile(where):
+        try:
+            source = _open_file(where, files)
+        except (FileNotFoundError, UnicodeEncodeError):
+            if not os.path.exists(path) or _index(path)[0] != listed:
+                raise _Replaced from None
             fail(path, repr(part), "is in the index, but not next to it.")
         opened.append(where)
-        source = _open_file(where, files)
         sources.append(source)
         files.enter_context(source.files)
-        arrays |= {name: a for name, a in source.arrays.items() if listed.get(name) == part}
         metadata |= source.metadata
-        ties |= source.ties
+        firsts: dict[str, str] = {}  # of its names, those that the index lists
+        for name, origin in [*((name, name) for name in source.arrays), *source.ties.items()]:
+            if listed.get(name) != part:
+                continue
+            if firsts.setdefault(origin, name) == name:
+                arrays[name] = source.arrays[origin]
+            else:
+                ties[name] = firsts[origin]
     if lost := sorted(set(listed) - set(arrays) - set(ties)):
         fail(path, repr(lost[0]), f"and {len(lost) - 1} more are in the index, but not in the files.")
     if not sources:
@@ -173,5 +186,5 @@ def _unknown(path: str, head: bytes) -> NoReturn:
     for magic, problem in _MISTAKEN:
         if start.startswith(magic):
             fail(path, "", problem)
-    *known, last = (form.name for form in FORMATS)
+    *known, last = (form.name for form in formats.FORMATS)
     fail(path, "", f"is neither {', '.join(known)} nor {last}.")

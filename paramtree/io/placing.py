@@ -13,7 +13,11 @@ from paramtree.io.source import Slices
 from paramtree.io.wire import is_key
 from paramtree.sharding.place import scatter
 
-__all__ = ["Placing", "divides"]
+__all__ = ["LossyCastError", "Placing", "divides"]
+
+
+class LossyCastError(Exception):
+    """Values do not fit another dtype; the message says which."""
 
 
 class Placing:
@@ -33,6 +37,9 @@ class Placing:
 
         Without a sharding it goes to the default device, or stays on the host if ``like`` is a numpy
         array. ``copy`` is for memory that may be shared, for example by a user's function.
+
+        Raises:
+          LossyCastError: a value does not fit the dtype.
         """
         dtype = getattr(like, "dtype", None)
         if not is_key(value) and dtype is not None and value.dtype != dtype:
@@ -54,7 +61,11 @@ class Placing:
         self._leaves.append(value)
 
     def add_sharded(self, read: Callable[[Slices], Any], shape: Any, dtype: Any, sharding: Any) -> None:
-        """Adds an array, cast to the dtype, by reading each slice that this process holds, once."""
+        """Adds an array, cast to the dtype, by reading each slice that this process holds, once.
+
+        Raises:
+          LossyCastError: a value does not fit the dtype.
+        """
 
         @functools.cache
         def read_once(bounds: tuple[tuple[int | None, int | None], ...]) -> Any:
@@ -93,8 +104,36 @@ def divides(sharding: Any, dtype: Any = np.float32) -> bool:
 
 
 def _cast(value: Any, dtype: Any) -> Any:
-    with np.errstate(all="ignore"):  # overflow gives infinity
+    """Returns an array in another dtype.
+
+    Raises:
+      LossyCastError: an integer is out of its range, or a finite number would be infinite.
+    """
+    value, dtype = np.asarray(value), np.dtype(dtype)
+    with np.errstate(all="ignore"):  # overflow gives infinity, which is found below
         try:
-            return value.astype(dtype, copy=False)
+            cast = value.astype(dtype, copy=False)
         except TypeError:  # some pairs of small floats have no cast, but float32 holds both exactly
-            return value.astype(np.float32).astype(dtype)
+            cast = value.astype(np.float32).astype(dtype)
+    if cast is value or not value.size:
+        return cast
+    if value.dtype.kind in "iub" and dtype.kind in "iub":
+        lost = cast.astype(value.dtype) != value
+        lost |= (cast < 0) != (value < 0)
+    elif np.can_cast(value.dtype, dtype, "safe"):
+        return cast
+    else:
+        lost = _finite(value) & ~_finite(cast)
+    if count := int(np.count_nonzero(lost)):
+        worst = value.reshape(-1)[np.flatnonzero(lost)[0]]
+        raise LossyCastError(
+            f"has {count:,} of {value.size:,} values that {dtype} cannot hold, such as {worst}"
+        )
+    return cast
+
+
+def _finite(value: Any) -> Any:
+    if value.dtype.kind in "iub":
+        return np.ones(value.shape, bool)
+    known = value.dtype.kind in "fc"
+    return np.isfinite(value if known else value.astype(np.float32))

@@ -54,7 +54,7 @@ class LoadReport:
     @classmethod
     def of(cls, source: Source, **found: Any) -> "LoadReport":
         """Returns the report of a source, in which nothing was loaded if nothing else is given."""
-        empty = {"loaded": {}, "missing": [], "ignored": [], "cast": {}}
+        empty: dict[str, Any] = {"loaded": {}, "missing": [], "ignored": [], "cast": {}}
         about = {"metadata": dict(source.metadata), "notes": list(source.notes)}
         return cls(source.path, source.format.name, **{**empty, **about, **found})
 
@@ -80,16 +80,22 @@ class Problems:
     def __init__(self, path: str, deduplicated: bool, sep: str) -> None:
         self.path, self.deduplicated, self.sep = path, deduplicated, sep
         self.lines: list[str] = []
+        self.count = 0
         self.advice: dict[str, None] = {}
 
     def add(self, line: str, advice: str) -> None:
-        self.lines.append(printable(line))
+        """Records a problem, and what to do about it."""
+        self.count += 1
+        if self.count <= _SHOWN:
+            self.lines.append(printable(line))
         self.advice[advice] = None
 
     def check(self) -> None:
         """Raises LoadError if there is a problem."""
         if self.lines:
             shown = "".join(f"\n  {line}" for line in self.lines)
+            if self.count > _SHOWN:
+                shown += f"\n  and {self.count - _SHOWN:,} more."
             advice = "".join(f"\n{line}" for line in self.advice)
             raise LoadError(f"{self.path} does not fit the tree:{shown}{advice}")
 
@@ -154,10 +160,15 @@ class Problems:
             self.add(f"`{name}`{origin} has shape {item.shape}, expected {shape}.", _SHAPE)
         if dtype is None or item.dtype == dtype:
             return
-        if not cast:
+        if not cast and not _is_number(item, leaf):
             self.add(f"`{name}`{origin} has dtype {item.dtype}, expected {dtype}.", _DTYPE)
         elif not casts(item.dtype, dtype):
             self.add(f"`{name}`{origin} has dtype {item.dtype}, which does not cast to {dtype}.", _CAST)
+
+    def lossy(self, name: str, item: Item, problem: str) -> None:
+        """Records values that do not fit the dtype of their leaf."""
+        origin = "" if item.origin == name else f", from `{_printable(item.origin)}`,"
+        self.add(f"`{name}`{origin} {problem}.", _LOSSY)
 
     def keep(self, name: str, leaf: Any, items: Sequence[Item]) -> tuple[int, ...]:
         """Returns the shape in the file of a leaf that keeps its value, which it needs to have."""
@@ -176,6 +187,8 @@ class Problems:
             self.add(f"{both} are tied to one leaf, `{name}`, but differ in {difference}.", _TIED)
 
 
+_SHOWN = 20  # problems in one message
+
 _MISSING = "allow_missing=True keeps the values of `like`; rename= rewrites the names in the file."
 _DEDUPLICATED = (
     "A file that Gluon deduplicated has each tied array once, under its last name: load into "
@@ -186,7 +199,15 @@ _EXTRA = "ignore_extra=True skips names that the tree does not have."
 _SHAPE = "transform= can change the shape of an array; or the file is of a different model."
 _DTYPE = "cast_dtype=True casts to the dtypes of `like`."
 _CAST = "Floats are not cast to integers, nor complex numbers to real ones: use transform=."
+_LOSSY = "Load into a tree of a wider dtype, or use transform= to change the values."
 _TIED = "A tied leaf has one value: drop one name with rename=, or load into pt.untie(like)."
+
+
+def _is_number(item: Item, leaf: Any) -> bool:
+    """Returns whether a single integer may become another integer, as a saved number of Python's."""
+    return item.shape == () and all(
+        isinstance(dtype, np.dtype) and dtype.kind in "iu" for dtype in (item.dtype, dtype_of(leaf))
+    )
 
 
 def _allowed(names: Any) -> tuple[re.Pattern[str], str]:

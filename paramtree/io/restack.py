@@ -25,20 +25,33 @@ Index = tuple[int, ...]
 
 
 def restack(
-    items: Sequence[Item], lookup: Lookup, shapes: Sequence[Any], read: Callable[[Item], Any]
+    items: Sequence[Item],
+    lookup: Lookup,
+    shapes: Sequence[Any],
+    read: Callable[[Item], Any],
+    read_slice: Callable[[Item], Callable[[Any], Any] | None],
 ) -> list[Item]:
-    """Returns the items, stacked or unstacked where only that makes their names match the tree."""
+    """Returns the items, stacked or unstacked where only that makes their names match the tree.
+
+    Args:
+      items: the arrays of the file.
+      lookup: finds leaves of the tree.
+      shapes: the shapes of its leaves.
+      read: reads an item.
+      read_slice: returns the function that reads a slice of an item, if there is one.
+    """
     structure = lookup.structure
     stacks = dict(zip(structure.paths, structure.stacks, strict=True)) if structure.stacks else {}
     out: list[Item] = []
     groups: dict[tuple[Path, Index], dict[Index, Item]] = {}
     unnumbered = _unnumbered(lookup, stacks)
     for item in items:
-        if any(lookup.find(name) for name in item.names):
+        if any(lookup.find(name, item.loose) for name in item.names):
             out.append(item)
         elif copies := _copies(item, unnumbered, lookup, shapes):
+            whole = _Once(partial(read, item), len(copies))
             for axes, index, path in copies:
-                slices = partial(_slice, read, item, axes, index)
+                slices = partial(_slice, whole, read_slice(item), len(item.shape), axes, index)
                 shape = shapes[lookup.slot_of[path]]
                 out.append(replace(item, names=(".".join(path),), shape=shape, read=slices))
         elif position := _position_in_stack(item, lookup, stacks):
@@ -69,8 +82,27 @@ def _inserted(shape: tuple[int, ...], axes: Index, sizes: Index) -> tuple[int, .
     return tuple(full)
 
 
-def _slice(read: Callable[[Item], Any], item: Item, axes: Index, index: Index) -> Any:
-    return np.moveaxis(read(item), axes, range(len(axes)))[index]
+class _Once:
+    """Reads an array once for several uses, and drops it after the last."""
+
+    def __init__(self, read: Callable[[], Any], uses: int) -> None:
+        self._read, self._left, self._array = read, uses, None
+
+    def __call__(self) -> Any:
+        array = self._read() if self._array is None else self._array
+        self._left -= 1
+        self._array = array if self._left > 0 else None
+        return array
+
+
+def _slice(whole: _Once, read_slice: Any, ndim: int, axes: Index, index: Index) -> Any:
+    """Returns one copy of a stack, of which nothing else is read if the format can do that."""
+    if read_slice is None:
+        return np.moveaxis(whole(), axes, range(len(axes)))[index]
+    bounds = [slice(None)] * ndim
+    for axis, i in zip(axes, index, strict=True):
+        bounds[axis] = slice(i, i + 1)
+    return np.squeeze(read_slice(tuple(bounds)), axes)
 
 
 def _stack(read: Callable[[Item], Any], copies: Sequence[Item], axes: Index, sizes: Index) -> Any:
@@ -154,9 +186,11 @@ def _position_in_stack(
     item: Item, lookup: Lookup, stacks: dict[Path, Stack]
 ) -> tuple[Path, Index, Index] | None:
     """Returns the path of the stacked leaf that the item is a copy in, with its axes and index."""
-    for name in item.names:
-        for places, numbers, rest in _numbers(re.split("[./]", name)):
-            path = lookup.find(".".join(rest))
+    spelled = [(name, "[./]") for name in item.names]
+    spelled += [(name, "[./_]") for name in item.names if item.loose]
+    for name, seps in spelled:
+        for places, numbers, rest in _numbers(re.split(seps, name)):
+            path = lookup.find(".".join(rest), item.loose)
             if path is None:
                 continue
             stack = stacks.get(path)

@@ -11,9 +11,10 @@ from paramtree.core.errors import MismatchError, ParamTreeError
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree
-from paramtree.io.formats import DEFAULT, FORMATS
+from paramtree.io import formats
 from paramtree.io.formats.format import Content, Format
 from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout, odd_parts
+from paramtree.io.shards import bytes_of, forget, write_shards
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.nn.layer import Layer
 from paramtree.verbs.collect import check_unique
@@ -23,14 +24,8 @@ __all__ = ["content_of", "save"]
 _SHOWN = 20  # problems in one message
 # Endings of formats that only other libraries write.
 _OTHERS = (
-    ".pt",
-    ".pth",
-    ".bin",
-    ".msgpack",
     ".pkl",
     ".pickle",
-    ".h5",
-    ".hdf5",
     ".ckpt",
     ".gguf",
     ".onnx",
@@ -47,6 +42,7 @@ def save(
     *,
     sep: str = ".",
     metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Saves a tree in the format given by the file extension.
 
@@ -63,6 +59,9 @@ def save(
         arrays and numbers.
       sep: the separator of names in the file, as in ``dense0.weight``.
       metadata: texts to save with it, for safetensors; ``pt.peek(path, report=True)`` shows them.
+      max_shard_size: the bytes after which another file is begun, such as "5GB", for safetensors. If
+        there are several, an index, ``path.index.json``, is written in place of ``path``;
+        ``pt.load(path)`` reads it, as do ``pt.load`` of the index and of its folder.
 
     Raises:
       NameCollisionError: two paths join to one name.
@@ -80,19 +79,26 @@ def save(
     """
     path = os.fspath(path)
     form = _format_of(path)
-    form.write(path, content_of(path, tree, sep, form, metadata))
+    most = None if max_shard_size is None else bytes_of(max_shard_size)
+    content = content_of(path, tree, sep, form, metadata)
+    if most is not None:
+        write_shards(path, form, content, most)
+        return
+    form.write(path, content)
+    if "shards" in form.keeps:
+        forget(path)
 
 
 def _format_of(path: str) -> Format:
     """Returns the format that an ending names."""
     ending = os.path.splitext(path)[1].lower()
-    form = next((form for form in FORMATS if ending in form.endings), None)
+    form = next((form for form in formats.FORMATS if ending in form.endings), None)
     if ending in _OTHERS or (form and not form.writes):
-        writable = ", ".join(form.endings[0] for form in FORMATS if form.writes)
+        writable = ", ".join(form.endings[0] for form in formats.FORMATS if form.writes)
         raise ParamTreeError(
             f"{path} was not written: {ending} is another library's format. Choose one of {writable}."
         )
-    return form or DEFAULT
+    return form or formats.DEFAULT
 
 
 def content_of(
@@ -119,7 +125,7 @@ def content_of(
         if problem:
             problems.append(f"`{join(where)}` {problem}")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
         raise MismatchError(f"{path} was not written: {'; '.join(problems[:_SHOWN])}{more}.")
     encoded = [encode(leaf, form.native) for leaf in source.leaves]
     names = [join(where, sep) for where in structure.canonical]
@@ -142,7 +148,7 @@ def _checked(path: str, form: Format, metadata: Mapping[str, str] | None) -> dic
     if not texts:
         raise TypeError(f"metadata is a mapping of texts to texts, not {metadata!r}.")
     if metadata and "metadata" not in form.keeps:
-        keeping = ", ".join(form.name for form in FORMATS if "metadata" in form.keeps)
+        keeping = ", ".join(form.name for form in formats.FORMATS if "metadata" in form.keeps)
         raise ParamTreeError(f"{path} was not written: {form.name} has no metadata; {keeping} has.")
     return dict(metadata)
 

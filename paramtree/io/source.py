@@ -94,8 +94,7 @@ class Source(contextlib.AbstractContextManager["Source"]):
             for name, stored in self.arrays.items()
             if stored.expands and expected.get(name) != stored.shape
         )
-        most = _SLACK + 2 * os.path.getsize(self.path)
-        if size > most:
+        if size > _SLACK and size > _SLACK + 2 * os.path.getsize(self.path):
             fail(
                 self.path,
                 "",

@@ -14,6 +14,8 @@ from paramtree.io.matching import Item, name_pattern
 
 __all__ = ["natural", "transform_all"]
 
+_NUMBERS = 32  # of one name are sorted as numbers; a hostile one may have thousands
+
 
 def transform_all(
     items: Sequence[Item], table: Rules | None, shown: Callable[..., str], get: Callable[[Item], Any]
@@ -46,8 +48,8 @@ def transform_all(
     out: list[Item] = []
     for group in groups.values():
         names = group[0].names
-        matches = ((p.fullmatch(shown(name, sep)), fn) for p, sep, fn in rules for name in names)
-        match, fn = next(((match, fn) for match, fn in matches if match), (None, None))
+        matches = ((name, p.fullmatch(shown(name, sep)), fn) for p, sep, fn in rules for name in names)
+        name, match, fn = next((found for found in matches if found[1]), ("", None, None))
         if match is None or fn is None:
             out += group
             continue
@@ -58,27 +60,48 @@ def transform_all(
         except Exception as error:
             error.add_note(f"in the transform {match.re.pattern!r} of {origin}")
             raise
-        out += _results(result, match, replace(group[0], origin=origin))
+        out += _results(result, match, shown(name, "/"), replace(group[0], origin=origin))
     return out
 
 
 def natural(name: str) -> list[Any]:
     """Returns a sort key that puts ``layer2`` before ``layer10``."""
-    parts = re.split(r"([0-9]{1,18})", name)
+    parts = re.split(r"([0-9]{1,18})", name, maxsplit=_NUMBERS)
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
-def _results(result: Any, match: re.Match[str], item: Item) -> list[Item]:
+def _results(result: Any, match: re.Match[str], path: str, item: Item) -> list[Item]:
     if not isinstance(result, Mapping):
         return [_with(item, result, match)]
     try:
         return [
-            _with(replace(item, names=(match.expand(name),)), value, match)
+            _with(replace(item, names=(_expanded(name, match, path),), loose=True), value, match)
             for name, value in result.items()
         ]
     except (re.error, IndexError, TypeError) as error:
         pattern = match.re.pattern
         raise RuleError(f"the transform {pattern!r} returned an invalid name: {error}.") from None
+
+
+def _expanded(template: str, match: re.Match[str], path: str) -> str:
+    r"""Returns the name that a template stands for, with the levels of the name that was matched.
+
+    ``path`` is that name with "/" between levels, where the match may have "_". An underscore next to a
+    group separates levels if the character at that end of the group does: in ``h/0/qkv``, matched as
+    ``h_0_qkv`` by ``(.*)_qkv``, ``\1_q`` is ``h/0/q``.
+    """
+    out, done, above = "", 0, False
+    for group in re.finditer(r"\\(?:g<(\w+)>|([1-9][0-9]?))", template):
+        number: Any = group[1] or group[2]
+        begin, end = match.span(int(number) if number.isdigit() else number)
+        literal = match.expand(template[done : group.start()])
+        literal = f"/{literal[1:]}" if above and literal.startswith("_") else literal
+        if literal.endswith("_") and begin > 0 and path[begin - 1 : begin] == "/":
+            literal = f"{literal[:-1]}/"
+        out += literal + (path[begin:end] if begin >= 0 else "")
+        done, above = group.end(), begin >= 0 and path[end : end + 1] == "/"
+    literal = match.expand(template[done:])
+    return out + (f"/{literal[1:]}" if above and literal.startswith("_") else literal)
 
 
 def _with(item: Item, value: Any, match: re.Match[str]) -> Item:

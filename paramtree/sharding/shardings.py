@@ -6,6 +6,7 @@ names as the parameters, so one table covers both.
 """
 
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from paramtree.core.arrays import join, shape_of
 from paramtree.core.errors import suggest
 from paramtree.core.pytrees import Opened, is_array_or_number, open_tree
 from paramtree.core.rules import UNSET, Rules, assign, check_table, resolve
+from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree
 
 __all__ = ["shardings"]
 
 T = TypeVar("T")
 Axes = Mapping[str, Any]  # logical names to axes of the mesh
+MOST = 20  # leaves that a message lists
 
 
 def shardings(
@@ -39,7 +42,10 @@ def shardings(
 
     In a container of parameter trees, such as an optimizer state, a pattern may match the name of a
     leaf in its own tree, ``dense0_weight``, as well as the whole name, ``0_mu_dense0_weight``. A scalar
-    there that no pattern matches, such as a count of steps, is replicated.
+    there that no pattern matches, such as a count of steps, is replicated. Some leaves there have
+    another shape than the parameter of that name, as in ``optax.adafactor`` and ``optax.lbfgs``. Where
+    its spec does not fit, ``uneven="replicate"`` replicates the leaf, or give whole names a rule that
+    comes first, as in ``{".*_memory_.*": None, **rules}``.
 
     Args:
       tree: a parameter tree of arrays or shapes, or any other pytree.
@@ -50,16 +56,16 @@ def shardings(
       axes: logical names in the specs ("vocabulary") to a mesh axis, several of them, or None.
       default: the spec of leaves that no pattern matches.
       uneven: "error", or "replicate" to replicate, with a warning, a dimension that is not a multiple
-        of its axis.
+        of its axis, and a leaf that has fewer dimensions than its spec.
 
     Returns:
       A tree of ``jax.sharding.NamedSharding``: of the same structure, or the same container, in which
       leaves that are not arrays have None.
 
     Raises:
-      RuleError: a pattern matches nothing, a leaf has no rule, a spec is longer than a shape, uses an
-        axis twice or one that the mesh does not have, or shards a dimension that is not a multiple of
-        the axis. One error lists all of these.
+      RuleError: a pattern matches nothing, a leaf has no rule, a spec uses an axis twice or one that
+        the mesh does not have, or, unless they are replicated, a spec is longer than a shape or shards
+        a dimension that is not a multiple of the axis. One error lists all of these.
       ValueError: ``uneven`` is neither "error" nor "replicate".
       TypeError: ``mesh`` is not a mesh.
 
@@ -104,11 +110,10 @@ def _warn(text: str) -> None:
 
 
 class _Fit(NamedTuple):
-    """The result of a rule for a shape: a sharding or a problem, and what stays replicated."""
+    """The result of a rule for a shape: the sharding, and what stays replicated and why."""
 
-    sharding: Any
-    problem: str = ""
-    note: str = ""
+    sharding: NamedSharding
+    misfit: str = ""
 
 
 class _Work:
@@ -124,7 +129,7 @@ class _Work:
         # The spec of a leaf that no pattern matches is the last, at -1.
         self.specs = tuple(self.spec(name, value, axes) for name, value in named)
         self.fits: dict[tuple[int, Any], _Fit] = {}
-        self.uneven: list[str] = []
+        self.misfits: dict[int, str] = {}  # by slot
 
     def spec(self, rule: str, value: Any, axes: Axes) -> tuple[tuple[str, ...], ...]:
         """Returns the mesh axes of each dimension."""
@@ -165,8 +170,10 @@ class _Work:
         """Returns the sharding of a shape by a rule."""
         axes = self.specs[rule]
         shown = "the default" if rule < 0 else f"the rule {self.patterns[rule]!r}"
-        if len(axes) > len(shape):
-            return _Fit(None, f"is {len(shape)}-dimensional, and {shown} has {len(axes)} dimensions")
+        if any(axes) and len(axes) > len(shape):
+            dimensions = f"{len(axes)} dimension{'s' if len(axes) > 1 else ''}"
+            misfit = f"is {len(shape)}-dimensional, and {shown} has {dimensions}"
+            return _Fit(NamedSharding(self.mesh, P()), misfit)
         entries: list[Any] = []
         odd = []
         for dimension, (size, used) in enumerate(zip(shape, axes, strict=False)):
@@ -179,10 +186,8 @@ class _Work:
                 )
                 entry = None
             entries.append(entry)
-        if odd and not self.replicate:
-            return _Fit(None, f"{'; '.join(odd)} ({shown})")
         spec: Any = P(*entries)
-        return _Fit(NamedSharding(self.mesh, spec), note="; ".join(odd))
+        return _Fit(NamedSharding(self.mesh, spec), f"{'; '.join(odd)} ({shown})" if odd else "")
 
     def of(self, source: Opened) -> Any:
         """Returns the shardings of a tree.
@@ -192,24 +197,23 @@ class _Work:
         """
         structure, leaves = source.structure, source.leaves
         shapes = [shape_of(leaf) for leaf in leaves]
-        free = [
+        free = {
             slot
             for slot, (kind, shape) in enumerate(zip(source.kinds, shapes, strict=True))
             if shape is None or (kind is None and shape == ())
-        ]
+        }
         rules = dict(zip(self.patterns, self.specs, strict=False))
         if source.containers and len(free) == len(leaves):
             rules = {}  # a state of scalars alone, or of nothing: no rule could match
         assigned = assign(source, tuple(rules), nested=True)
-        problems = [*self.problems]
         for slot, (i, shape) in enumerate(zip(assigned.rules, shapes, strict=True)):
             if shape is None:
                 continue
             fit = self.fits.get((i, shape)) or self.fits.setdefault((i, shape), self.fit(i, shape))
-            if i >= 0 or self.default:
-                name = f"`{join(source.place + structure.canonical[slot])}` {shape} "
-                problems += [name + fit.problem] if fit.problem else []
-                self.uneven += [name + fit.note] if fit.note else []
+            if fit.misfit and (i >= 0 or slot not in free):
+                name = join(source.place + structure.canonical[slot])
+                self.misfits[slot] = f"`{name}` {shape} {fit.misfit}"
+        refused = bool(self.misfits) and not self.replicate
         resolve(
             source,
             rules,
@@ -217,15 +221,30 @@ class _Work:
             default=self.specs[-1] if self.default else UNSET,
             nested=True,
             free=free,
-            problems=problems,
-            advice=" To replicate such dimensions: uneven='replicate'."
-            if any("not a multiple" in text for text in problems)
-            else "",
+            problems=[*self.problems, *(self.shown() if refused else [])],
+            advice=self.advice(structure) if refused else "",
         )
         pairs = zip(assigned.rules, shapes, strict=True)
         placed = [None if shape is None else self.fits[i, shape].sharding for i, shape in pairs]
         return source.restore(placed, None)
 
+    def advice(self, structure: Structure) -> str:
+        """Returns what to do about leaves that their rules do not fit."""
+        first = next(iter(self.misfits))
+        entries = zip(structure.entries(), structure.names(), strict=True)
+        # All names of a tied leaf need the same value.
+        pattern = "|".join(re.escape(name) for (_, slot), name in entries if slot == first)
+        return (
+            " To replicate what does not fit: uneven='replicate', or, for this tree, a first rule for "
+            f"each such name, as in {{{pattern!r}: None, ...}}."
+        )
+
     def notes(self) -> str:
-        """Returns the warning about dimensions that are replicated although a rule would shard them."""
-        return f"replicated on every device: {'; '.join(self.uneven)}." if self.uneven else ""
+        """Returns the warning about what is replicated although a rule would shard it."""
+        return f"replicated on every device: {'; '.join(self.shown())}." if self.misfits else ""
+
+    def shown(self) -> list[str]:
+        """Returns what does not fit, as messages list it."""
+        texts = [*self.misfits.values()]
+        more = len(texts) - MOST
+        return [*texts[:MOST], *([f"and {more:,} more"] if more > 0 else [])]

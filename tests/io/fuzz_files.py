@@ -42,7 +42,16 @@ import paramtree as pt
 from paramtree.core.structure import build
 from paramtree.core.tree import flatten, unflatten
 
-FORMATS = ("safetensors", "params", "npz")
+if not __package__:  # run as a command
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from tests.io import fuzz_torch
+
+FORMATS = ("safetensors", "params", "npz", "torch", "flax", "keras")
+ENDINGS = {
+    "torch": "pt",
+    "flax": "msgpack",
+    "keras": "weights.h5",
+}  # where the format is called otherwise
 SLOW, TOO_SLOW = 5.0, 20.0  # seconds, long enough for a busy machine: only a hang fails
 MIB = 2**20
 
@@ -149,6 +158,12 @@ class Valid(NamedTuple):
 
 def corpus(kind: str) -> dict[str, Valid]:
     """Valid files of a format by description; deterministic."""
+    if kind in ("flax", "keras"):
+        files = flax_files() if kind == "flax" else keras_files()
+        likes = varied(kind == "keras"), small()
+        return {name: Valid(data, likes) for name, data in files.items()}
+    if kind == "torch":
+        return {name: Valid(data, (small(), varied())) for name, data in fuzz_torch.files().items()}
     whole, least, one = varied(kind == "params"), small(), varied(kind == "params").dense0
     same_time = unittest.mock.patch("time.localtime", return_value=time.gmtime(10**9))
     with tempfile.TemporaryDirectory() as folder, same_time:
@@ -283,6 +298,161 @@ def handmade() -> dict[str, bytes]:
         "dtypes": params(
             [v2(2, dtype=i, size=s) for i, s in enumerate([4, 8, 2, 1, 4, 1, 8, 1, 2, 2, 4, 8, 2])],
             [b"t%d" % i for i in range(13)],
+        ),
+    }
+
+
+# Flax's files: a packer that packs what it is told
+
+
+class Raw(bytes):
+    """Bytes that are in msgpack already."""
+
+
+def msgpack(value: Any, wide: bool = False) -> Raw:
+    """A value in msgpack: its shortest form if it is small, else or if ``wide`` the longest."""
+    if isinstance(value, Raw):
+        return value
+    if value is None or isinstance(value, bool):
+        return Raw({None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value])
+    if isinstance(value, float):
+        return Raw(b"\xcb" + struct.pack(">d", value))
+    if isinstance(value, int):
+        small = 0 <= value < 128 and not wide
+        long = (b"\xd3" if value < 0 else b"\xcf") + struct.pack(">Q", value % 2**64)
+        return Raw([value] if small else long)
+    if isinstance(value, bytes):
+        return Raw(_counted(len(value), 0xC4, 255 if not wide else 0, 0xC6) + value)
+    if isinstance(value, str):
+        data = utf8(value)
+        return Raw(_counted(len(data), 0xA0, 31 if not wide else -1, 0xDB) + data)
+    first, long = (0x80, 0xDF) if isinstance(value, dict) else (0x90, 0xDD)
+    parts = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
+    inside = b"".join(msgpack(part, wide) for part in parts)
+    return Raw(_counted(len(value), first, 15 if not wide else -1, long) + inside)
+
+
+def _counted(size: int, first: int, most: int, long: int) -> bytes:
+    """What begins a value of a size: one byte or two if it is small, else five."""
+    if size > most:
+        return struct.pack(">BI", long, size)
+    return bytes([first + size]) if first < 0xC0 else bytes([first, size])
+
+
+def utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def extension(code: int, data: bytes) -> Raw:
+    return Raw(_counted(len(data), 0xC7, 255, 0xC9) + bytes([code % 256]) + data)
+
+
+def flax_array(shape: Any, dtype: Any, data: Any, code: int = 1) -> Raw:
+    """An array as Flax encodes it, whose parts may be wrong."""
+    return extension(code, msgpack((shape, dtype, data)))
+
+
+def flax_leaf(array: Any) -> Raw:
+    array = np.asarray(array)
+    return flax_array(array.shape, array.dtype.name, array.tobytes())
+
+
+def flax_chunked(array: np.ndarray, size: int) -> dict[str, Any]:
+    """An array in pieces of a number of elements."""
+    pieces = [array.reshape(-1)[i : i + size] for i in range(0, array.size, size)]
+    shape = {str(i): n for i, n in enumerate(array.shape)}
+    parts = {str(i): flax_leaf(piece) for i, piece in enumerate(pieces)}
+    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": parts}
+
+
+def flax_files() -> dict[str, bytes]:
+    def nested(tree: pt.ParamTree) -> dict[str, Any]:
+        return {
+            name: nested(leaf) if isinstance(leaf, pt.ParamTree) else flax_leaf(leaf)
+            for name, leaf in tree.items()
+        }
+
+    odd = {"n": 3, "m": -3, "f": 0.5, "t": True, "none": None, "text": "some", "list": [1, [2, {}]]}
+    odd |= {"big": 2**64 - 1, "low": -(2**63), "c": extension(2, msgpack((1.0, 2.0))), "bytes": b"abc"}
+    odd |= {
+        "x": extension(9, b"abc"),
+        "s": flax_array((), "float16", b"ab", 3),
+        5: Raw(b"\xca\0\0\0\0"),
+    }
+    return {
+        "whole": msgpack(nested(varied())),
+        "least": msgpack(nested(small())),
+        "wide": msgpack(nested(small()), wide=True),
+        "odd": msgpack(odd),
+        "empty": b"\x80",
+        "chunked": msgpack({"a": {"b": flax_chunked(np.arange(12, dtype=np.int16).reshape(3, 4), 5)}}),
+        "state": msgpack({"params": odd, "batch_stats": {"a.b": flax_leaf(np.ones(3))}}),
+    }
+
+
+# Keras's files, in both of HDF5's generations
+
+
+def hdf5(fill: Callable[[Any], Any], **options: Any) -> bytes:
+    """A file that a function fills."""
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", **options) as file:
+        fill(file)
+    return buffer.getvalue()
+
+
+def keras_files() -> dict[str, bytes]:
+    def keras3(file: Any) -> None:  # as model.save_weights of Keras 3
+        for layer, width in {"dense": 3, "dense_1": 2}.items():
+            for group in ("layers", "optimizer"):
+                file[f"{group}/{layer}/vars/0"] = np.ones((width, 2), np.float32)
+                file[f"{group}/{layer}/vars/1"] = np.arange(2.0)
+        file.create_group("layers/dropout/vars")
+        half = file.create_dataset("half", data=np.arange(3).astype(jnp.bfloat16))
+        half.attrs["dtype"] = "bfloat16"
+        file["mask"], file["step"], file["none"] = (
+            np.array([True, False]),
+            np.int64(7),
+            np.zeros((0, 3)),
+        )
+        file["swapped"] = np.arange(3, dtype=">i4")
+        file["tied"] = file["step"]
+
+    def keras2(file: Any) -> None:  # as model.save of Keras 2
+        file.attrs["layer_names"] = [b"dense_1", b"dense"]
+        file.attrs["keras_version"] = "2.9.0"
+        for layer in ("dense", "dense_1"):
+            names = [f"{layer}/kernel:0", f"{layer}/bias:0"]
+            file.create_group(layer).attrs["weight_names"] = [name.encode() for name in names]
+            for name in names:
+                file[f"{layer}/{name}"] = np.ones(2, np.float32)
+
+    def packed(file: Any) -> None:
+        values = np.arange(300, dtype=np.int32).reshape(20, 15)
+        file.create_dataset("gzip", data=values, compression="gzip", shuffle=True)
+        file.create_dataset("chunks", data=values, chunks=(7, 4))
+        file.create_dataset("grows", data=values, maxshape=(None, 15), chunks=(8, 15))
+        file.create_dataset("grows2", data=values, maxshape=(None, None), chunks=(8, 8))
+
+    def one(file: Any) -> None:
+        file["a/b"] = np.ones(2, np.float32)
+
+    return {
+        "whole": hdf5(keras3),
+        "latest": hdf5(keras3, libver="latest", track_order=True),
+        "keras2": hdf5(keras2),
+        "packed": hdf5(packed),
+        "one chunk": hdf5(
+            lambda file: file.create_dataset("a/b", data=np.ones(2, "f4"), chunks=(2,), compression=1),
+            libver="latest",
+        ),
+        "least": hdf5(one),
+        "empty": hdf5(lambda file: None),
+        "many": hdf5(lambda file: [file.create_group(f"g{i}") for i in range(40)]),
+        "many, latest": hdf5(
+            lambda file: [file.create_group(f"g{i}") for i in range(40)], libver="latest"
         ),
     }
 
@@ -745,7 +915,166 @@ def zip_field(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
     return bytes(out)
 
 
+# Edits that know msgpack: new maps with occasional wrong fields, lengths and names
+
+
+def random_flax(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
+    """A new file of arrays with mostly correct fields."""
+    rare = lambda right, *wrong: right if rng.random() < 0.9 else rng.choice(wrong)  # noqa: E731
+
+    def array() -> Any:
+        shape = tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([0, 1, 1, 2, 3])))
+        dtype = rng.choice(["float32", "bfloat16", "bool", "int8", "complex64", "float64", "int4"])
+        size = math.prod(shape) * np.dtype(getattr(jnp, dtype, dtype)).itemsize
+        data = rng.randbytes(rare(size, 0, 1, size + 1, 100))
+        shape = rare(
+            shape, (0,), (0, 2**40), (2**62, 4), (-1,), (1,) * 33, 3, None, (1.5,), ("a",), shape[::-1]
+        )
+        dtype = rare(dtype, *TAGS, b"float32", None, 3)
+        if rng.random() < 0.2:
+            pieces = flax_chunked(np.arange(6, dtype=np.int16).reshape(2, 3), rng.choice([1, 4, 9]))
+            if rng.random() < 0.5:
+                pieces = edit_json(rng, {**pieces, "chunks": {**pieces["chunks"]}}, NAMES)
+            return pieces
+        made = flax_array(
+            shape, dtype, rare(data, "text", None, 3), rare(rng.choice([1, 3]), 0, 2, 9, -1)
+        )
+        return rare(
+            made,
+            Raw(made[:-1]),
+            Raw(made + b"\0"),
+            Raw(b"\xc1"),
+            rng.choice(INTS),
+            0.5,
+            "text",
+            b"",
+            None,
+        )
+
+    def level(depth: int) -> Any:
+        names = [rare(f"w{i}", *NAMES, i, -1, 1.5, None, b"a") for i in range(rng.randrange(4))]
+        entries = {name: level(depth + 1) if rng.random() < 0.3 else array() for name in names}
+        return entries if depth < 1 or rng.random() < 0.8 else list(entries.values())
+
+    try:
+        return msgpack(level(0))
+    except RecursionError:
+        return b"\x81\xa1a" + b"\x91" * 5000 + b"\xc0"
+
+
+def flax_length(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
+    """Changes the length, count or kind of a value."""
+    marks = [i for i, byte in enumerate(file) if 0x80 <= byte < 0xE0]
+    if not marks:
+        return flip(rng, file, others)
+    at = rng.choice(marks)
+    size = rng.choice([1, 1, 2, 4])
+    number = rng.choice([*INTS, len(file), len(file) - at])
+    new = (number % 2 ** (8 * size)).to_bytes(size, "big")
+    if rng.random() < 0.5:
+        return file[:at] + bytes([rng.randrange(0x80, 0xE0)]) + file[at + 1 :]
+    return file[: at + 1] + new + file[at + 1 + size :]
+
+
+def flax_rename(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
+    """Replaces a short text, and corrects its length."""
+    found = [m for m in re.finditer(rb"[\xa1-\xbf][a-z_0-9]+", file) if len(m[0]) > m[0][0] - 0xA0]
+    if not found:
+        return insert(rng, file, others)
+    match = rng.choice(found)
+    end = match.start() + 1 + match[0][0] - 0xA0
+    return file[: match.start()] + msgpack(rng.choice([*NAMES, *TAGS])) + file[end:]
+
+
+# Edits that know HDF5: the fields after a signature, and files that h5py writes with odd contents
+
+
+def hdf5_field(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
+    """Changes a number after one of the signatures, or in the headers of the objects."""
+    found = [
+        m.end() for m in re.finditer(rb"TREE|HEAP|SNOD|OHDR|OCHK|FRHP|FHDB|FAHD|EAHD|GCOL|BTHD", file)
+    ]
+    found += [m.start() for m in re.finditer(rb"\x01\x00[\x01-\x20]\x00\x01\x00\x00\x00", file)]
+    if not found:
+        return integer(rng, file, others)
+    at, size = (
+        rng.choice(found) + rng.choice([0, 1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48]),
+        rng.choice([1, 2, 4, 8]),
+    )
+    number = rng.choice([*INTS, len(file), *found])
+    return file[:at] + (number % 2 ** (8 * size)).to_bytes(size, "little") + file[at + size :]
+
+
+def random_hdf5(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
+    """A new file, in which some things are not read."""
+    import h5py
+
+    def fill(made: Any) -> None:
+        for i in range(rng.randrange(1, 5)):
+            name, values = (
+                f"{rng.choice('abc')}/w{i}",
+                np.arange(rng.choice([0, 1, 12]), dtype=rng.choice("fdibH")),
+            )
+            what = rng.randrange(14)
+            options: dict[str, Any] = {}
+            if what == 0:
+                made[name] = rng.choice(
+                    [h5py.SoftLink("/c/w0"), h5py.ExternalLink("/etc/passwd", "/x")]
+                )
+            elif what == 1:
+                layout = h5py.VirtualLayout((4,), "f4")
+                layout[:] = h5py.VirtualSource("other.h5", "x", (4,))
+                made.create_virtual_dataset(name, layout)
+            elif what == 2:
+                made.create_dataset(name, (4,), "f4", external=[("/etc/passwd", 0, 16)])
+            elif what == 3:
+                odd = [
+                    "O",
+                    "f4,f4",
+                    "(2,)f4",
+                    "S3",
+                    "V5",
+                    "c8",
+                    h5py.string_dtype(),
+                    h5py.ref_dtype,
+                    np.longdouble,
+                ]
+                made.create_dataset(
+                    name, (3,), dtype=h5py.string_dtype() if (d := rng.choice(odd)) == "O" else d
+                )
+            elif what == 4:
+                made[name] = h5py.Empty("f4")
+            elif what == 5:
+                made.create_dataset(
+                    name, (rng.choice([3, 2**20, 2**40]),), "f4", **rng.choice([{}, {"chunks": (3,)}])
+                )
+            elif what == 6:
+                made[name] = made
+            elif what == 7:
+                made[name] = np.dtype("f4")
+            elif what == 8:
+                made[
+                    rng.choice(NAMES).replace("\0", "").encode("utf-8", "surrogatepass")[:60_000]
+                    or b"x"
+                ] = values
+            else:
+                if len(values) > 1:
+                    options = rng.choice(
+                        [{}, {"compression": "gzip"}, {"compression": "lzf"}, {"fletcher32": True}]
+                    )
+                    options |= rng.choice([{}, {"chunks": (5,)}, {"maxshape": (None,)}])
+                made.create_dataset(name, data=values, **options)
+
+    try:
+        return hdf5(fill, libver=rng.choice(["earliest", "latest"]), track_order=rng.random() < 0.3)
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError):  # it may not write a name
+        return hdf5_field(rng, file, others)
+
+
 KNOWING: dict[str, list[Edit]] = {
+    "flax": [random_flax, random_flax, flax_length, flax_rename],
+    "keras": [hdf5_field, hdf5_field, random_hdf5],
+    "torch": [*fuzz_torch.EDITS, zip_field, npz_members],
     "safetensors": [header_entry, header_array, header_layout, header_rename, header_bytes],
     "params": [random_params, random_params, rename_params, integer],
     "npz": [npz_header, npz_members, npz_layout, npz_rename, zip_field],
@@ -957,6 +1286,32 @@ def claims(kind: str) -> dict[str, Callable[[], bytes]]:
             "nothing, very often": lambda: params([bytes(4)] * (MIB // 4), []),
             "deep names": lambda: params([v2(1)] * len(deep), deep),
         }
+    if kind == "flax":
+        nothing, deeper = bytes(8), Raw(b"")
+        for _ in range(100):
+            deeper = msgpack(
+                {"x" * 100: deeper or {f"a{i}": flax_leaf(np.ones(1)) for i in range(999)}}
+            )
+        return {
+            "shape": lambda: msgpack({"a": flax_array((2**40,), "float32", filler)}),
+            "shapes that overflow": lambda: msgpack({"a": flax_array((2**62, 4), "float32", filler)}),
+            "zero and huge": lambda: msgpack({"a": flax_array((0, 2**62, 2**62), "float32", b"")}),
+            "entries": lambda: b"\xdf\xff\xff\xff\xff" + filler,
+            "a list": lambda: b"\x81\xa1a\xdd\xff\xff\xff\xff" + filler,
+            "a text": lambda: b"\x81\xa1a\xdb\xff\xff\xff\xff" + filler,
+            "an extension": lambda: b"\x81\xa1a\xc9\xff\xff\xff\xff\x01" + filler,
+            "numbers, very often": lambda: b"\x81\xa1a\xdd" + struct.pack(">I", MIB) + filler,
+            "maps in maps": lambda: b"\x81\xa1a" * (MIB // 3) + nothing,
+            "lists in lists": lambda: b"\x81\xa1a" + b"\x91" * MIB + nothing,
+            "names that repeat": lambda: bytes(deeper),
+            "pieces": lambda: msgpack(
+                {"a": flax_chunked(np.ones(4), 2) | {"shape": {"0": 2**20, "1": 2**20}}}
+            ),
+        }
+    if kind == "keras":
+        return keras_claims()
+    if kind == "torch":
+        return fuzz_torch.claims()
     return {
         "zeros": lambda: zeros("a.npy", npy("<f4", f"({2**28},)", b""), 1024),
         "a header": lambda: zeros("a.npy", b"\x93NUMPY\2\0" + struct.pack("<I", 2**30), 1024),
@@ -965,6 +1320,62 @@ def claims(kind: str) -> dict[str, Callable[[], bytes]]:
         "stored, of a huge header": lambda: stored_bomb(b"\x93NUMPY\2\0" + struct.pack("<I", 2**30)),
         "overlapping": overlapping,
         "separator": lambda: separator_bomb("npz"),
+    }
+
+
+def keras_claims() -> dict[str, Callable[[], bytes]]:
+    def empty(shape: tuple[int, ...], **options: Any) -> Callable[[], bytes]:
+        return lambda: hdf5(lambda file: file.create_dataset("a", shape, "f4", **options))
+
+    def changed(made: Callable[[], bytes], old: bytes, new: bytes) -> Callable[[], bytes]:
+        return lambda: made().replace(old, new)
+
+    def deep(file: Any) -> None:
+        group = file
+        for _ in range(100):
+            group = group.create_group("x" * 100)
+        for i in range(999):
+            group[f"a{i}"] = np.float32(1)
+
+    def shared(file: Any) -> None:
+        for i in range(300):
+            file[f"a{i}"] = np.zeros(2**17 + i, np.uint8) if i == 0 else np.zeros(100 + i, np.uint8)
+
+    def overlap() -> bytes:
+        """Small arrays that say they are where the large one is, and as long."""
+        import h5py
+
+        data = bytearray(hdf5(shared))
+        with h5py.File(io.BytesIO(bytes(data)), "r") as file:
+            places = [(file[f"a{i}"].id.get_offset(), len(file[f"a{i}"])) for i in range(300)]
+        for begin, size in places[1:]:
+            for old, new in (
+                (u64(begin, size), u64(*places[0])),
+                (u64(size, size), u64(places[0][1]) * 2),
+            ):
+                at = data.find(old)
+                data[at : at + 16] = new
+        return bytes(data)
+
+    def gzip(file: Any) -> None:
+        file.create_dataset(
+            "a", (2**28,), "u1", chunks=(2**20,), compression="gzip", compression_opts=9
+        )
+        file["a"][:] = 0
+
+    plain = lambda: hdf5(lambda file: file.create_dataset("a", data=np.ones(77, "f4")))  # noqa: E731
+    return {
+        "never written": empty((2**40,)),
+        "chunks, never written": empty((2**40,), chunks=(2**10,)),
+        "large chunks": empty((2**29,), chunks=(2**29,)),
+        "zeros": lambda: hdf5(gzip),
+        "small chunks": lambda: hdf5(
+            lambda file: file.create_dataset("a", data=np.zeros(2**14, "u1"), chunks=(1,))
+        ),
+        "shape": changed(plain, u64(77), u64(2**40)),
+        "shape and size": changed(lambda: plain().replace(u64(308), u64(2**42)), u64(77), u64(2**40)),
+        "names that repeat": lambda: hdf5(deep),
+        "overlapping": overlap,
     }
 
 
@@ -1077,7 +1488,7 @@ class Fuzzer:
         self.others = [valid.data for valid in self.bases]
         self.strange = [v.data for f in FORMATS if f != kind for v in corpus(f).values()]
         self.edits = edits(kind)
-        self.path = f"{folder}/input.{kind}"
+        self.path = f"{folder}/input.{ENDINGS.get(kind, kind)}"
         self.found: dict[tuple[str, str], int] = {}
         self.trees = 0
 

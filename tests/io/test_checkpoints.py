@@ -1,5 +1,6 @@
 """Checkpoints keep the latest and the best steps, and restore a complete run on any mesh."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import paramtree as pt
 from paramtree import nn
 from paramtree.core.tree import flatten
+from paramtree.io import folders
 
 X = jax.ShapeDtypeStruct((4, 16), jnp.float32)
 NET = nn.Sequential(nn.Dense(8), nn.BatchNorm(), nn.Dense(8))
@@ -150,3 +152,137 @@ def test_what_was_not_finished_does_not_count(tmp_path: Path) -> None:
         assert again.latest == 1
         again.save(2, {"a": jnp.zeros(2)}, wait=True)
         assert again.steps == [1, 2]
+
+
+def test_only_what_is_finished_counts(tmp_path: Path) -> None:
+    with pt.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(2)}, wait=True)
+    (tmp_path / "99").mkdir()
+    begun = tmp_path / "98"  # as Orbax leaves it where it cannot rename
+    begun.mkdir()
+    (begun / "_CHECKPOINT_METADATA").write_text(
+        '{"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": null}'
+    )
+    (begun / "default").mkdir()
+    (tmp_path / "97" / "default.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "007").mkdir()
+    (tmp_path / "96").mkdir()
+    (tmp_path / "96" / "notes.txt").write_text("mine")
+    with pt.Checkpoints(tmp_path) as again:
+        assert again.steps == [1] and again.latest == 1
+        assert again.load({"a": jnp.zeros(2)})["a"][0] == 1
+        with pytest.raises(pt.LoadError, match="has no checkpoint of step 99. Steps saved: 1"):
+            again.load(step=99)
+        with pytest.raises(
+            pt.ParamTreeError, match="cannot save step 96: .*96 exists and is no checkpoint"
+        ):
+            again.save(96, {"a": jnp.ones(2)})
+        for step in (97, 98, 99):
+            again.save(step, {"a": jnp.full(2, step)})
+        assert again.steps == [97, 98, 99] and again.load()["a"][0] == 99
+    assert (tmp_path / "96" / "notes.txt").read_text() == "mine"
+
+
+# The best one
+
+
+def test_a_metric_that_no_step_has_is_named(tmp_path: Path) -> None:
+    with pt.Checkpoints(tmp_path, best="loss") as checkpoints:
+        checkpoints.save(1, {"a": 1}, {"loss": 1.0, "time": 3})
+    with pt.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, {"a": 2})
+        assert checkpoints.best is None
+        with pytest.raises(pt.ParamTreeError, match="opened without a metric.*best='loss'.*its number"):
+            checkpoints.load(step="best")
+    with pt.Checkpoints(tmp_path, best="acc") as checkpoints:
+        message = (
+            "no step has the metric `acc`.*step 1 has loss, time; step 2 has none. Open it with best="
+        )
+        for refused in (lambda: checkpoints.best, lambda: checkpoints.load(step="best")):
+            with pytest.raises(pt.ParamTreeError, match=message):
+                refused()
+        checkpoints.save(3, {"a": 3}, {"acc": 0.5})
+        assert checkpoints.best == 3
+    assert pt.Checkpoints(tmp_path, best="loss").load(step="best")["a"] == 1
+    with pytest.raises(pt.LoadError, match="has no checkpoint. Steps saved: none yet"):
+        pt.Checkpoints(tmp_path / "new", best="acc").load(step="best")
+
+
+def test_a_layer_is_not_saved_in_place_of_its_parameters(tmp_path: Path) -> None:
+    with pt.Checkpoints(tmp_path) as checkpoints:
+        for wrong in (NET, {"net": nn.Dense(2)}):
+            with pytest.raises(pt.MismatchError, match="was not written: .*the layer"):
+                checkpoints.save(1, wrong)
+        assert checkpoints.steps == []
+
+
+# Deleting and replacing
+
+
+def test_a_step_is_deleted(tmp_path: Path) -> None:
+    with pt.Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"step": step})
+        checkpoints.delete(3)
+        assert checkpoints.steps == [1, 2] and checkpoints.load({"step": 0})["step"] == 2
+        with pytest.raises(pt.ParamTreeError, match="cannot delete step 3: .* Steps saved: 1, 2"):
+            checkpoints.delete(3)
+        with pytest.raises(TypeError, match="a non-negative integer as the step, not '1'"):
+            checkpoints.delete("1")  # type: ignore[arg-type]
+        checkpoints.save(3, {"step": 33}, wait=True)  # the run goes on from step 2
+        assert checkpoints.load({"step": 0})["step"] == 33
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("system", ["exchanges folders", "does not"])
+def test_a_step_is_replaced(tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if system == "does not":
+        monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
+    with pt.Checkpoints(tmp_path, keep=1, best="loss") as checkpoints:
+        checkpoints.save(1, {"step": 1}, {"loss": 0.0}, overwrite=True)  # there is none yet
+        checkpoints.save(3, {"step": 3}, {"loss": 1.0})
+        checkpoints.save(3, {"step": 33}, {"loss": 2.0}, overwrite=True)
+        assert checkpoints.load({"step": 0}, step=3)["step"] == 33 and checkpoints.best == 1
+        checkpoints.save(1, {"step": 11}, {"loss": 4.0}, overwrite=True)  # it was the best, and stays
+        assert checkpoints.load({"step": 0}, step=1)["step"] == 11 and checkpoints.best == 3
+        message = "cannot save step 2: .* a checkpoint of step 3.*replaces a step that exists: 1, 3"
+        with pytest.raises(pt.ParamTreeError, match=message):
+            checkpoints.save(2, {"step": 2}, {"loss": 1.0}, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["1", "3"]
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_step_that_is_replaced_is_there_at_every_moment(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pt.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"step": 1})
+    rename, count = os.rename, 0
+
+    def killed(old: Any, new: Any) -> None:  # what is left is what a kill here leaves
+        nonlocal count
+        old, new = str(old), str(new)
+        count += ".replaced-" in new or (".saving-" in old and ".saving-" not in new)
+        if count > ("before", "between", "after").index(moment):
+            raise SystemExit("killed")
+        rename(old, new)
+
+    monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(os, "rename", killed)
+        checkpoints = pt.Checkpoints(tmp_path)
+        checkpoints.save(1, {"step": 2}, overwrite=True)
+        if moment == "after":
+            checkpoints.wait()
+        else:
+            with pytest.raises(SystemExit, match="killed"):
+                checkpoints.wait()
+    reader = pt.Checkpoints(tmp_path)
+    assert reader.steps == [1] and reader.load({"step": 0})["step"] == (2 if moment == "after" else 1)
+    checkpoints.close()
+    with pt.Checkpoints(tmp_path) as again:
+        again.save(2, {"step": 3})
+        assert again.steps == [1, 2]
+        assert again.load({"step": 0}, step=1)["step"] == (2 if moment == "after" else 1)
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]

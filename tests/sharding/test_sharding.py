@@ -1,9 +1,11 @@
 """Shardings by name, and leaves that are made and read part by part, on eight devices of one CPU."""
 
+import ast
 import gc
 import re
 import warnings
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,7 +113,7 @@ def test_all_that_is_wrong_is_in_one_message() -> None:
         assert part in text
     text = message(pt.abstract(nn.Dense(6), X), mesh(), {".*": P("model")})
     assert "`weight` (6, 24) dimension 0, of 6, is not a multiple of 4, the size of 'model'" in text
-    assert "`bias` (6,) dimension 0" in text and text.endswith("uneven='replicate'.")
+    assert "`bias` (6,) dimension 0" in text and "To replicate what does not fit: uneven='rep" in text
 
 
 def test_an_axis_may_be_used_once_among_several_too() -> None:
@@ -228,6 +231,231 @@ def test_a_whole_name_in_a_state_may_have_a_rule_of_its_own() -> None:
     assert "`0_v_row_dense0_weight` (1,) dimension 0" in message(state, mesh(), RULES)
     found = pt.shardings(state, mesh(), {r"\d+_v_(row|col)_.*": None, **RULES})
     assert found[0].v.dense0.weight.spec == P("model") and found[0].v_row.dense0.weight.spec == P()
+
+
+# Optimiser states whose leaves have other shapes than the parameters of their names
+
+GRID = {".*weight": P("model", "data"), ".*": P()}
+FACTORED = optax.adafactor(0.1, min_dim_size_to_factor=8)
+# Each with the first leaf that the rules do not fit, if any.
+ODD: dict[str, tuple[Any, str]] = {
+    "adafactor": (FACTORED, "`0_v_row_dense0_weight` (8,) is 1-dimensional"),
+    "adafactor_whole": (optax.adafactor(0.1), "`0_v_row_dense0_weight` (1,) is 1-dimensional"),
+    "zero_nans": (optax.zero_nans(), "`found_nan_dense0_weight` () is 0-dimensional"),
+    "novograd": (optax.novograd(0.1), "`0_nu_dense0_weight` () is 0-dimensional"),
+    "lbfgs": (
+        optax.lbfgs(0.1, 10, linesearch=optax.scale_by_backtracking_linesearch(2)),
+        "`0_diff_params_memory_dense0_weight` (10, 8, 24) dimension 0, of 10, is not a multiple of 4",
+    ),
+    "lbfgs_even": (optax.lbfgs(0.1, memory_size=8, linesearch=None), ""),
+    "sm3": (optax.sm3(0.1), ""),
+    "apply_if_finite": (
+        optax.apply_if_finite(FACTORED, 3),
+        "`inner_state_0_v_row_dense0_weight` (8,) is 1-dimensional",
+    ),
+    "multi_steps": (
+        optax.MultiSteps(FACTORED, 2).gradient_transformation(),
+        "`inner_opt_state_0_v_row_dense0_weight` (8,) is 1-dimensional",
+    ),
+    "inject": (
+        optax.inject_hyperparams(optax.novograd)(learning_rate=0.1),
+        "`inner_state_0_nu_dense0_weight` () is 0-dimensional",
+    ),
+    "schedule_free": (optax.contrib.schedule_free_adamw(0.1), ""),
+}
+if hasattr(optax.contrib, "muon"):
+    ODD["muon"] = (optax.contrib.muon(0.1), "")
+
+
+@cache
+def step_of(name: str) -> Any:
+    """Returns a step of an optimiser, ``(params, state) -> (params, state)``."""
+
+    def loss(params: Any) -> Any:
+        return jnp.mean((NET(params, jnp.sin(jnp.arange(96.0)).reshape(4, 24)) - 1) ** 2)
+
+    def step(params: Any, state: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params)
+        update = optax.with_extra_args_support(ODD[name][0]).update
+        updates, state = update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def take_steps(step: Any, params: Any, state: Any) -> Any:
+    """Returns parameters and state after two steps."""
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers by floats
+        return step(*step(params, state))
+
+
+def advised(text: str) -> Any:
+    """Returns the pattern that an error advises to put first."""
+    found = re.search(
+        r"or, for this tree, a first rule for each such name, as in \{(.*): None, \.\.\.", text
+    )
+    assert found and "uneven='replicate'" in text, text
+    return ast.literal_eval(found[1])
+
+
+def follow(tree: Any, rules: Any, **options: Any) -> tuple[Any, list[str]]:
+    """Returns the shardings with the first rules that errors advise, and these patterns."""
+    patterns: list[str] = []
+    while True:
+        try:
+            first: Any = dict.fromkeys(patterns)
+            return pt.shardings(tree, mesh(), first | {**rules, **first}, **options), patterns
+        except pt.RuleError as error:
+            patterns.append(advised(str(error)))
+            assert len(set(patterns)) == len(patterns)
+
+
+@pytest.mark.parametrize("uneven", ["error", "replicate"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_state_of_other_shapes_takes_the_rules_of_the_parameters(name: str, uneven: str) -> None:
+    tx, misfit = ODD[name]
+    params = pt.init(NET, jax.random.key(0), X)
+    state = tx.init(params)
+    alone: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if misfit and uneven == "error":
+            assert misfit in message(state, mesh(), GRID)
+            found, alone = follow(state, GRID)
+        else:
+            found = pt.shardings(state, mesh(), GRID, uneven=uneven)
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == bool(misfit and uneven == "replicate")
+    assert all(text.startswith(f"replicated on every device: {misfit}") for text in texts)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    # Leaves of the shape of a parameter have its spec; what is replicated instead is named.
+    shapes = {path: leaf.shape for path, leaf in pt.collect(params).items()}
+    named = pt.collect(state).items()
+    for (path, leaf), place in zip(named, jax.tree.leaves(found), strict=True):
+        own = path[path.find("dense") :]
+        if shapes.get(own) == leaf.shape:
+            assert place.spec == (P("model", "data") if own.endswith("weight") else P())
+        elif own.endswith("weight") and place.is_fully_replicated:
+            assert path in alone or any(f"`{path}`" in text for text in texts)
+    where = pt.shardings(params, mesh(), GRID)
+    placed = jax.device_put((params, state), (where, found))
+    assert lies(placed, (where, found)) and equal(placed[1], state)
+    step = jax.jit(step_of(name), in_shardings=(where, found), out_shardings=(where, found))
+    after = take_steps(step, *placed)
+    assert lies(after, (where, found))
+    wanted = take_steps(jax.jit(step_of(name)), params, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, misfit) in ODD.items() if misfit])
+def test_plain_dicts_and_trees_made_of_states_are_refused_and_advised_alike(name: str) -> None:
+    tx, misfit = ODD[name]
+    state = tx.init(pt.init(NET, jax.random.key(0), X).to_dict())
+    for tree in (state, pt.from_tree(state)):
+        if tree is state and name == "zero_nans":  # scalars alone need no rule
+            assert all(place.spec == P() for place in jax.tree.leaves(pt.shardings(tree, mesh(), GRID)))
+            continue
+        assert misfit.split("` ")[1] in message(tree, mesh(), GRID)
+        found, patterns = follow(tree, GRID)
+        assert patterns and equal(jax.device_put(tree, found), tree)
+        for _ in range(2):  # also when the answer is known
+            with pytest.warns(UserWarning, match="replicated on every device: `.*dense0_"):
+                other = pt.shardings(tree, mesh(), GRID, uneven="replicate")
+        assert equal(jax.device_put(tree, other), tree)
+
+
+def test_rules_for_the_names_of_a_state_come_first() -> None:
+    state = ODD["lbfgs"][0].init(pt.init(NET, jax.random.key(0), X))
+    rules = {".*_memory_.*weight": P(None, "model", "data"), **GRID}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for uneven in ("error", "replicate"):
+            found = pt.shardings(state, mesh(), rules, uneven=uneven)[0]
+            assert found.diff_params_memory.dense1.weight.shard_shape((10, 16, 8)) == (10, 4, 4)
+            assert found.params.dense1.weight.spec == P("model", "data")
+
+
+@pytest.mark.parametrize("spec", [None, P(), P(None), P(None, None), [(), None]])
+@pytest.mark.parametrize("name", ODD)
+def test_a_spec_of_no_axes_fits_every_shape(name: str, spec: Any) -> None:
+    state = jax.eval_shape(ODD[name][0].init, pt.abstract(NET, X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = pt.shardings(state, mesh(), {".*": spec})
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+        assert place.is_fully_replicated and place.shard_shape(leaf.shape) == leaf.shape
+
+
+def test_a_shorter_spec_is_of_the_first_dimensions() -> None:
+    state = FACTORED.init(pt.init(NET, jax.random.key(0), X))
+    with pytest.warns(UserWarning, match=r"`0_v_dense0_weight` \(1,\) dimension 0, of 1, is not a mul"):
+        found = pt.shardings(state, mesh(), RULES, uneven="replicate")[0]
+    assert specs(found.v_row).dense0.weight == specs(found.v_col).dense0.weight == P("model")
+    assert found.v.dense0.weight.is_fully_replicated
+
+
+def test_a_spec_too_long_for_a_parameter_is_refused_or_replicated_too() -> None:
+    params = pt.abstract(NET, X)
+    rules = {".*": P("model", None)}
+    text = message(params, mesh(), rules)
+    assert "`dense0_bias` (8,) is 1-dimensional, and the rule '.*' has 2 dimensions" in text
+    assert follow(params, rules)[1] == ["dense0_bias", "dense1_bias"]
+    assert follow(params, {"dense0.*": P("model")}, default=P("data", None))[1] == ["dense1_bias"]
+    with pytest.warns(UserWarning, match=r"`dense0_bias` \(8,\) is 1-dimensional, and the rule '\.\*'"):
+        found = pt.shardings(params, mesh(), rules, uneven="replicate")
+    made = pt.init(NET, jax.random.key(0), X, shardings=found)
+    assert lies(made, found) and equal(made, pt.init(NET, jax.random.key(0), X))
+    assert specs(made.dense0.weight.sharding) == P("model", None)
+
+
+def test_advice_holds_for_names_of_every_sort() -> None:
+    shared = pt.tie(
+        pt.init(nn.Sequential(nn.Dense(24), nn.Dense(24)), jax.random.key(0), X), {"dense1": "dense0"}
+    )
+    assert follow(FACTORED.init(shared), GRID)[1][0] == "0_v_row_dense0_weight|0_v_row_dense1_weight"
+    # A part of a tree has names of its own, though messages say where it is.
+    part = pt.abstract(NET, X).dense1
+    assert "`dense1_bias` (16,) is 1-" in message(part, mesh(), {".*": P("model", None)})
+    assert follow(part, {".*": P("model", None)})[1] == ["bias"]
+    assert follow(part, {"weight": P("model"), "bias": P("model", None)})[1] == ["bias"]
+    odd = {"a.b(c)|d": jnp.ones(8), "a-b+": {"'x'": jnp.ones(())}, "axb": jnp.ones((8, 8))}
+    found, _ = follow(odd, {".*": P("model", None)})
+    assert found["axb"].spec == P("model", None) and found["a.b(c)|d"].is_fully_replicated
+
+
+def test_a_message_lists_twenty_leaves() -> None:
+    tree = {f"w{i:02}": jnp.ones(4) for i in range(23)} | {"u": jnp.ones((4, 4))}
+    text = message(tree, mesh(), {".*": P("model", None)})
+    assert "`w19` (4,)" in text and "; and 3 more. To" in text and "w20" not in text
+    with pytest.warns(UserWarning, match=r"`w19` .*; and 3 more\.$"):
+        pt.shardings(tree, mesh(), {".*": P("model", None)}, uneven="replicate")
+
+
+def test_a_default_leaves_scalars_of_a_state_alone() -> None:
+    state = optax.adam(1e-3).init(pt.init(NET, jax.random.key(0), X))
+    found = pt.shardings(state, mesh(), {".*weight": P("model")}, default=P("data"))
+    assert found[0].count.spec == P() and found[0].mu.dense0.bias.spec == P("data")
+    assert "`0_count` () is 0-dimensional, and the rule '.*' has 1 dimension;" in message(
+        FACTORED.init(pt.init(NET, jax.random.key(0), X)), mesh(), {".*": P("model")}
+    )
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_such_a_state_is_loaded_shown_and_planned(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tx, misfit = ODD[name]
+    state = tx.init(pt.init(NET, jax.random.key(0), X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = pt.shardings(state, mesh(), GRID, uneven="replicate")
+        plan = pt.plan(NET, X, mesh(), GRID, tx=tx, uneven="replicate")
+    file = saved(tmp_path, "safetensors", jax.device_put(state, found))
+    loaded = pt.load(file, like=state, shardings=found)
+    assert equal(loaded, state) and lies(loaded, found)
+    shown = pt.show_sharding(state, found)
+    assert str(shown) in capsys.readouterr().out
+    assert shown.total == plan.per_device["optimiser"] and shown.whole == plan.whole["optimiser"]
 
 
 def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
