@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from paramtree import __version__
 from paramtree.core.arrays import clip, printable
 from paramtree.core.errors import ParamTreeError, RuleError
 from paramtree.core.rules import compiled
@@ -96,6 +97,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="a checkpoint")
+    parser.add_argument("--version", action="version", version=f"paramtree {__version__}")
     parser.add_argument(
         "--match",
         metavar="REGEX",
@@ -118,6 +120,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     arguments.inputs = [path for path in (arguments.file, arguments.diff) if path is not None]
+    if arguments.convert == "-":
+        parser.error("argument --convert: a file is written, not the standard output: name one")
     if arguments.convert is not None and arguments.html is not None:
         parser.error("argument --html: not allowed with argument --convert, which has no output")
     return arguments
@@ -224,13 +228,14 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from paramtree.io.load import load_part
     from paramtree.io.opening import open_source
-    from paramtree.io.save import save
+    from paramtree.io.save import keeps, save
 
     with open_source(arguments.file) as source:
         sep = "." if source.layout is None else source.layout.sep  # keeps the names
+        metadata = dict(source.metadata) if keeps(arguments.convert, "metadata") else {}
     tree = load_part(arguments.file, partial(_selected, pattern=arguments.match))
     with _writing(arguments.convert):
-        save(arguments.convert, tree, sep=sep)
+        save(arguments.convert, tree, sep=sep, metadata=metadata)
 
 
 def _write_page(arguments: argparse.Namespace, report: Any) -> None:

@@ -649,3 +649,21 @@ def test_the_benchmark_of_the_command_runs() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(args, capture_output=True, text=True, check=True, env=env)
     assert re.search(r"1 GiB in +10 tensors: +\d+ ms", ran.stdout)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"paramtree {pt.__version__}\n"
+
+
+def test_a_conversion_keeps_foreign_metadata_and_writes_no_file_called_minus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pt.save("a.safetensors", {"w": np.ones(2)}, metadata={"licence": "MIT"})
+    assert main(["a.safetensors", "--convert", "-"]) == 2
+    assert "a file is written, not the standard output" in capsys.readouterr().err
+    assert main(["a.safetensors", "--convert", "b.safetensors"]) == 0
+    assert pt.peek("b.safetensors", report=True)[1].metadata == {"format": "pt", "licence": "MIT"}
+    assert main(["a.safetensors", "--convert", "c.npz"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "c.npz"]

@@ -1,5 +1,6 @@
 """``pt.load``: loads a file into a tree, or raises one error that lists every problem."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from paramtree.io.opening import open_source
 from paramtree.io.peek import arranged, items_of
 from paramtree.io.placing import LossyCastError, Placing, divides
 from paramtree.io.problems import LoadReport, Problems
+from paramtree.io.progress import progress as progress_bar
 from paramtree.io.restack import restack
 from paramtree.io.source import Source, segments
 from paramtree.io.transforms import transform_all
@@ -39,6 +41,7 @@ def load(
     report: bool = False,
     shardings: Any = None,
     mismatched: str = "error",
+    progress: bool | None = None,
 ) -> Any:
     r"""Loads a tree from a file. The format is recognized from the content.
 
@@ -74,6 +77,7 @@ def load(
         the slices that its devices hold.
       mismatched: "keep" keeps the value of ``like`` where the file has another shape, such as a new
         head; the report lists these leaves.
+      progress: whether to show a progress bar; None does on a terminal, with rich, after a second.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
@@ -99,7 +103,7 @@ def load(
       Parameter head_bias (shape=(2,), dtype=float32)
     """
     with open_source(os.fspath(path)) as source:
-        loader = _Loader(source, rename, transform, sep)
+        loader = _Loader(source, rename, transform, sep, progress)
         if like is None:
             result = loader.saved_tree(shardings)
         else:
@@ -129,10 +133,15 @@ class _Loader:
     """Matches the arrays of a file to leaves, checks them all, then reads them."""
 
     def __init__(
-        self, source: Source, rename: Rename | None, transform: Rules | None, sep: str
+        self,
+        source: Source,
+        rename: Rename | None,
+        transform: Rules | None,
+        sep: str,
+        shown: bool | None = None,
     ) -> None:
         layout = source.layout
-        self.source, self.rename, self.transform = source, rename, transform
+        self.source, self.rename, self.transform, self.shown = source, rename, transform, shown
         self.items = rename_all(items_of(source), rename)
         self.sep, self.tags = (sep, dict[str, str]()) if layout is None else (layout.sep, layout.tags)
         self.problems = Problems(source.path, source.ordered, self.sep)
@@ -187,9 +196,8 @@ class _Loader:
     ) -> tuple[Any, LoadReport]:
         """Returns ``like`` with the values of the file."""
         if jax.tree_util.all_leaves([like]) and not is_array_or_number(like):
-            raise TypeError(
-                f"like= is {like!r:.80}; expected a tree of arrays or shapes, such as pt.abstract(f, x)."
-            )
+            expected = "a tree of arrays or shapes, such as pt.abstract(net, x)"
+            raise TypeError(f"like= is {like!r:.80}; expected {expected}.")
         source, problems = self.source, self.problems
         target = open_tree(like, is_array_or_number)
         structure, leaves = target.structure, target.leaves
@@ -231,32 +239,38 @@ class _Loader:
             placements = spread(shardings, like, "the shardings for load")
         pairs = zip(groups, placements, strict=True)
         wanted = ((item, sharding) for group, sharding in pairs for item in group if item.read is None)
-        self.source.prepare({item.origin: sharding for item, sharding in wanted})
         placing = Placing()
+        # The arrays of an Orbax checkpoint are read here, in one call.
+        self.source.prepare({item.origin: sharding for item, sharding in wanted})
+        sizes = [_nbytes(group[0]) if group else 0 for group in groups]
+        what = f"loading {os.path.basename(self.source.path.rstrip(os.sep))}"
+        bar = progress_bar(what, sum(sizes), self.shown)
         loaded: dict[str, list[str]] = {}
         casts: dict[str, str] = {}
-        every = zip(structure.canonical, leaves, groups, placements, strict=True)
-        for path, leaf, group, sharding in every:
-            if not group:
-                placing.keep(leaf)
-                continue
-            name, first = join(path), group[0]
-            slices = self.slices(first) if len(group) == 1 else None
-            dtype = first.dtype if leaf is None else dtype_of(leaf)
-            try:
-                if slices and dtype is not None and divides(sharding, dtype):
-                    placing.add_sharded(slices, first.shape, dtype, sharding)
-                else:
-                    value = self.value(first)
-                    for alias in group[1:]:
-                        self.problems.equal(name, first, value, alias, self.value(alias))
-                    placing.add(value, leaf, sharding, copy=first.read is not None)
-            except LossyCastError as error:
-                self.problems.lossy(name, first, str(error))
-                placing.keep(leaf)
-            loaded[name] = [item.origin for item in group]
-            if dtype not in (None, first.dtype):
-                casts[name] = str(first.dtype)
+        every = zip(structure.canonical, leaves, groups, placements, sizes, strict=True)
+        with bar as count:
+            for path, leaf, group, sharding, size in every:
+                if not group:
+                    placing.keep(leaf)
+                    continue
+                name, first = join(path), group[0]
+                slices = self.slices(first) if len(group) == 1 else None
+                dtype = first.dtype if leaf is None else dtype_of(leaf)
+                try:
+                    if slices and dtype is not None and divides(sharding, dtype):
+                        placing.add_sharded(slices, first.shape, dtype, sharding)
+                    else:
+                        value = self.value(first)
+                        for alias in group[1:]:
+                            self.problems.equal(name, first, value, alias, self.value(alias))
+                        placing.add(value, leaf, sharding, copy=first.read is not None)
+                except LossyCastError as error:
+                    self.problems.lossy(name, first, str(error))
+                    placing.keep(leaf)
+                loaded[name] = [item.origin for item in group]
+                if dtype not in (None, first.dtype):
+                    casts[name] = str(first.dtype)
+                count(size)
         self.problems.check()
         return placing.done(), loaded, casts
 
@@ -264,3 +278,7 @@ class _Loader:
         """Returns the names in the file that no item came from."""
         used = {name for item in items for name in (item.origin, *item.origin.split(", "))}
         return [name for name in self.source.arrays if name not in used]
+
+
+def _nbytes(item: Item) -> int:
+    return int(math.prod(item.shape) * getattr(item.dtype, "itemsize", 8))

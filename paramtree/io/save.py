@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,26 +15,18 @@ from paramtree.core.tree import ParamTree
 from paramtree.io import formats
 from paramtree.io.formats.format import Content, Format
 from paramtree.io.layout import DEEPEST, LONGEST_SEP, encode_layout, odd_parts
-from paramtree.io.shards import bytes_of, forget, write_shards
+from paramtree.io.progress import progress as progress_bar
+from paramtree.io.progress import written
+from paramtree.io.shards import bytes_of, forget, nbytes_of, write_shards
 from paramtree.io.wire import check_savable, dtype_name, encode, is_key
 from paramtree.nn.layer import Layer
 from paramtree.verbs.collect import check_unique
 
-__all__ = ["content_of", "save"]
+__all__ = ["content_of", "keeps", "save"]
 
 _SHOWN = 20  # problems in one message
 # Endings of formats that only other libraries write.
-_OTHERS = (
-    ".pkl",
-    ".pickle",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".npy",
-    ".json",
-    ".tar",
-    ".gz",
-)
+_OTHERS = (".pkl", ".pickle", ".ckpt", ".gguf", ".onnx", ".npy", ".json", ".tar", ".gz")
 
 
 def save(
@@ -43,6 +36,7 @@ def save(
     sep: str = ".",
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int | str | None = None,
+    progress: bool | None = None,
 ) -> None:
     """Saves a tree in the format given by the file extension.
 
@@ -62,6 +56,7 @@ def save(
       max_shard_size: the bytes after which another file is begun, such as "5GB", for safetensors. If
         there are several, an index, ``path.index.json``, is written in place of ``path``;
         ``pt.load(path)`` reads it, as do ``pt.load`` of the index and of its folder.
+      progress: whether to show a progress bar; None does on a terminal, with rich, after a second.
 
     Raises:
       NameCollisionError: two paths join to one name.
@@ -81,12 +76,20 @@ def save(
     form = _format_of(path)
     most = None if max_shard_size is None else bytes_of(max_shard_size)
     content = content_of(path, tree, sep, form, metadata)
-    if most is not None:
-        write_shards(path, form, content, most)
-        return
-    form.write(path, content)
-    if "shards" in form.keeps:
-        forget(path)
+    total = sum(map(nbytes_of, content.arrays.values()))
+    what = f"saving {os.path.basename(path.rstrip(os.sep))}"
+    with progress_bar(what, total, progress, partial(written, path)) as count:
+        if most is not None:
+            write_shards(path, form, content, most, count)
+            return
+        form.write(path, content)
+        if "shards" in form.keeps:
+            forget(path)
+
+
+def keeps(path: str, what: str) -> bool:
+    """Returns whether the format that a file is saved in keeps something, such as "metadata"."""
+    return what in _format_of(path).keeps
 
 
 def _format_of(path: str) -> Format:

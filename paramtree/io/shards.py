@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from paramtree.io.atomic import locked, replacing
 from paramtree.io.formats.format import Content, Format
 from paramtree.io.opening import INDEX, KEY
 
-__all__ = ["bytes_of", "forget", "write_shards"]
+__all__ = ["bytes_of", "forget", "nbytes_of", "write_shards"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -54,10 +54,13 @@ def bytes_of(size: Any) -> int:
     return count
 
 
-def write_shards(path: str, form: Format, content: Content, most: int) -> None:
+def write_shards(
+    path: str, form: Format, content: Content, most: int, count: Callable[[int], None]
+) -> None:
     """Writes a tree to ``path.index.json`` and files of at most ``most`` bytes of arrays next to it.
 
     An array that is larger has a file of its own. If all fits in one file, it is written to ``path``.
+    ``count`` is told how many bytes each file has.
 
     Raises:
       ParamTreeError: the format is not written in shards.
@@ -71,10 +74,16 @@ def write_shards(path: str, form: Format, content: Content, most: int) -> None:
         return
     # Two writers at once would delete each other's files: the second waits for the first.
     with locked(os.path.dirname(path) or "."):
-        _write_all(path, form, content, groups)
+        _write_all(path, form, content, groups, count)
 
 
-def _write_all(path: str, form: Format, content: Content, groups: list[list[str]]) -> None:
+def _write_all(
+    path: str,
+    form: Format,
+    content: Content,
+    groups: list[list[str]],
+    count: Callable[[int], None],
+) -> None:
     folder, name = os.path.split(path)
     stem, ending = os.path.splitext(name)
     token = secrets.token_hex(4)
@@ -83,7 +92,8 @@ def _write_all(path: str, form: Format, content: Content, groups: list[list[str]
         for file, group in zip(files, groups, strict=True):
             arrays = {key: content.arrays[key] for key in group}
             form.write(os.path.join(folder, file), replace(content, arrays=arrays, layout=""))
-        total = sum(map(_nbytes, content.arrays.values()))
+            count(sum(map(nbytes_of, arrays.values())))
+        total = sum(map(nbytes_of, content.arrays.values()))
         index = {
             "metadata": {"total_size": total, KEY: content.layout},
             "weight_map": {key: f for f, group in zip(files, groups, strict=True) for key in group},
@@ -132,13 +142,14 @@ def _groups(arrays: Mapping[str, Any], most: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
     for name, array in arrays.items():
-        if groups[-1] and size + _nbytes(array) > most:
+        if groups[-1] and size + nbytes_of(array) > most:
             groups.append([])
             size = 0
         groups[-1].append(name)
-        size += _nbytes(array)
+        size += nbytes_of(array)
     return groups
 
 
-def _nbytes(array: Any) -> int:
+def nbytes_of(array: Any) -> int:
+    """Returns the size of an array or a number, in bytes."""
     return int(array.nbytes) if hasattr(array, "nbytes") else np.asarray(array).nbytes
