@@ -598,7 +598,7 @@ def test_an_interrupt_is_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paramtree.io.opening.open_source", interrupt)
+    monkeypatch.setattr("paramtree.io.peek.open_source", interrupt)
     ran = run(saved(tmp_path / "a.npz", values()))
     assert (ran.code, ran.out, ran.err) == (130, "", "")
 

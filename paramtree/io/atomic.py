@@ -64,7 +64,7 @@ def _check(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "is a folder, and is not replaced by a file", path)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(mode):
             problem = "is a device, a pipe or a socket, and is not replaced by a file"
             raise OSError(errno.EINVAL, problem, path)

@@ -49,7 +49,9 @@ def load(
     ``.pth`` and ``.bin``, Flax's ``.msgpack`` and Keras's ``.h5``; nothing in a file is run.
     Names in the file match leaves of ``like`` if joined with ".", "/" or "_", with positions in place
     of layer names (``0.weight``), under any name of a tied leaf, and in ``.params`` also by order.
-    The ``module.`` that PyTorch's DataParallel puts before names may be missing in ``like``.
+    The ``module.`` that PyTorch's DataParallel puts before names may be missing in ``like``. The large
+    arrays of a ``.pt`` are mapped, and take memory when they are used: while they are, replace the
+    file as ``pt.save`` does, and do not write over it, as ``torch.save`` would.
     If anything does not fit, nothing is loaded. A pattern of names matches a whole name, or a whole
     path if it contains "/", as ``"encoder/.*"``; only those of ``rename`` match parts of names.
 

@@ -86,8 +86,8 @@ def _open_folder(path: str, files: contextlib.ExitStack) -> Source:
     return fail(
         path,
         "",
-        "is a folder without a finished Orbax checkpoint, and without a model as in a folder of a hub, "
-        f"such as model.safetensors; it has {', '.join(names[:5]) or 'nothing'}.",
+        "is a folder without a finished Orbax checkpoint. It has no model either, as a folder of a hub "
+        f"has, such as model.safetensors; it has {', '.join(names[:5]) or 'nothing'}.",
     )
 
 

@@ -71,7 +71,9 @@ def is_tree(folder: str) -> bool:
 
 def is_one_array(folder: str) -> bool:
     """Whether a folder has a single array, as an item of its own."""
-    return os.path.exists(os.path.join(folder, _AGGREGATE, ".zarray"))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    arrays = [name for name in names if os.path.exists(os.path.join(folder, name, ".zarray"))]
+    return arrays == [_AGGREGATE]
 
 
 def is_finished(folder: str) -> bool:
@@ -121,11 +123,7 @@ def locate(path: str) -> Step:
         fail(path, "", "is a folder without a finished Orbax checkpoint.")
     if len({prefix for prefix, _ in steps}) > 1:
         names = ", ".join(sorted(steps.values())[:5])
-        fail(
-            path,
-            "",
-            f"has the steps of several runs, {names}: name one of them.",
-        )
+        fail(path, "", f"has the steps of several runs, {names}: name one of them.")
     return _step(os.path.join(path, steps[max(steps)]))
 
 

@@ -821,3 +821,31 @@ def test_a_saved_optimizer_and_module_of_torch(file: Path) -> None:
         pt.load(file)
     torch.save(net.state_dict(), file, pickle_protocol=4)
     assert len(pt.collect(pt.load(file))) == 6
+
+
+def test_large_arrays_are_mapped_and_never_written_to(tmp_path: Path) -> None:
+    size = 2**18
+    values = np.arange(size, dtype=np.float32)
+    whole = made.tensor(made.storage("0", size), (512, 512))
+    few = made.tensor(made.storage("1", 2), (2,))
+    for pad in range(64):  # torch aligns its storages
+        body = made.mapping({"w": whole, "b": few, "text": made.text("x" * pad)})
+        data = made.zipped(body, {"0": values.tobytes(), "1": values[:2].tobytes()})
+        begin = data.index(values[:100].tobytes())
+        if begin % 64 == 0:
+            break
+    assert begin % 64 == 0
+    file = tmp_path / "m.pt"
+    file.write_bytes(data)
+    for like in (None, {"w": np.zeros((512, 512), np.float32), "b": np.zeros(2, np.float32)}):
+        loaded = pt.load(file, like=like)
+        step = jax.jit(lambda tree: jax.tree.map(lambda a: a * 2, tree), donate_argnums=0)
+        changed = step(jax.tree.map(jnp.asarray, loaded))
+        np.testing.assert_array_equal(np.asarray(changed["w"]).ravel(), 2 * values)
+        if like is not None:
+            loaded["w"][:] = 7  # a numpy array may be written to
+        assert file.read_bytes() == data
+        np.testing.assert_array_equal(np.asarray(pt.load(file)["w"]).ravel(), values)
+    file.write_bytes(data[: begin + 1000])
+    with pytest.raises(pt.LoadError, match=r"m\.pt"):
+        pt.load(file)

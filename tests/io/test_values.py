@@ -82,7 +82,7 @@ def test_only_files_are_replaced(tmp_path: Path, ending: str) -> None:
                 with pytest.raises(pt.LoadError, match="not a file, but a device, a pipe or a socket"):
                     pt.load(target)
             link.unlink()
-        with pytest.raises(IsADirectoryError, match=rf"is a folder.*folder{ending}"):
+        with pytest.raises(IsADirectoryError, match=rf"Is a directory.*folder{ending}"):
             pt.save(folder, tree)
         assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISSOCK(plug.stat().st_mode)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (pipe, plug, folder))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.case import Bound, Case, Measured
+from benchmarks.suite.case import Absent, Bound, Case, Measured
 from benchmarks.suite.cases.init import peak
 
 BYTES, SMALL = 400 * 2**20, 2**16
@@ -153,7 +153,80 @@ def bare_load() -> Callable[[Path], Any]:
     return safetensors.flax.load_file
 
 
+_WRITE_TORCH = """
+import sys, numpy as np, safetensors.numpy, torch
+count, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+made = {f"layer{i}.weight": np.full(size // 4 // count, i, np.float32) for i in range(count)}
+safetensors.numpy.save_file(made, folder + "/a.safetensors")
+torch.save({name: torch.from_numpy(array) for name, array in made.items()}, folder + "/a.pt")
+"""
+_LOAD_TORCH = """
+import sys, torch
+from benchmarks.suite.cases.init import peak
+path, small = sys.argv[1:]
+torch.load(small, weights_only=True)
+with peak() as growth:
+    kept = torch.load(path, weights_only=True)
+print(growth[0])
+"""
+
+
+def torch_files(count: int) -> Path:
+    """Returns a folder with the same arrays in ``a.safetensors`` and ``a.pt``."""
+    try:
+        import torch  # noqa: F401  # only to know; another process uses it
+    except ImportError:
+        raise Absent("torch is not installed") from None
+    path, size = folder(), BYTES if count > 1 else SMALL
+    subprocess.run([sys.executable, "-c", _WRITE_TORCH, str(count), str(size), str(path)], check=True)
+    return path
+
+
+def torch_over(count: int) -> dict[str, float]:
+    """Returns the time to load a ``.pt``, over that from safetensors, and the peak over torch's."""
+    import jax
+
+    import paramtree as pt
+
+    files, small = torch_files(count), torch_files(1)
+    with peak() as growth:
+        leaves = jax.block_until_ready(pt.load(files / "a.pt"))
+    del leaves
+    times: dict[str, list[float]] = {"a.pt": [], "a.safetensors": []}
+    for _ in range(7):
+        for name, taken in times.items():
+            taken.append(measured(lambda name=name: pt.load(files / name), lambda: None).call())
+    command = [sys.executable, "-c", _LOAD_TORCH, str(files / "a.pt"), str(small / "a.pt")]
+    theirs = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        "load, of safetensors": min(times["a.pt"]) / min(times["a.safetensors"]),
+        "peak, of torch.load": growth[0] / max(1, theirs),
+    }
+
+
 CASES = [
+    Case(
+        name="torch_files",
+        title="Loading 400 MB from a file of PyTorch",
+        sizes=(24, 200, 1000),
+        contenders={"paramtree": torch_over},
+        bounds=(
+            Bound("load, of safetensors", None, 1.2, why="reading a pickle takes 0.1 ms per tensor"),
+            Bound("peak, of torch.load", None, 0.5, why="jax holds what it has loaded"),
+        ),
+        unit="x",
+        size="arrays",
+        rounds=2,
+        turns=1,
+        seconds=60,
+        smoke=(1,),
+        packages=("safetensors", "torch"),
+        note=(
+            "The same arrays in a `.pt` and in a `.safetensors` file, by turns in one process; and the "
+            "growth of resident memory over that of `torch.load(weights_only=True)` in another. Where "
+            "torch is not installed there is no row."
+        ),
+    ),
     Case(
         name="files",
         title="Saving and loading 400 MB",

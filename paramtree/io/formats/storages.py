@@ -1,6 +1,11 @@
-"""The bytes of PyTorch's tensors: views of storages, which are checked here and read later."""
+"""The bytes of PyTorch's tensors: views of storages, which are checked here and read later.
+
+Large arrays in a zip file are not read but mapped, copy on write: they take memory when they are used.
+"""
 
 import math
+import mmap
+import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -18,6 +23,7 @@ from paramtree.io.source import Stored, check_array, fail, read_into, read_part,
 __all__ = ["Place", "Storages", "sizes_of"]
 
 _CHUNK = 2**16  # zipfile copies from a buffer of its own
+_MAPPED, _ALIGNED = 2**16, 64  # bytes: the least that is mapped, and where jax takes memory over
 _MOST = 2**62  # elements
 _AXES = 32
 _WASTE = 256  # times the size of the file
@@ -106,8 +112,21 @@ class Storages:
             begin = place.begin + view.first
             read_slice = partial(read_part, path, self.file, begin, dtype, shape)
             read = partial(read_span, path, self.file, begin, dtype, shape)
+            maps = self.archive is not None and nbytes >= _MAPPED and begin % _ALIGNED == 0
+            if maps and dtype != np.bool_:  # a boolean may be any byte in a file
+                read = partial(self._map, begin, dtype, shape)
             return Stored(shape, dtype, read, expands, read_slice)
         return Stored(shape, dtype, partial(self._read, where, place, view), expands)
+
+    def _map(self, begin: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+        """Returns an array whose memory is that of the file, until it is written to."""
+        size, left = dtype.itemsize * math.prod(shape), os.fstat(self.file.fileno()).st_size - begin
+        if left < size:
+            fail(self.path, "", f"{size - left} bytes of an array are missing: the file was truncated.")
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        length = begin - page + size
+        mapped = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+        return np.frombuffer(mapped, dtype, math.prod(shape), begin - page).reshape(shape)
 
     def _place(self, storage: Storage) -> Place:
         place = self._places.get(storage.key)
