@@ -12,6 +12,7 @@ import jax.numpy as jnp  # noqa: F401  # in the examples
 import numpy as np
 
 from paramtree.core.arrays import describe, dtype_of, join, short
+from paramtree.core.errors import first_few
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots
 from paramtree.inspect.diff import check_tolerances, measured, only_shape
@@ -230,7 +231,7 @@ def _enabled() -> bool:
 def _fail(head: str, failures: list[str]) -> None:
     __tracebackhide__ = True
     if failures:
-        raise AssertionError("\n".join([f"{head}:", *failures]))
+        raise AssertionError(f"{head}:\n{first_few(failures, chr(10))}")
 
 
 def _traced(*trees: Any) -> bool:

@@ -43,8 +43,6 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

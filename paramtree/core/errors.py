@@ -1,15 +1,15 @@
 """The errors that paramtree raises.
 
-Each also subclasses the built-in type that a user would catch, so ``hasattr`` works on a tree and
-``except KeyError`` catches a missing name. Every message names the parameter and what to do about it.
+Each is also the built-in type that a user would catch, so ``hasattr`` works on a tree and ``except
+KeyError`` catches a missing name. Every message names the parameter and what to do about it.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "ImmutableError", "LoadError", "MismatchError", "MissingError", "NameCollisionError",
-    "ParamTreeError", "RuleError", "ScopeError", "close_names", "suggest",
+    "ParamTreeError", "RuleError", "ScopeError", "close_names", "first_few", "suggest",
 ]  # fmt: skip
 
 
@@ -17,11 +17,9 @@ class ParamTreeError(Exception):
     """The base of every error raised by paramtree.
 
     >>> import paramtree as pt
-    >>> try:
-    ...     pt.from_tree({"a": 1.0})["b"]
-    ... except pt.ParamTreeError as error:
-    ...     print(error)
-    `b` is not in the tree, which has: a.
+    >>> pt.from_tree({"a": 1.0})["b"]
+    Traceback (most recent call last):
+    paramtree.core.errors.MissingError: `b` is not in the tree, which has: a.
     """
 
     def __str__(self) -> str:
@@ -57,6 +55,12 @@ class LoadError(ParamTreeError, ValueError):
     """A file that cannot be read, or that does not fit the tree it is loaded into."""
 
 
+def first_few(found: Sequence[object], sep: str = "; ", show: Callable[..., str] = str) -> str:
+    """Returns the first twenty problems as text, and how many more there are."""
+    more = [f"and {len(found) - 20:,} more"] if len(found) > 20 else []
+    return sep.join([*map(show, found[:20]), *more])
+
+
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """Returns `` Did you mean `x`?`` for the names closest to ``wrong``, or an empty string."""
     close = close_names(wrong, list(known))
@@ -65,6 +69,6 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
 
 def close_names(wrong: str, known: Sequence[str]) -> list[str]:
     """Returns up to three of the names in ``known`` that resemble ``wrong``, best first."""
-    if len(known) > 2000:  # an error message must not take seconds, and difflib takes 30 µs a name
+    if len(known) > 2000:  # difflib takes 30 µs a name, and a message must not take seconds
         known = [name for name in known if abs(len(name) - len(wrong)) <= 2][:2000]
     return difflib.get_close_matches(wrong, known)

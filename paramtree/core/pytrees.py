@@ -214,9 +214,7 @@ class _Walk:
         if value is None or jax.tree_util.all_leaves([value]):
             return _Node(value), (), (), None
         form: Any
-        flat, form = jax.tree_util.tree_flatten_with_path(
-            value, is_leaf=lambda child: child is not value
-        )
+        flat, form = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda c: c is not value)
         keys = tuple(_segments(key_path) for key_path, _ in flat)
         node = _Node(value, [label + key for key in keys], form.unflatten)
         return node, keys, [child for _, child in flat], form

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import RuleError, close_names
+from paramtree.core.errors import RuleError, close_names, first_few
 from paramtree.core.pytrees import Opened
 from paramtree.core.structure import PARAM, STATE, Structure, picker
 
@@ -104,28 +104,30 @@ def select_slots(
     """
     check_kind(kind)
     structure = source.structure
-    listed = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
-    if not listed:
+    several = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
+    if not several:
         raise RuleError(f"{verb}: the list of patterns is empty.")
 
     def choose() -> tuple[Slots, Slots]:
         chosen: set[int] = set()
-        problems = []
-        for pattern in listed:
+        problems: list[str] = []
+        for pattern in several:
             entries = zip(structure.entries(), hits(source, pattern), strict=True)
             matched = {slot for (_, slot), hit in entries if hit}
             of_kind = {slot for slot in matched if kind in (None, structure.kinds[slot])}
             if pattern is not None and not of_kind:
-                problem = f"{pattern_text(pattern)} matches no name of kind {kind}"
-                problems.append(problem if matched else no_match(pattern, structure))
+                kindless = f"{pattern_text(pattern)} matches no name of kind {kind}"
+                problems.append(
+                    kindless if matched or len(problems) > 20 else no_match(pattern, structure)
+                )
             chosen |= of_kind
         if problems:
-            source.fail(RuleError(f"{verb}: {'; '.join(problems)}."))
+            source.fail(RuleError(f"{verb}: {first_few(problems)}."))
         return slots_of(structure, chosen)
 
-    if source.pending or not all(isinstance(one, str | re.Pattern | None) for one in listed):
+    if source.pending or not all(isinstance(one, str | re.Pattern | None) for one in several):
         return choose()
-    return structure.cached(("slots", listed, kind), choose)
+    return structure.cached(("slots", several, kind), choose)
 
 
 def slots_of(structure: Structure, chosen: set[int]) -> tuple[Slots, Slots]:
@@ -188,7 +190,8 @@ def resolve(
     unused = set(assigned.unused)
     if nested and unused and structure.full is not structure:
         unused &= set(assign(source._replace(structure=structure.full), patterns, nested).unused)
-    wrong = [no_match(patterns[i], structure.full if nested else structure) for i in sorted(unused)]
+    full = structure.full if nested else structure
+    wrong = [no_match(patterns[i], full) if n < 20 else "" for n, i in enumerate(sorted(unused))]
     for named in assigned.disputed:
         if any(not _same(values[i], values[named[0][0]]) for i, _ in named):
             shown = ", ".join(f"{name} by {pattern_text(patterns[i])}" for i, name in named)
@@ -196,10 +199,10 @@ def resolve(
     wrong += problems
     if default is UNSET:
         without = {slot for slot, i in enumerate(assigned.rules) if i < 0} - set(free)
-        if names := ", ".join(join(structure.canonical[slot]) for slot in sorted(without)):
-            wrong.append(f"no pattern matches {names}; add a last rule '.*'")
+        if lacking := first_few([join(structure.canonical[slot]) for slot in sorted(without)], ", "):
+            wrong.append(f"no pattern matches {lacking}; add a last rule '.*'")
     if wrong:
-        source.fail(RuleError(f"{table} do not fit the tree: {'; '.join(wrong)}.{advice}"))
+        source.fail(RuleError(f"{table} do not fit the tree: {first_few(wrong)}.{advice}"))
     return assigned
 
 
@@ -216,8 +219,7 @@ def no_match(pattern: Any, known: Structure | Sequence[str]) -> str:
         return f"{text!r} matches no whole name, only a part of {', '.join(inside)}{hint}"
     plain = re.sub(r"\\(.)|\.\*|[\^$()]", r"\1", text)
     # "embd.*" means "embed_weight", and ".*weigth" does too: beginnings and ends are compared as well.
-    size = len(plain)
-    ends = {end: name for name in reversed(names) for end in (name[-size:], name[:size])}
+    ends = {e: name for name in reversed(names) for e in (name[-len(plain) :], name[: len(plain)])}
     close = close_names(plain, names) or [ends[end] for end in close_names(plain, list(ends))]
     word, shown = ("closest", close) if close else ("first", names[:5])
     hint = f"; the {word} are {', '.join(shown)}" if names else ""

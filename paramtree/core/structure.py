@@ -191,9 +191,8 @@ class Structure:
         for i, (path, slot) in enumerate(zip(self.paths, self.slots, strict=True)):
             stack = "".join(f"[{size}]" for _, size in self.stacks[i]) if self.stacks else ""
             first = self.canonical[slot] if slot >= 0 else path
-            end = {EMPTY: "/", HOLE: "=hole"}.get(slot) or (
-                ":state" if self.kinds[slot] == STATE else ""
-            )
+            state = ":state" if slot >= 0 and self.kinds[slot] == STATE else ""
+            end = {EMPTY: "/", HOLE: "=hole"}.get(slot, state)
             end = end if first == path else f"={'/'.join(first)}"
             shown.append("/".join(path) + stack + end)
         return f"({', '.join(shown)})"

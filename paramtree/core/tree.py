@@ -16,7 +16,7 @@ from jax.tree_util import DictKey
 
 import paramtree
 from paramtree.core.arrays import describe, join, printable
-from paramtree.core.errors import ImmutableError, MissingError, suggest
+from paramtree.core.errors import ImmutableError, MissingError, first_few, suggest
 from paramtree.core.structure import EMPTY, HOLE, STATE, Path, Structure
 
 __all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "unflatten"]
@@ -112,7 +112,7 @@ class ParamTree(_Fields):
                 return self[names[key]]
             raise MissingError(
                 f"position {key} is not in {located(self._place)}, which has {len(names)} children: "
-                f"{', '.join(names)}."
+                f"{first_few(names, ', ')}."
             )
         raise TypeError(
             f"a tree is read by name, path or position, not by {type(key).__name__}: "
@@ -163,13 +163,13 @@ class ParamTree(_Fields):
         return top
 
     def _missing(self, name: str, child: Any) -> MissingError:
-        full, names = join((*self._place, name)), self._structure.children()
+        full, names = join((*self._place, name)), list(self._structure.children())
         if child == HOLE:
             return MissingError(
                 f"`{full}` is a hole: select or partition left it out of this tree. Read it from the "
                 "tree that it was taken from, or fill the holes with pt.merge."
             )
-        has, hint = f"has: {', '.join(names)}" if names else "is empty", suggest(name, names)
+        has, hint = f"has: {first_few(names, ', ')}" if names else "is empty", suggest(name, names)
         return MissingError(f"`{full}` is not in {located(self._place)}, which {has}.{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import jax
 
 from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, RuleError
+from paramtree.core.errors import MismatchError, RuleError, first_few
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Rules, resolve
 from paramtree.initializers.by_name import get
@@ -72,7 +72,7 @@ def initializers_of(source: Opened, rules: Rules) -> tuple[Any, ...]:
     ]
     if wrong:
         raise RuleError(
-            f"the initializer rules do not give initializers: {'; '.join(wrong)}. Expected functions "
+            f"the initializer rules do not give initializers: {first_few(wrong)}. Expected functions "
             "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
         )
     values = tuple(get(value) for value in rules.values())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.core.arrays import describe, join, shape_of
-from paramtree.core.errors import RuleError
+from paramtree.core.errors import RuleError, first_few
 from paramtree.core.rules import Rules, compiled, no_match, pattern_text, sep_of
 from paramtree.core.structure import PARAM, STATE, Path, Stack
 from paramtree.core.tree import ParamTree
@@ -73,6 +73,7 @@ def folded(
     values: dict[Any, Any] = {}
     used: set[int] = set()
     unfit: dict[Path, str] = {}
+    problems: dict[Any, str] = {}  # of alike parameters, as abstract evaluation takes milliseconds
     for labels, paths in groups.items():
         parts = {name: draft.leaves[label] for name, label in labels if label in draft.leaves}
         known = {name: draft.kinds[label] for name, label in labels}
@@ -82,7 +83,13 @@ def folded(
         one = Folded((*draft.place, *paths[0]), None, parts, _stack_of(draft, paths[0], labels))
         for i, (pattern, parametrization) in enumerate(rules.items()):
             one = one._replace(parametrization=parametrization)
-            problem = "" if parametrization is None else _problem(one, known if kinds else {})
+            form = i, one.stack, *((n, k, *_form(parts.get(n))) for n, k in known.items())
+            if parametrization is None:
+                problem = ""
+            elif form in problems:
+                problem = problems[form]
+            else:
+                problem = problems[form] = _problem(one, known if kinds else {})
             if not _applies(pattern, one, paths, problem):
                 continue
             used |= {j for j, other in enumerate(rules) if j >= i and _applies(other, one, paths, "")}
@@ -101,11 +108,10 @@ def folded(
         names = [path for paths in groups.values() for path in paths]
         raise RuleError(f"{verb}: {'; '.join(_no_parameter(pattern, names) for pattern in unused)}.")
     if unfit:
-        shown = [*dict.fromkeys(unfit.values())]
-        more = f"; and {len(shown) - 20:,} more" if len(shown) > 20 else ""
+        shown = first_few([*dict.fromkeys(unfit.values())])
         raise RuleError(
-            f"{verb}: the rules match parameters that are not parametrised by them: "
-            f"{'; '.join(shown[:20])}{more}. Call pt.expand(params, rules) with the same rules first."
+            f"{verb}: the rules match parameters that are not parametrised by them: {shown}. Call "
+            "pt.expand(params, rules) with the same rules first."
         )
     entries: list[Entry] = []
     for entry in draft.entries:
@@ -135,6 +141,10 @@ def _applies(pattern: Any, one: Folded, paths: Sequence[Path], problem: str) -> 
     if one.parametrization is not None:
         value = over_stack(_joined(one), one.stack)(one.parts)
     return any(pattern(join(path), value) for path in paths)
+
+
+def _form(part: Any) -> tuple[Any, Any]:
+    return shape_of(part), getattr(part, "dtype", None)
 
 
 def _no_parameter(pattern: Any, paths: Sequence[Path]) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paramtree.core.arrays import join, shape_of
-from paramtree.core.errors import suggest
+from paramtree.core.errors import first_few, suggest
 from paramtree.core.pytrees import Opened, is_array_or_number, open_tree
 from paramtree.core.rules import UNSET, Rules, assign, check_table, resolve
 from paramtree.core.structure import Structure
@@ -26,7 +26,6 @@ __all__ = ["shardings"]
 
 T = TypeVar("T")
 Axes = Mapping[str, Any]  # logical names to axes of the mesh
-MOST = 20  # leaves that a message lists
 
 
 def shardings(
@@ -221,7 +220,7 @@ class _Work:
             default=self.specs[-1] if self.default else UNSET,
             nested=True,
             free=free,
-            problems=[*self.problems, *(self.shown() if refused else [])],
+            problems=[*self.problems, *([*self.misfits.values()] if refused else [])],
             advice=self.advice(structure) if refused else "",
         )
         pairs = zip(assigned.rules, shapes, strict=True)
@@ -241,10 +240,8 @@ class _Work:
 
     def notes(self) -> str:
         """Returns the warning about what is replicated although a rule would shard it."""
-        return f"replicated on every device: {'; '.join(self.shown())}." if self.misfits else ""
-
-    def shown(self) -> list[str]:
-        """Returns what does not fit, as messages list it."""
-        texts = [*self.misfits.values()]
-        more = len(texts) - MOST
-        return [*texts[:MOST], *([f"and {more:,} more"] if more > 0 else [])]
+        return (
+            f"replicated on every device: {first_few([*self.misfits.values()])}."
+            if self.misfits
+            else ""
+        )

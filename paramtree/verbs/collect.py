@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import compress
 from typing import Any
 
-from paramtree.core.errors import NameCollisionError
+from paramtree.core.errors import NameCollisionError, first_few
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Pattern, Patterns, check_kind, hits, select_slots
 from paramtree.core.structure import Path, Picker, Stack, Structure, picker
@@ -122,6 +122,6 @@ def check_unique(named: Iterable[tuple[str, Path]]) -> None:
     ]
     if clashes:
         raise NameCollisionError(
-            f'{"; ".join(clashes)}. Join the paths with another separator, as in sep="/", or rename '
+            f'{first_few(clashes)}. Join the paths with another separator, as in sep="/", or rename '
             "one of them."
         )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from paramtree.core.arrays import clip, describe, dtype_of, join, printable, shape_of
-from paramtree.core.errors import MismatchError, close_names
+from paramtree.core.errors import MismatchError, close_names, first_few
 from paramtree.core.pytrees import Container, open_tree
 from paramtree.core.structure import EMPTY, Path
 from paramtree.core.tree import ParamTree, flatten, unflatten
@@ -145,8 +145,9 @@ def bare(tree: Any) -> Any:
 
 
 def lines(differences: Iterable[Difference]) -> list[str]:
-    """Returns differences as lines of a message."""
-    return [f"  {printable(_line(difference))}" for difference in differences]
+    """Returns differences as lines of a message, the first twenty and a count."""
+    every = list(differences)
+    return first_few(every, "\n", lambda one: f"  {printable(_line(one))}").split("\n") if every else []
 
 
 def _line(difference: Difference) -> str:

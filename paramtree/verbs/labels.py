@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
-from paramtree.core.errors import RuleError
+from paramtree.core.errors import RuleError, first_few
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import (
     UNSET,
@@ -131,7 +131,7 @@ def check_values(
     if default is not UNSET and not good(default):
         wrong.append(f"the default is {default!r}")
     if wrong:
-        raise RuleError(f"{verb}: {'; '.join(wrong)}. Expected {expected}.")
+        raise RuleError(f"{verb}: {first_few(wrong)}. Expected {expected}.")
 
 
 def _hashable(value: Any) -> bool:

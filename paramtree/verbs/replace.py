@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, NameCollisionError, RuleError, suggest
+from paramtree.core.errors import MismatchError, NameCollisionError, RuleError, first_few, suggest
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Patterns, resolve
 from paramtree.core.structure import Path
@@ -65,9 +65,9 @@ def replace(tree: T, values: Mapping[str, Any] | ParamTree) -> T:
         except MismatchError as error:
             problems.append(f"`{name}` {error}")
     if tied:
-        raise RuleError(f"replace: {'; '.join(tied)}. Give one of the names, or pt.untie them first.")
+        raise RuleError(f"replace: {first_few(tied)}. Give one of the names, or pt.untie them first.")
     if problems:
-        raise MismatchError(f"replace: {'; '.join(problems)}.")
+        raise MismatchError(f"replace: {first_few(problems)}.")
     return source.restore(leaves)
 
 
@@ -101,8 +101,9 @@ def _find(source: Opened, names: Iterable[str]) -> dict[str, int]:
     unknown = [name for name in names if name not in by_name]
     if unknown:
         known = structure.names()
-        lines = [f"`{name}` is not a name in the tree.{suggest(str(name), known)}" for name in unknown]
-        source.fail(RuleError(f"replace: {' '.join(lines)}"))
+        text = "`{}` is not a name in the tree.{}".format
+        lines = first_few(unknown, " ", lambda name: text(name, suggest(str(name), known)))
+        source.fail(RuleError(f"replace: {lines}"))
         names = [name for name in names if name in by_name]
     for name in names:
         if len(by_name[name]) > 1:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import NameCollisionError, RuleError
+from paramtree.core.errors import NameCollisionError, RuleError, first_few
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, compiled, hits, no_match, select_slots
 from paramtree.core.structure import PARAM, Path, moved
@@ -83,8 +83,8 @@ def drop(tree: T, pattern: Patterns, *, kind: str | None = None) -> T:
         kept = [join(path) for (path, slot), hit in entries if slot in slots and not hit]
         if kept:
             raise RuleError(
-                f"drop: {', '.join(kept)} are names of tied leaves that would go: match all of their "
-                "names, or drop from the parameter tree itself."
+                f"drop: {first_few(kept, ', ')} are names of tied leaves that would go: match all of "
+                "their names, or drop from the parameter tree itself."
             )
         return source.part(rest.structure, rest.take)
     plain = unflatten(source.structure, source.leaves, source.place)
@@ -181,7 +181,7 @@ def rewriter(pairs: Any, texts: Sequence[str], verb: str) -> Callable[[str], Any
     for text in texts:
         rewrite(text)
     if unused:
-        problems = "; ".join(no_match(pattern, texts) for pattern in unused.values())
+        problems = first_few([*unused.values()], show=lambda pattern: no_match(pattern, texts))
         raise RuleError(
             f"{verb}: {problems}. Each pattern is applied to the result of the patterns before it."
         )

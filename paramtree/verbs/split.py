@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import MismatchError
+from paramtree.core.errors import MismatchError, first_few
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots
 from paramtree.core.structure import Structure, picker
@@ -101,7 +101,7 @@ def merge(*trees: T) -> T:
     merged: T = _merged(trees, trees, doubled)
     if doubled:
         raise MismatchError(
-            f"merge: more than one part has {', '.join(doubled)}. Take each leaf from one part."
+            f"merge: more than one part has {first_few(doubled, ', ')}. Take each leaf from one part."
         )
     return merged
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import join, shape_of
-from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, suggest
+from paramtree.core.errors import MismatchError, MissingError, ParamTreeError, first_few, suggest
 from paramtree.core.structure import EMPTY, Path, Stack
 from paramtree.core.tree import ParamTree, flatten, is_flat
 from paramtree.verbs.assemble import Draft, Entry, check_no_holes, for_trees, take_apart
@@ -138,7 +138,8 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
         copies.setdefault(entry.path[depth] if len(entry.path) > depth else "", []).append(entry)
     if list(copies) != [str(i) for i in range(len(copies))]:
         raise MismatchError(
-            f"stack: the children of `{path}` are {', '.join(copies)}; expected copies 0, 1, 2, ..."
+            f"stack: the children of `{path}` are {first_few([*copies], ', ')}; expected copies "
+            "0, 1, 2, ..."
         )
     level = tree[path] if path else tree
     unlike = [
@@ -153,8 +154,8 @@ def stack(tree: ParamTree, path: str) -> ParamTree:
     if shared := {label for label, times in counts.items() if times > 1} - {None}:
         names = sorted({f"`{join(entry.path)}`" for entry in below if entry.label in shared})
         raise ParamTreeError(
-            f"stack: {', '.join(names)} are tied, and copies in a stack cannot share a leaf: pt.untie "
-            "them first."
+            f"stack: {first_few(names, ', ')} are tied, and copies in a stack cannot share a leaf: "
+            "pt.untie them first."
         )
     rows = {row[0].label: row for row in zip(*copies.values(), strict=True) if row[0].label is not None}
     for label, row in rows.items():
@@ -204,8 +205,8 @@ def _below(draft: Draft, at: Path, path: str) -> list[Entry]:
     tied = [f"`{name}`" for label, name in inside.items() if label is not None and label in outside]
     if tied:
         raise ParamTreeError(
-            f"{', '.join(tied)} has names below `{path}` and elsewhere, and a tie cannot lead into one "
-            "copy of many: pt.untie it first."
+            f"{first_few(tied, ', ')} has names below `{path}` and elsewhere, and a tie cannot lead "
+            "into one copy of many: pt.untie it first."
         )
     return below
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, join, shape_of
-from paramtree.core.errors import MismatchError, RuleError, suggest
+from paramtree.core.errors import MismatchError, RuleError, first_few, suggest
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Pattern, hits, no_match
 from paramtree.core.structure import Path, Structure
@@ -86,8 +86,10 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
             _point(structure, _path(structure, alias), _path(structure, source), target)
         except RuleError as error:
             problems.append(str(error))
+            if len(problems) == 20:  # to find close names takes milliseconds
+                break
     if problems:
-        raise RuleError(f"tie: {' '.join(problems)}")
+        raise RuleError(f"tie: {first_few(problems, ' ')}")
     slot_of = dict(structure.entries())
     ends = {path: _follow(path, target, slot_of) for path in target}
     sizes = {entry.path: tuple(size for _, size in entry.stack) for entry in draft.entries}
@@ -102,7 +104,7 @@ def tie(tree: ParamTree, pairs: Mapping[str, str]) -> ParamTree:
                 problems.append(f"`{join(path)}` and `{join(end)}` have different {word}, {a} and {b}")
                 break
     if problems:
-        raise MismatchError(f"tie: {'; '.join(problems)}. Only leaves that match can be tied.")
+        raise MismatchError(f"tie: {first_few(problems)}. Only leaves that match can be tied.")
     return draft.assembled(
         entry._replace(label=slot_of[ends[entry.path]]) if entry.path in ends else entry
         for entry in draft.entries
@@ -144,7 +146,7 @@ def untie(tree: ParamTree, pattern: Pattern | None = None) -> ParamTree:
     }
     if not loose and pattern is not None:
         tied = [join(path) for path, slot in structure.entries() if len(paths[slot]) > 1]
-        among = f" The tied names are: {', '.join(tied)}." if tied else " Nothing is tied."
+        among = f" The tied names are: {first_few(tied, ', ')}." if tied else " Nothing is tied."
         raise RuleError(f"untie: {no_match(pattern, tied)}.{among}")
     entries = []
     values: dict[Any, Any] = {}
