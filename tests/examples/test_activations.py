@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import paramtree as pt
 from examples import activations as example
 from examples import char_lm
-from tests.helpers import quick_compilation
+from tests.helpers import lenient, quick_compilation
 
 __all__ = ["quick_compilation"]
 
@@ -32,20 +31,7 @@ ALL, NONE = np.ones((1, LENGTH), bool), np.zeros((1, LENGTH), bool)
 
 @pytest.fixture(scope="module", autouse=True)
 def lenient_optax() -> Iterator[None]:
-    """Allows dtype promotion in the optimiser only, since optax raises floats to an int32 count."""
-    make_tx = char_lm.make_tx
-
-    def lenient(lr: float) -> Any:
-        tx = make_tx(lr)
-
-        def update(grads: Any, state: Any, params: Any = None) -> Any:
-            with jax.numpy_dtype_promotion("standard"):
-                return tx.update(grads, state, params)
-
-        return optax.GradientTransformation(tx.init, update)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(char_lm, "make_tx", lenient)
+    with lenient(char_lm):
         yield
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import paramtree as pt
 from examples import char_lm as example
-from tests.helpers import quick_compilation
+from tests.helpers import lenient, quick_compilation
 
 pytestmark = pytest.mark.slow
 
@@ -29,20 +28,7 @@ FULL = jax.jit(example.network(TIED))  # without a cache; batches of one text of
 
 @pytest.fixture(scope="module", autouse=True)
 def lenient_optax() -> Iterator[None]:
-    """Allows dtype promotion in the optimiser only, since optax raises floats to an int32 count."""
-    make_tx = example.make_tx
-
-    def lenient(lr: float) -> Any:
-        tx = make_tx(lr)
-
-        def update(grads: Any, state: Any, params: Any = None) -> Any:
-            with jax.numpy_dtype_promotion("standard"):
-                return tx.update(grads, state, params)
-
-        return optax.GradientTransformation(tx.init, update)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(example, "make_tx", lenient)
+    with lenient(example), pytest.MonkeyPatch.context() as patch:
         patch.setattr(example, "load_data", functools.cache(example.load_data))
         yield
 
