@@ -216,7 +216,7 @@ def test_a_file_that_cannot_be_opened_exits_with_2(
     def refuse(path: str, *args: Any) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(sys.modules["paramtree.io.peek"], "open", refuse, raising=False)
+    monkeypatch.setattr(sys.modules["paramtree.io.opening"], "open", refuse, raising=False)
     assert run(path).err == f"python -m paramtree: {path}: Permission denied\n"
 
 

@@ -8,6 +8,7 @@ import stat
 from typing import Any, NoReturn
 
 from paramtree.io import formats
+from paramtree.io.formats.format import Format
 from paramtree.io.layout import Layout
 from paramtree.io.source import Source, Stored, fail, read_layout
 
@@ -57,13 +58,15 @@ def _open(path: str) -> Source:
         return source
 
 
-def _open_file(path: str, files: contextlib.ExitStack) -> Source:
+def _open_file(path: str, files: contextlib.ExitStack, expected: Format | None = None) -> Source:
     if not stat.S_ISREG(os.stat(path).st_mode):
         fail(path, "", "is not a file, but a device, a pipe or a socket.")
     file = files.enter_context(open(path, "rb"))  # noqa: SIM115  # closed with the source
     head = file.read(HEAD)
     file.seek(0)
     form = next((form for form in formats.FORMATS if form.recognises(path, head)), None)
+    if form is None and expected is not None:
+        fail(path, "", f"is not a {expected.name} file.")
     if form is None:
         _unknown(path, head)
     return form.read(path, file)
@@ -107,13 +110,17 @@ def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         listed, metadata = content["weight_map"], content.get("metadata") or {}
-        set(listed.values())
+        sorted(set(listed.values()))
         dict(metadata)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        named = path.lower().removesuffix(INDEX)
-        form = next((form.name for form in formats.FORMATS if named.endswith(form.endings)), "model")
-        fail(path, "", f"is not an index of {form} files: {error!r}.")
+        fail(path, "", f"is not an index of {_expected(path).name} files: {error!r}.")
     return listed, metadata
+
+
+def _expected(index: str) -> Format:
+    """Returns the format of the files that an index lists, by its name."""
+    named = index.lower().removesuffix(INDEX)
+    return next((form for form in formats.FORMATS if named.endswith(form.endings)), formats.DEFAULT)
 
 
 def _open_index(path: str, files: contextlib.ExitStack) -> Source:
@@ -127,12 +134,12 @@ def _open_index(path: str, files: contextlib.ExitStack) -> Source:
     metadata: dict[str, str] = {}
     ties: dict[str, str] = {}
     opened, sources = [], []
-    for part in sorted(set(listed.values()), key=str):
+    for part in sorted(set(listed.values())):
         if not isinstance(part, str) or part in ("", ".", "..") or re.search(r"[/\\\0]", part):
             fail(path, repr(part), "is not the name of a file next to the index.")
         where = os.path.join(os.path.dirname(path), part)
         try:
-            source = _open_file(where, files)
+            source = _open_file(where, files, _expected(path))
         except (FileNotFoundError, UnicodeEncodeError):
             if not os.path.exists(path) or _index(path)[0] != listed:
                 raise _Replaced from None
