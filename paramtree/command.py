@@ -136,7 +136,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _run(arguments: argparse.Namespace) -> int:
     for out in (arguments.html, arguments.convert):
-        if out is not None and os.path.exists(out):
+        if out not in (None, "-"):
             _check_apart(out, arguments.inputs)
     if arguments.convert is not None:
         _convert(arguments)
@@ -209,20 +209,24 @@ def _both(arguments: argparse.Namespace) -> tuple[ParamTree, ParamTree]:
 
 def _check_apart(out: str, inputs: Sequence[str]) -> None:
     """Raises ParamTreeError if writing a file would overwrite an input."""
-    from paramtree.io.opening import open_source
+    from paramtree.io.opening import INDEX, open_source
 
-    target = pathlib.Path(out).resolve()
+    # A model in several files is replaced by a file of the same name, and its index goes.
+    targets = [pathlib.Path(target).resolve() for target in (out, out + INDEX)]
     for path in inputs:
         with open_source(path) as source:
-            parts = source.parts
-        for part in (path, *parts):
+            parts = path, source.path, *source.parts
+        for part in parts:
             # An Orbax checkpoint is a folder, and a save deletes the earlier checkpoints in it.
             read = pathlib.Path(part).resolve()
-            nested = read.is_relative_to(target) or target.is_relative_to(read)
-            if nested or os.path.samefile(out, part):
-                raise ParamTreeError(
-                    f"{out} was not written: it is or contains the input {part}. Write to another file."
-                )
+            for target in targets:
+                nested = read.is_relative_to(target) or (read.is_dir() and target.is_relative_to(read))
+                same = target.exists() and read.exists() and os.path.samefile(target, read)
+                if nested or (same and read.exists()):
+                    raise ParamTreeError(
+                        f"{out} was not written: it is or contains the input {part}. Write to another "
+                        "file."
+                    )
 
 
 def _convert(arguments: argparse.Namespace) -> None:

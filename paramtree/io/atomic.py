@@ -40,7 +40,8 @@ def replacing(path: str) -> Iterator[str]:
     _check(path)
     path = os.path.realpath(path)  # replace a symlink's target, not the link
     folder, name = os.path.split(path)
-    prefix = os.path.join(folder, f".{name[:150]}.unfinished-")
+    start = name.encode()[:150].decode(errors="ignore")  # a name has at most 255 bytes
+    prefix = os.path.join(folder, f".{start}.unfinished-")
     _clean(prefix)
     scratch, lock = _create(prefix)
     try:

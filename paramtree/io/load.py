@@ -66,7 +66,8 @@ def load(
         ``{".*_kernel": np.transpose}``. To split an array, return a mapping of names to arrays, with
         ``\1`` for the first group of the pattern:
         ``{"(.*)_qkv": lambda a: dict(zip([r"\1_q", r"\1_k", r"\1_v"], np.split(a, 3)))}``.
-        To combine arrays, rename them to the same name; the function is called with all of them.
+        To combine arrays, rename them to the same name; the function is called with all of them, in the
+        order of their names in the file, in which ``layer2`` comes before ``layer10``.
       strict: False allows both missing and extra names.
       allow_missing: whether leaves that are not in the file keep their values; or a pattern of leaves
         that may be missing.

@@ -93,19 +93,19 @@ class Lookup:
                 spelled[name] = None if name in spelled else path  # an ambiguous name matches nothing
             self._spelled = {**spelled, **self._spelled}
 
-    def find(self, name: str, loose: bool = False) -> Path | None:
-        """Returns the path of the leaf with a name, or None."""
-        path = self._find(name, loose)
+    def find(self, name: str, loose: bool = False, positions: bool = True) -> Path | None:
+        """Returns the path of the leaf with a name, or with positions for layers, or None."""
+        path = self._find(name, loose, positions)
         if path is None and name.startswith(_PARALLEL):
-            path = self._find(name.removeprefix(_PARALLEL), loose)
+            path = self._find(name.removeprefix(_PARALLEL), loose, positions)
         return path
 
-    def _find(self, name: str, loose: bool) -> Path | None:
+    def _find(self, name: str, loose: bool, positions: bool) -> Path | None:
         if name in self._spelled:
             return self._spelled[name]
         if loose and (joined := re.sub("[./]", "_", name)) in self._spelled:
             return self._spelled[joined]
-        return self._by_position(re.split("[./]", name))
+        return self._by_position(re.split("[./]", name)) if positions else None
 
     def shown(self, name: str, by: str) -> str:
         """Returns what patterns match: the path that a name refers to, or its own levels, joined."""
@@ -117,7 +117,8 @@ class Lookup:
         structure = self.structure
         for i, name in enumerate(parts):
             children = structure.children()
-            if name not in children and name.isascii() and name.isdigit() and len(name) < 10:
+            # Where children are numbers, another number is no position.
+            if name not in children and _is_number(name) and not any(map(_is_number, children)):
                 name = dict(enumerate(children)).get(int(name), name)
             if name not in children:
                 return None
@@ -151,9 +152,15 @@ class Lookup:
         for paths in attempts:
             if all(paths):
                 return paths
-        if ordered and (paths := self._by_order(items, shapes, nameless)):
-            return paths
-        return max(attempts, key=lambda paths: sum(map(bool, paths)), default=[[] for _ in items])
+        none: list[list[Path]] = [[] for _ in items]
+        named = max(attempts, key=lambda paths: sum(map(bool, paths)), default=none)
+        by_order = self._by_order(items, shapes, nameless) if ordered else []
+        # Names that match say more than the order, but for Gluon's, with a counter of the process.
+        agree = all(
+            not known or paths[0] in known or re.search("[0-9]", item.names[0])
+            for item, known, paths in zip(items, named, by_order, strict=False)
+        )
+        return by_order if by_order and agree else named
 
     def _by_order(
         self, items: Sequence[Item], shapes: Sequence[Any], nameless: bool
@@ -167,6 +174,10 @@ class Lookup:
             ):
                 return [[path] for path in paths]
         return []
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10
 
 
 def _unfused(name: str) -> str:

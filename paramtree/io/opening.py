@@ -28,6 +28,7 @@ def open_source(path: str) -> Source:
       LoadError: the file is damaged, or its format is not supported.
       FileNotFoundError: there is no such file.
     """
+    path = path.rstrip(os.sep) or path
     for _ in range(_TRIES):
         with contextlib.suppress(_Replaced):
             return _open(path)
@@ -48,9 +49,10 @@ def _open(path: str) -> Source:
             try:
                 source = _open_file(path, files)
             except FileNotFoundError:
-                if not os.path.exists(path + INDEX):
+                index = os.path.realpath(path) + INDEX  # what max_shard_size has written
+                if not os.path.exists(index):
                     raise
-                source = _open_index(path + INDEX, files)  # what max_shard_size has written
+                source = _open_index(index, files)
         # The source closes what was opened for it.
         own = source.files.pop_all()
         source.files.enter_context(files.pop_all())

@@ -93,7 +93,9 @@ def arranged(
             return unflatten(layout.structure, items)
         kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
     names = [(name, label) for label, item in enumerate(items) for name in item.names]
-    all_kinds = [kinds.get(item.origin, PARAM) for item in items]
+    # A transform may have combined several arrays.
+    origins = [(item.origin, *item.origin.split(", ")) for item in items]
+    all_kinds = [next((kinds[o] for o in several if o in kinds), PARAM) for several in origins]
     try:
         entries = [(segments(source.path, name, sep), label) for name, label in names]
         structure, order = build(entries, all_kinds)
@@ -104,7 +106,8 @@ def arranged(
             fail(
                 source.path,
                 "the names",
-                f"do not form a tree: {error} sep='' keeps whole names, and rename= changes them.",
+                f"do not form a tree: {error} rename= changes them, and sep='' keeps whole names "
+                "without '/'.",
             )
         structure, order = build([((name,), label) for name, label in names], all_kinds)
     return unflatten(structure, [items[label] for label in order])

@@ -42,12 +42,17 @@ class Placing:
           LossyCastError: a value does not fit the dtype.
         """
         dtype = getattr(like, "dtype", None)
-        if not is_key(value) and dtype is not None and value.dtype != dtype:
+        if is_key(value) and sharding is not None:
+            value = jax.device_put(value, sharding)
+        elif not is_key(value) and dtype is not None and value.dtype != dtype:
             value, copy = _cast(value, dtype), False
         if copy:
             value = value.copy()
         if isinstance(like, bool | int | float | complex):
-            value = type(like)(value.item())
+            number = value.item()
+            value = type(like)(number)
+            if value != number and number == number:
+                raise LossyCastError(f"is {number}, which a {type(like).__name__} cannot hold")
         elif isinstance(like, np.generic):
             value = np.asarray(value)[()]
         elif isinstance(like, np.ndarray) and sharding is None:
@@ -117,13 +122,16 @@ def _cast(value: Any, dtype: Any) -> Any:
             cast = value.astype(np.float32).astype(dtype)
     if cast is value or not value.size:
         return cast
-    if value.dtype.kind in "iub" and dtype.kind in "iub":
-        lost = cast.astype(value.dtype) != value
-        lost |= (cast < 0) != (value < 0)
+    if _is_integer(value.dtype) and _is_integer(dtype):
+        wide = value.dtype if value.dtype.kind in "iub" else np.dtype(np.int32)
+        lost = (cast.astype(wide) != value.astype(wide)) | ((cast.astype(wide) < 0) != (value < 0))
     elif np.can_cast(value.dtype, dtype, "safe"):
         return cast
     else:
-        lost = _finite(value) & ~_finite(cast)
+        before, after = _measurable(value), _measurable(cast)
+        lost = (np.isfinite(before) & ~np.isfinite(after)) | (np.isnan(before) != np.isnan(after))
+        most = _largest(dtype)
+        lost |= (np.abs(before) > most) if most is not None else np.isinf(before) & ~np.isinf(after)
     if count := int(np.count_nonzero(lost)):
         worst = value.reshape(-1)[np.flatnonzero(lost)[0]]
         raise LossyCastError(
@@ -132,8 +140,19 @@ def _cast(value: Any, dtype: Any) -> Any:
     return cast
 
 
-def _finite(value: Any) -> Any:
-    if value.dtype.kind in "iub":
-        return np.ones(value.shape, bool)
-    known = value.dtype.kind in "fc"
-    return np.isfinite(value if known else value.astype(np.float32))
+def _is_integer(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iub" or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _measurable(value: Any) -> Any:
+    """Returns an array as one that numpy can compare; a float of eight bits fits into one of 32."""
+    return value if value.dtype.kind in "fciub" else value.astype(np.float32)
+
+
+def _largest(dtype: np.dtype[Any]) -> float | None:
+    """Returns the largest number of a dtype that has no infinity, and saturates; else None."""
+    if dtype.kind in "fciub" or _is_integer(dtype):
+        return None
+    if np.isfinite(np.asarray(np.inf, np.float32).astype(dtype).astype(np.float32)):
+        return float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    return None

@@ -158,6 +158,16 @@ class Problems:
             self.add(f"`{name}`{origin} does not fit: `like` has a {kind} there, not an array.", _SHAPE)
         elif item.shape != shape:
             self.add(f"`{name}`{origin} has shape {item.shape}, expected {shape}.", _SHAPE)
+        if isinstance(leaf, bool | int | float | complex):
+            known = item.dtype if isinstance(item.dtype, np.dtype) else None
+            if (
+                known is None
+                or not casts(known, type(leaf))
+                or (known == np.bool_) != (type(leaf) is bool)
+            ):
+                number = type(leaf).__name__
+                self.add(f"`{name}`{origin} has dtype {item.dtype}, expected Python's {number}.", _CAST)
+            return
         if dtype is None or item.dtype == dtype:
             return
         if not cast and not _is_number(item, leaf):

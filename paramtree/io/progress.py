@@ -87,7 +87,8 @@ def written(path: str) -> int:
     folder, name = os.path.split(os.path.realpath(path))
     stem, ending = os.path.splitext(name)
     sizes = 0
-    for pattern in (f".{name[:150]}.unfinished-*", f".{stem}-*{ending}.unfinished-*"):
+    start = name.encode()[:150].decode(errors="ignore")
+    for pattern in (f".{start}.unfinished-*", f".{stem}-*{ending}.unfinished-*"):
         for new in glob.glob(os.path.join(glob.escape(folder), pattern, "new")):
             with contextlib.suppress(OSError):
                 sizes += os.stat(new).st_size

@@ -46,7 +46,7 @@ def restack(
     groups: dict[tuple[Path, Index], dict[Index, Item]] = {}
     unnumbered = _unnumbered(lookup, stacks)
     for item in items:
-        if any(lookup.find(name, item.loose) for name in item.names):
+        if any(lookup.find(name, item.loose, positions=False) for name in item.names):
             out.append(item)
         elif copies := _copies(item, unnumbered, lookup, shapes):
             whole = _Once(partial(read, item), len(copies))
@@ -98,7 +98,7 @@ class _Once:
 def _slice(whole: _Once, read_slice: Any, ndim: int, axes: Index, index: Index) -> Any:
     """Returns one copy of a stack, of which nothing else is read if the format can do that."""
     if read_slice is None:
-        return np.moveaxis(whole(), axes, range(len(axes)))[index]
+        return np.asarray(np.moveaxis(whole(), axes, range(len(axes)))[index])
     bounds = [slice(None)] * ndim
     for axis, i in zip(axes, index, strict=True):
         bounds[axis] = slice(i, i + 1)
@@ -188,13 +188,17 @@ def _position_in_stack(
     """Returns the path of the stacked leaf that the item is a copy in, with its axes and index."""
     spelled = [(name, "[./]") for name in item.names]
     spelled += [(name, "[./_]") for name in item.names if item.loose]
+    guesses: dict[tuple[Path, Index, Index], None] = {}
     for name, seps in spelled:
         for places, numbers, rest in _numbers(re.split(seps, name)):
             path = lookup.find(".".join(rest), item.loose)
             if path is None:
                 continue
-            stack = stacks.get(path)
-            axes = _axes_among(item.stack or (), places) if stack is None else _axes(stack, places)
-            if axes is not None:
-                return path, axes, numbers
-    return None
+            if stack := stacks.get(path):
+                axes = _axes(stack, places)
+                if axes is not None:
+                    return path, axes, numbers
+            elif path == lookup.find(".".join(rest), item.loose, positions=False):
+                guesses[path, _axes_among(item.stack or (), places), numbers] = None
+    # Where the tree does not say which level it stacks, two levels may fit: neither is taken.
+    return next(iter(guesses)) if len(guesses) == 1 else None

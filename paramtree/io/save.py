@@ -1,6 +1,7 @@
 """``pt.save``: saves a tree in the format given by the file extension."""
 
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -73,6 +74,7 @@ def save(
       {'dense0.bias': array([0., 0.])}
     """
     path = os.fspath(path)
+    path = path.rstrip(os.sep) or path
     form = _format_of(path)
     most = None if max_shard_size is None else bytes_of(max_shard_size)
     content = content_of(path, tree, sep, form, metadata)
@@ -147,13 +149,17 @@ def _checked(path: str, form: Format, metadata: Mapping[str, str] | None) -> dic
       ParamTreeError: the format does not keep them.
     """
     metadata = {} if metadata is None else metadata
-    texts = isinstance(metadata, Mapping) and {*map(type, [*metadata, *metadata.values()])} <= {str}
+    texts = isinstance(metadata, Mapping) and all(map(_is_text, [*metadata, *metadata.values()]))
     if not texts:
         raise TypeError(f"metadata is a mapping of texts to texts, not {metadata!r}.")
     if metadata and "metadata" not in form.keeps:
         keeping = ", ".join(form.name for form in formats.FORMATS if "metadata" in form.keeps)
         raise ParamTreeError(f"{path} was not written: {form.name} has no metadata; {keeping} has.")
     return dict(metadata)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half a character
 
 
 def _check_tree(path: str, tree: Any) -> None:

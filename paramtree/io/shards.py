@@ -67,6 +67,7 @@ def write_shards(
     """
     if "shards" not in form.keeps:
         raise ParamTreeError(f"{path} was not written: {form.name} has no shards; safetensors has.")
+    path = os.path.realpath(path)  # as when a single file is replaced
     groups = _groups(content.arrays, most)
     if len(groups) == 1:
         form.write(path, content)
@@ -112,6 +113,7 @@ def _write_all(
 
 def forget(path: str) -> None:
     """Deletes the index and the shards that were saved for a path before it became a single file."""
+    path = os.path.realpath(path)
     index = path + INDEX
     if not os.path.exists(index):
         return
@@ -131,8 +133,17 @@ def _clean(path: str, keep: Sequence[str]) -> None:
     folder, name = os.path.split(path)
     stem, ending = os.path.splitext(name)
     form = re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(ending)}")
-    for other in os.listdir(folder or "."):
-        if form.fullmatch(other) and other not in keep:
+    others = os.listdir(folder or ".")
+    named = {*keep}
+    for other in others:  # such as a copy of the index
+        if other.endswith(INDEX):
+            with (
+                contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError),
+                open(os.path.join(folder, other), encoding="utf-8") as file,
+            ):
+                named.update(map(str, json.load(file)["weight_map"].values()))
+    for other in others:
+        if form.fullmatch(other) and other not in named:
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, other))
 

@@ -1,7 +1,7 @@
 """Applying user functions to the arrays of a file: transposes, splits, stacks."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def transform_all(
         raise RuleError(f"transform is {table!r}; expected a mapping of patterns to functions.")
     rules = [(*name_pattern(pattern), fn) for pattern, fn in table.items()]
     groups: dict[str, list[Item]] = {}
-    for item in items:
+    for item in _by_rule(items, rules, shown):
         groups.setdefault(item.names[0], []).append(item)
     seps = {sep for _, sep, _ in rules}
     known = {sep: [shown(name, sep) for item in items for name in item.names] for sep in seps}
@@ -47,10 +47,15 @@ def transform_all(
         raise RuleError(f"transform: {'; '.join(no_match(*pair) for pair in unused)}.")
     out: list[Item] = []
     for group in groups.values():
-        names = group[0].names
-        matches = ((name, p.fullmatch(shown(name, sep)), fn) for p, sep, fn in rules for name in names)
-        name, match, fn = next((found for found in matches if found[1]), ("", None, None))
-        if match is None or fn is None:
+        matches: list[tuple[re.Match[str], str]] = []  # of each name, and its path
+        fn: Any = None
+        for pattern, sep, function in rules:
+            shown_names = [(pattern.fullmatch(shown(n, sep)), shown(n, "/")) for n in group[0].names]
+            matches = [(match, path) for match, path in shown_names if match]
+            if matches:
+                fn = function
+                break
+        if not matches:
             out += group
             continue
         group = sorted(group, key=lambda item: natural(item.origin))
@@ -58,10 +63,24 @@ def transform_all(
         try:
             result = fn(*map(get, group))
         except Exception as error:
-            error.add_note(f"in the transform {match.re.pattern!r} of {origin}")
+            error.add_note(f"in the transform {matches[0][0].re.pattern!r} of {origin}")
             raise
-        out += _results(result, match, shown(name, "/"), replace(group[0], origin=origin))
+        out += _results(result, matches, replace(group[0], origin=origin))
     return out
+
+
+def _by_rule(items: Sequence[Item], rules: Sequence[Any], shown: Callable[..., str]) -> Iterator[Item]:
+    """Yields the items, and one for each name of an array whose names different rules match."""
+
+    def rule(name: str) -> int | None:
+        found = (i for i, (p, sep, _) in enumerate(rules) if p.fullmatch(shown(name, sep)))
+        return next(found, None)
+
+    for item in items:
+        if len(item.names) == 1 or len({*map(rule, item.names)}) == 1:
+            yield item
+        else:
+            yield from (replace(item, names=(name,)) for name in item.names)
 
 
 def natural(name: str) -> list[Any]:
@@ -70,13 +89,15 @@ def natural(name: str) -> list[Any]:
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
-def _results(result: Any, match: re.Match[str], path: str, item: Item) -> list[Item]:
+def _results(result: Any, matches: Sequence[tuple[re.Match[str], str]], item: Item) -> list[Item]:
+    match = matches[0][0]
     if not isinstance(result, Mapping):
         return [_with(item, result, match)]
     try:
         return [
-            _with(replace(item, names=(_expanded(name, match, path),), loose=True), value, match)
+            _with(replace(item, names=names, loose=True), value, match)
             for name, value in result.items()
+            for names in [tuple(dict.fromkeys(_expanded(name, *one) for one in matches))]
         ]
     except (re.error, IndexError, TypeError) as error:
         pattern = match.re.pattern
