@@ -221,7 +221,7 @@ def sample(
       The characters, (batch, length), and their logits, (batch, length, characters).
     """
     net = network(settings, cache=prompt.shape[1] + length)
-    write = pt.training(net)  # the cache is state; this network has no dropout
+    write = pt.decoding(net)  # the cache is state
     logits, tree = write(with_cache(net, params, len(prompt)), prompt)
 
     def draw(carry: Any, key: Any) -> Any:

@@ -38,6 +38,7 @@ from paramtree.model.init import abstract as abstract
 from paramtree.model.init import init as init
 from paramtree.model.scope import inference as _scope  # noqa: F401  # a tree asks for it by name
 from paramtree.model.training import training as training
+from paramtree.nn.decoding import decoding as decoding
 from paramtree.nn.scan import scan as scan
 from paramtree.packed import pack as pack
 from paramtree.packed import unpack as unpack

@@ -17,12 +17,14 @@ from paramtree.inspect.observe import Call
 from paramtree.inspect.report import some
 from paramtree.model.training import TrainingModel
 from paramtree.nn import Activation, Lambda, Repeat, Vmap
+from paramtree.nn.decoding import DecodingModel
 from paramtree.parametrizations.reparametrize import Reparametrized
 
 __all__ = ["Row", "arrays_text", "count_leaves", "model_text", "rows_of", "title", "unwrapped"]
 
 _TRANSFORMS = {
     TrainingModel: "training",
+    DecodingModel: "decoding",
     Reparametrized: "reparametrize",
     Captured: "capture",
     Intervened: "intervene",

@@ -14,9 +14,10 @@ from paramtree.core.arrays import join
 from paramtree.core.errors import RuleError, close_names
 from paramtree.core.rules import compiled, pattern_text, sep_of
 from paramtree.core.structure import Path, Stack, Structure
+from paramtree.io.layout import DEEPEST
 from paramtree.verbs.restructure import rewriter
 
-__all__ = ["Item", "Lookup", "Rename", "closest", "name_pattern", "rename_all"]
+__all__ = ["Item", "Lookup", "Rename", "closest", "is_too_deep", "name_pattern", "rename_all"]
 
 _PARALLEL = "module."  # what PyTorch's DataParallel puts before every name
 
@@ -105,7 +106,9 @@ class Lookup:
             return self._spelled[name]
         if loose and (joined := re.sub("[./]", "_", name)) in self._spelled:
             return self._spelled[joined]
-        return self._by_position(re.split("[./]", name)) if positions else None
+        if not positions or is_too_deep(name):
+            return None
+        return self._by_position(re.split("[./]", name))
 
     def shown(self, name: str, by: str) -> str:
         """Returns what patterns match: the path that a name refers to, or its own levels, joined."""
@@ -174,6 +177,11 @@ class Lookup:
             ):
                 return [[path] for path in paths]
         return []
+
+
+def is_too_deep(name: str) -> bool:
+    """Returns whether a name has more levels than any leaf: to split it would take much memory."""
+    return sum(map(name.count, "./_")) > 8 * DEEPEST
 
 
 def _is_number(name: str) -> bool:

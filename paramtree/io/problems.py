@@ -143,7 +143,9 @@ class Problems:
             if any(map(pattern.fullmatch, spelled)):
                 accepted.append(item.origin)
             else:
-                renamed = "" if item.origin in item.names else f", renamed to `{item.names[0]}`,"
+                renamed = (
+                    "" if item.origin in item.names else f", renamed to `{_printable(item.names[0])}`,"
+                )
                 self.add(f"`{_printable(item.origin)}`{renamed} is unexpected.", _EXTRA)
         return accepted
 

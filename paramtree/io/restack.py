@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from paramtree.core.structure import Path, Stack
-from paramtree.io.matching import Item, Lookup
+from paramtree.io.matching import Item, Lookup, is_too_deep
 
 __all__ = ["restack"]
 
@@ -190,6 +190,8 @@ def _position_in_stack(
     spelled += [(name, "[./_]") for name in item.names if item.loose]
     guesses: dict[tuple[Path, Index, Index], None] = {}
     for name, seps in spelled:
+        if is_too_deep(name):
+            continue
         for places, numbers, rest in _numbers(re.split(seps, name)):
             path = lookup.find(".".join(rest), item.loose)
             if path is None:

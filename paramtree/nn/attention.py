@@ -1,61 +1,45 @@
-"""Multi-head attention and rotary position embeddings."""
+"""Multi-head attention: grouped keys, masks, windows, rotary positions and a cache for decoding."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from paramtree.core.arrays import join
+from paramtree.core.errors import MismatchError
+from paramtree.core.tree import place_of
 from paramtree.initializers import Initializer, Uniform, Zero, get
-from paramtree.model.scope import child
+from paramtree.model.scope import child, run_of
+from paramtree.nn.attend import attend, four_axes, window_of
 from paramtree.nn.basic import Dense, check_integers
+from paramtree.nn.decoding import writes
 from paramtree.nn.layer import Layer
+from paramtree.nn.norm import RMSNorm
+from paramtree.nn.rotary import check_rotary, is_number, rotate, rotated_size
 
-__all__ = ["MultiHeadAttention", "rotate"]
+__all__ = ["MultiHeadAttention"]
 
-
-def rotate(x: Any, positions: Any, base: float = 10_000.0) -> Any:
-    """Returns x with rotary position embeddings applied.
-
-    The dot product of two rotated vectors depends only on their distance. Su et al., "RoFormer:
-    enhanced transformer with rotary position embedding", 2021. The first half of each vector is paired
-    with the second half, as in GPT-NeoX and Llama.
-
-    Args:
-      x: (..., length, heads, size), of an even size.
-      positions: integers, (length,).
-      base: the wavelengths grow geometrically from 2π towards 2π · base.
-
-    Example:
-      >>> x = jnp.ones((1, 2, 1, 2))
-      >>> rotate(x, jnp.array([0, 1]))[0, :, 0].round(2)
-      Array([[ 1.        ,  1.        ],
-             [-0.29999998,  1.38      ]], dtype=float32)
-    """
-    half = x.shape[-1] // 2
-    rates = jnp.power(jnp.float32(base), -jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (positions.astype(jnp.float32)[:, None] * rates[None, :])[:, None, :]
-    angles = angles.reshape((1,) * (x.ndim - 3) + angles.shape)
-    cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+_ROTARY = {"rotary_base": 10_000.0, "rotary_fraction": 1.0, "rotary_scaling": None}
 
 
 class MultiHeadAttention(Layer):
     """Multi-head attention, of a sequence to itself or to another sequence.
 
     Vaswani et al., "Attention is all you need", 2017. Its four dense layers are ``query``, ``key``,
-    ``value`` and ``out``; in between it calls ``jax.nn.dot_product_attention``.
+    ``value`` and ``out``, and with ``qk_norm`` there are ``query_norm`` and ``key_norm``. In between it
+    calls ``jax.nn.dot_product_attention`` where that computes the same.
 
-    With ``cache``, a call under ``pt.training`` stores keys and values as state, so a sequence can be
-    processed in pieces, such as one token at a time when sampling. The state is ``cache_key`` and
-    ``cache_value``, (batch, cache, kv_heads, head size), and ``cache_index``, the number of cached
-    positions. A call for inference attends within ``x`` and ignores the cache. Dropout is also active
-    under ``pt.training``: sample from a second net, with a cache and without dropout, on the same
-    parameters.
+    With ``cache``, a call under ``pt.decoding`` or ``pt.training`` stores keys and values as state, so
+    a sequence can be processed in pieces, such as one token at a time when sampling; dropout is off
+    under ``pt.decoding``. The state is ``cache_key`` and ``cache_value``, (batch, cache, kv_heads, head
+    size), and ``cache_index``, the number of cached positions. Such a call attends to the whole cache,
+    so its masks and bias have ``cache`` keys, one for each place in it. A call for inference attends
+    within ``x`` and ignores the cache.
 
     Args:
       num_heads: the number of heads.
-      units: the size of the output, and of all heads together; 0 for the input's size.
+      units: the size of the output, and of all heads together unless ``head_size`` is given; 0 for the
+        input's size.
       num_kv_heads: the number of heads for keys and values, each shared by ``num_heads /
         num_kv_heads`` query heads (Ainslie et al., 2023); 0 for ``num_heads``.
       use_bias: whether the dense layers have biases.
@@ -66,15 +50,45 @@ class MultiHeadAttention(Layer):
       dtype: the parameters' dtype.
       weight_initializer: U[-0.07, 0.07] if None.
       bias_initializer: zeros by default.
+      head_size: the size of a head; 0 for ``units / num_heads``.
+      scale: what the dot products are multiplied by; ``1 / sqrt(head size)`` if None.
+      softcap: caps the scaled logits smoothly, ``softcap * tanh(logits / softcap)``, before bias and
+        masks, as Gemma 2 does; 0 for no cap.
+      window: how far a position sees: itself and ``window - 1`` positions before it, and without
+        ``causal`` as many after it; 0 for all. Positions are places in the sequence.
+      dropout: the probability of zeroing an attention probability in training, in [0, 1).
+      qkv_bias: whether ``query``, ``key`` and ``value`` have biases; ``use_bias`` if None.
+      out_bias: whether ``out`` has a bias; ``use_bias`` if None.
+      qk_norm: whether to apply ``RMSNorm`` to each head's queries and keys, before ``rotate``; their
+        gammas, (head size,), are shared by the heads.
+      rotary_base: the base of ``rotate``.
+      rotary_fraction: the part of each head, from its beginning, that is rotated.
+      rotary_scaling: the scaling of ``rotate``: None, ``("linear", factor)``, ``("ntk", factor)`` or
+        ``("yarn", factor, original_length)``.
+      cache_dtype: the dtype of the cache; that of the keys if None.
+      implementation: that of ``jax.nn.dot_product_attention``: None, "xla" or "cudnn".
 
     Returns:
-      When called with ``(p, x, memory=None, mask=None)``: (batch, length, units). ``x`` is (batch,
-      length, size). It attends to ``memory``, (batch, memory length, any size), or to itself if None.
-      ``mask`` is boolean, True where attention is allowed: (batch, memory length) to mask padding, or
-      anything that broadcasts to (batch, heads, length, memory length).
+      When called with ``(p, x, memory=None, mask=None, padding_mask=None, bias=None,
+      positions=None)``: (batch, length, units).
+
+      - ``x``: (batch, length, size). Its queries attend to the keys of ``memory``, (batch, memory
+        length, any size), or of ``x`` if None.
+      - ``mask``: boolean, True where attention is allowed: (query, key), (batch, query, key) or (batch,
+        heads, query, key). An axis of size 1 counts for all.
+      - ``padding_mask``: boolean, (batch, key), False where a key is padding.
+      - ``bias``: floating, added to the logits: (query, key) or (batch, heads, query, key). An axis of
+        size 1 counts for all.
+      - ``positions``: integers, (length,) or (batch, length), by which ``x`` is rotated, for packed or
+        left-padded sequences. By default they count from 0, or from what is cached; those of
+        ``memory`` always count from 0. They do not change what is causal or in the window.
+
+      A query that is allowed to attend to no key attends to all of them equally.
 
     Raises:
-      ValueError: sizes do not divide, or an input or mask has the wrong shape.
+      ValueError: an option is invalid, or has no effect without another; when called: sizes do not
+        divide, or an input has the wrong shape or dtype.
+      MismatchError: when called: the cache has another dtype than the keys, without ``cache_dtype``.
 
     Example:
       >>> net = MultiHeadAttention(2, causal=True)
@@ -94,59 +108,142 @@ class MultiHeadAttention(Layer):
     dtype: Any = "float32"
     weight_initializer: Initializer | str | None = None
     bias_initializer: Initializer | str = "zeros"
+    head_size: int = 0
+    scale: float | None = None
+    softcap: float = 0.0
+    window: int = 0
+    dropout: float = 0.0
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    qk_norm: bool = False
+    rotary_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    rotary_scaling: tuple[Any, ...] | None = None
+    cache_dtype: Any = None
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
-        check_integers(self, 0, "num_heads", "units", "num_kv_heads", "cache")
-        if not self.num_heads or self.units % self.num_heads:
-            raise ValueError(
-                "MultiHeadAttention: num_heads must be positive and divide units, but found "
-                f"num_heads={self.num_heads} and units={self.units}."
-            )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "MultiHeadAttention: num_kv_heads must divide num_heads, but found "
-                f"num_kv_heads={self.num_kv_heads} and num_heads={self.num_heads}."
-            )
+        check_integers(self, 0, "num_heads", "units", "num_kv_heads", "cache", "head_size", "window")
+        if isinstance(self.rotary_scaling, list):
+            object.__setattr__(self, "rotary_scaling", tuple(self.rotary_scaling))
+        if problem := self._problem():
+            raise ValueError(f"MultiHeadAttention: {problem}.")
+        check_rotary("MultiHeadAttention", self.rotary_base, self.rotary_fraction, self.rotary_scaling)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.cache_dtype is not None:
+            object.__setattr__(self, "cache_dtype", jnp.dtype(self.cache_dtype))
+            if not jnp.issubdtype(self.cache_dtype, jnp.floating):
+                raise ValueError(
+                    "MultiHeadAttention: cache_dtype must be a floating dtype, but found "
+                    f"{self.cache_dtype}."
+                )
         object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
+        if size := self.head_size or self.units // self.num_heads:
+            self._check_head(size)
 
-    def __call__(self, p: Any, x: Any, memory: Any = None, mask: Any = None) -> Any:
+    def _problem(self) -> str:
+        """Returns what is wrong with the options, or an empty string."""
+        if not self.num_heads or (self.units % self.num_heads and not self.head_size):
+            return (
+                "num_heads must be positive and, without head_size, divide units, but found "
+                f"num_heads={self.num_heads} and units={self.units}"
+            )
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            return (
+                "num_kv_heads must divide num_heads, but found "
+                f"num_kv_heads={self.num_kv_heads} and num_heads={self.num_heads}"
+            )
+        if self.scale is not None and (not is_number(self.scale) or self.scale <= 0):
+            return f"scale must be a positive number or None, but found {self.scale!r}"
+        if not is_number(self.softcap) or self.softcap < 0:
+            return f"softcap must be a positive number, or 0 for no cap, but found {self.softcap!r}"
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            return f"dropout must be in [0, 1), but found {self.dropout!r}"
+        for name, default in _ROTARY.items():
+            if not self.rotary and (value := getattr(self, name)) != default:
+                return f"{name}={value!r} has no effect without rotary=True"
+        if self.cache_dtype is not None and not self.cache:
+            return f"cache_dtype={self.cache_dtype!r} has no effect without a cache"
+        if self.implementation not in (None, "xla", "cudnn"):
+            return f"implementation must be None, 'xla' or 'cudnn', but found {self.implementation!r}"
+        for name in ("softcap", "dropout"):
+            if self.implementation == "cudnn" and (value := getattr(self, name)):
+                return f"implementation='cudnn' cannot compute {name}={value!r}: use None"
+        return ""
+
+    def _check_head(self, size: int) -> None:
+        turned = rotated_size(size, self.rotary_fraction)
+        if self.rotary and (turned % 2 or not turned):
+            raise ValueError(
+                f"MultiHeadAttention: rotary needs {self.num_heads} heads of an even size, and an even "
+                f"part of it to rotate, but found size {size}, of which it would rotate {turned}."
+            )
+
+    def __call__(
+        self,
+        p: Any,
+        x: Any,
+        memory: Any = None,
+        mask: Any = None,
+        padding_mask: Any = None,
+        bias: Any = None,
+        positions: Any = None,
+    ) -> Any:
         source = x if memory is None else memory
         if x.ndim != 3 or source.ndim != 3 or x.shape[0] != source.shape[0]:
             raise ValueError(
                 f"{self!r} needs x and memory (batch, length, size), but found {x.shape} and "
                 f"{source.shape}."
             )
+        if self.cache and memory is not None:
+            raise ValueError(f"{self!r} caches its own sequence: call it without memory.")
         units = self.units or x.shape[-1]
-        size = units // self.num_heads
-        if units % self.num_heads or (self.rotary and size % 2):
-            heads = f"{self.num_heads} heads{' of an even size' if self.rotary else ''}"
-            raise ValueError(f"{self!r} cannot divide {units} units into {heads}.")
+        size = self.head_size or units // self.num_heads
+        if not self.head_size and units % self.num_heads:
+            raise ValueError(f"{self!r} cannot divide {units} units into {self.num_heads} heads.")
+        self._check_head(size)
+        length = source.shape[1]
+        caches = bool(self.cache) and writes(p)
+        if not length or (caches and length > self.cache):
+            most = f"1 to {self.cache} at a time, as its cache holds" if caches else "1 or more"
+            raise ValueError(f"{self!r} attends to {most} positions, but found {length}.")
         kv_heads = self.num_kv_heads or self.num_heads
-        query = self._dense(p, "query", x, units).reshape(*x.shape[:2], self.num_heads, size)
+        query = self._dense(p, "query", x, self.num_heads * size)
+        query = query.reshape(*x.shape[:2], self.num_heads, size)
         key, value = (
             self._dense(p, name, source, kv_heads * size).reshape(*source.shape[:2], kv_heads, size)
             for name in ("key", "value")
         )
-        mask = self._mask(mask, x, source)
-        causal = self.causal
+        if self.qk_norm:
+            query = RMSNorm(dtype=self.dtype)(child(p, "query_norm"), query)
+            key = RMSNorm(dtype=self.dtype)(child(p, "key_norm"), key)
+        keys, index = None, 0
         if self.cache:
-            if memory is not None:
-                raise ValueError(f"{self!r} caches its own sequence: call it without memory.")
-            query, key, value, mask, causal = self._cached(p, query, key, value, mask)
-        elif self.rotary:
-            query = rotate(query, jnp.arange(x.shape[1]))
-            key = rotate(key, jnp.arange(source.shape[1]))
-        # dot_product_attention promotes dtypes internally, which strict promotion would forbid.
-        with jax.numpy_dtype_promotion("standard"):
-            y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
-        return self._dense(p, "out", y.reshape(*x.shape[:2], units), units)
+            keys, values, index = self._cache(p, key, value)
+            index = index if caches else 0
+        query, key = self._rotated(query, key, index, positions, memory is None)
+        full = (x.shape[0], self.num_heads, x.shape[1], self.cache if caches else length)
+        given = {"mask": mask, "padding_mask": padding_mask, "bias": bias}
+        mask, bias = four_axes(self, given, full, self.cache if run_of(p).recording else 0)
+        window, causal = window_of(self.window, self.causal), self.causal
+        if caches:
+            query, key, value, seen = self._extended(p, query, key, value, keys, values, index)
+            mask = seen if mask is None else mask & seen
+            window, causal = None, False
+        drops = self.dropout and p.training
+        y = attend(
+            query, key, value, mask, bias, causal=causal, window=window, scale=self.scale,
+            softcap=self.softcap, dropout=self.dropout, dropout_key=p.key() if drops else None,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return self._dense(p, "out", y.reshape(*x.shape[:2], self.num_heads * size), units)
 
     def _dense(self, p: Any, name: str, x: Any, units: int) -> Any:
+        own = self.out_bias if name == "out" else self.qkv_bias
         layer = Dense(
             units,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if own is None else own,
             flatten=False,
             dtype=self.dtype,
             weight_initializer=self.weight_initializer,
@@ -154,54 +251,69 @@ class MultiHeadAttention(Layer):
         )
         return layer(child(p, name), x)
 
-    def _mask(self, mask: Any, x: Any, source: Any) -> Any:
-        if mask is None:
-            return None
-        full = x.shape[0], self.num_heads, x.shape[1], source.shape[1]
-        if mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"{self!r} needs a boolean mask (True means attend), but found {mask.dtype}."
-            )
-        if mask.ndim == 2 and mask.shape == (full[0], full[3]):
-            return mask[:, None, None, :]
-        if mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
-            raise ValueError(
-                f"{self!r} needs a mask (batch, memory length), here {full[::3]}, or broadcastable to "
-                f"(batch, heads, length, memory length), here {full}, but found {mask.shape}."
-            )
-        return mask
+    def _rotated(self, query: Any, key: Any, index: Any, positions: Any, own: bool) -> tuple[Any, Any]:
+        """Returns the queries and keys, rotated; ``own`` says that both are of one sequence."""
+        shapes = query.shape[1:2], query.shape[:2], (1, query.shape[1])
+        if positions is not None:
+            if not self.rotary:
+                raise ValueError(f"{self!r} has no use for positions: they are those of rotary=True.")
+            if positions.shape not in shapes or not jnp.issubdtype(positions.dtype, jnp.integer):
+                raise ValueError(
+                    f"{self!r} needs positions (length,) or (batch, length) of integers, here "
+                    f"{shapes[0]} or {shapes[1]}, but found {positions.dtype}{positions.shape}."
+                )
+        if not self.rotary:
+            return query, key
+        how = self.rotary_base, self.rotary_fraction, self.rotary_scaling
+        if positions is None:
+            positions = index + jnp.arange(query.shape[1], dtype=jnp.int32)
+        theirs = positions if own else jnp.arange(key.shape[1], dtype=jnp.int32)
+        return rotate(query, positions, *how), rotate(key, theirs, *how)
 
-    def _cached(self, p: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        """Returns query, keys, values, mask and causal for attention to the updated cache."""
-        batch, length, heads, size = key.shape
-        shape = (batch, self.cache, heads, size)
-        keys = p.state("cache_key", shape, Zero(), key.dtype)
-        values = p.state("cache_value", shape, Zero(), value.dtype)
+    def _cache(self, p: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        """Returns the cached keys and values and their number."""
+        shape = key.shape[0], self.cache, *key.shape[2:]
+        dtypes = [v.dtype if self.cache_dtype is None else self.cache_dtype for v in (key, value)]
+        keys = p.state("cache_key", shape, Zero(), dtypes[0])
+        values = p.state("cache_value", shape, Zero(), dtypes[1])
         index = p.state("cache_index", (), Zero(), jnp.int32)
-        if p.training and mask is not None:
-            raise ValueError(f"{self!r} has a cache, which does not support padding: pass no mask.")
-        positions = (index if p.training else 0) + jnp.arange(length, dtype=jnp.int32)
-        if self.rotary:
-            query, key = rotate(query, positions), rotate(key, positions)
-        if not p.training:
-            return query, key, value, mask, self.causal
+        for name, old, new in (("key", keys, key), ("value", values, value)):
+            if writes(p) and self.cache_dtype is None and old.dtype != new.dtype:
+                path = join((*place_of(p), f"cache_{name}"))
+                raise MismatchError(
+                    f"{self!r}: `{path}` holds {old.dtype}, but the {name}s are {new.dtype}: cast the "
+                    "cache as the parameters and the input, or set cache_dtype, so that they are cast."
+                )
+        return keys, values, index
+
+    def _extended(
+        self, p: Any, query: Any, key: Any, value: Any, keys: Any, values: Any, index: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Writes the cache; returns queries, keys, values and a mask for attention to all of it."""
+        places = index + jnp.arange(key.shape[1], dtype=jnp.int32)
         at = (0, index, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, key, at)
-        values = jax.lax.dynamic_update_slice(values, value, at)
+        keys = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), at)
+        values = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), at)
         p.update("cache_key", keys)
         p.update("cache_value", values)
-        p.update("cache_index", index + jnp.int32(length))
-        last = positions if self.causal else jnp.full_like(positions, positions[-1])
+        p.update("cache_index", index + jnp.int32(key.shape[1]))
+        last = places if self.causal else jnp.full_like(places, places[-1])
         mask = jnp.arange(self.cache)[None, :] <= last[:, None]
-        query = jnp.where(positions[-1] >= self.cache, jnp.nan, query)
-        return query, keys, values, mask[None, None], False
+        if self.window:
+            distance = places[:, None] - jnp.arange(self.cache, dtype=jnp.int32)[None, :]
+            mask = mask & (jnp.abs(distance) < self.window)
+        query = jnp.where(places[-1] >= self.cache, jnp.nan, query)
+        return query, keys.astype(key.dtype), values.astype(value.dtype), mask[None, None]
 
     def __repr__(self) -> str:
+        def shown(*names: str) -> list[str]:
+            values = {n: getattr(self, n) for n in names}
+            return [n if v is True else f"{n}={v}" for n, v in values.items() if v]
+
         options = [
             f"{self.units or None}",
             f"heads={self.num_heads}",
             *([f"kv_heads={self.num_kv_heads}"] if self.num_kv_heads else []),
-            *(name for name in ("causal", "rotary") if getattr(self, name)),
-            *([f"cache={self.cache}"] if self.cache else []),
+            *shown("head_size", "causal", "window", "rotary", "qk_norm", "softcap", "dropout", "cache"),
         ]
         return f"MultiHeadAttention({', '.join(options)})"

@@ -174,6 +174,15 @@ class Dense(Layer):
         return f"Dense({self.in_units or None} -> {self.units}, {last})"
 
 
+def _as_index(x: Any) -> Any:
+    """Returns integers in a type that jax indexes with correctly: a narrow one wraps around."""
+    if x.dtype.itemsize < 4:
+        return jnp.asarray(x).astype(jnp.int32)
+    if isinstance(x, np.ndarray) and x.dtype.itemsize > 4:  # jax makes them 32 bits, unless x64 is on
+        return x.clip(0 if x.dtype.kind == "u" else -(2**31), 2**31 - 1)
+    return x
+
+
 class Embedding(Layer):
     """Looks up rows of a table by index. The parameter ``weight`` is (input_dim, output_dim).
 
@@ -184,8 +193,8 @@ class Embedding(Layer):
       weight_initializer: U[-0.07, 0.07] if None.
 
     Returns:
-      When called with integers of any shape: (*shape, output_dim). Negative indices count from the
-      end. Indices out of range give NaN, as compiled code cannot raise.
+      When called with integers of any shape and type: (*shape, output_dim). Indices from -input_dim to
+      -1 count from the end. Indices out of range give NaN, as compiled code cannot raise.
 
     Example:
       >>> net = Embedding(10, 4)
@@ -208,6 +217,7 @@ class Embedding(Layer):
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
+        x = _as_index(x)
         return jnp.take(p.param("weight", shape, self.weight_initializer, self.dtype), x, axis=0)
 
     def __repr__(self) -> str:

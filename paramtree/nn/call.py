@@ -1,14 +1,16 @@
 """Calling a layer: it takes any form of a scope, and tells the run of that scope."""
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from paramtree.core.errors import suggest
 from paramtree.core.tree import ParamTree
 from paramtree.model.run import INFERENCE, Run
 from paramtree.model.scope import NOTHING, not_a_child, run_of, scope_of
 
-__all__ = ["called"]
+__all__ = ["called", "dealt", "keywords_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +40,48 @@ def called(method: F) -> F:
 
 def _is_scope(value: Any) -> bool:
     return isinstance(value, ParamTree) or hasattr(value, "__scope__")
+
+
+def keywords_of(*models: Any) -> frozenset[str] | None:
+    """Returns the names of the arguments that layers or models take besides p and x; None for any."""
+    found = [_keywords(model) for model in models]
+    return None if None in found else frozenset[str]().union(*found)
+
+
+def _keywords(model: Any) -> Any:
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return None
+    first = [q for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)][:2]
+    named = [q for q in parameters if q.kind in (q.POSITIONAL_OR_KEYWORD, q.KEYWORD_ONLY)]
+    own = frozenset(q.name for q in named if q not in first)
+    if not any(q.kind is q.VAR_KEYWORD for q in parameters):
+        return own
+    inner = model._inner_keywords() if hasattr(model, "_inner_keywords") else None
+    return None if inner is None else own | inner
+
+
+def dealt(owner: Any, models: Sequence[Any], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns, for each layer that another is made of, those of the keyword arguments that it takes.
+
+    Raises:
+      TypeError: none takes one of them.
+    """
+    if not kwargs:
+        return [kwargs] * len(models)
+    taken = [keywords_of(model) for model in models]
+    for name in kwargs:
+        if not any(names is None or name in names for names in taken):
+            known = sorted(frozenset[str]().union(*(names for names in taken if names)))
+            raise TypeError(
+                f"{type(owner).__name__}: no layer in it takes the keyword argument {name!r}."
+                f"{suggest(name, known)} They take {', '.join(known) or 'none'}."
+            )
+    return [
+        {name: value for name, value in kwargs.items() if names is None or name in names}
+        for names in taken
+    ]
 
 
 class _Without(Run):

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from paramtree.model.scope import child, run_of
+from paramtree.nn.call import dealt
 from paramtree.nn.layer import Layer, Sequential
 
 __all__ = ["Parallel", "Residual"]
@@ -15,9 +16,10 @@ class Residual(Sequential):
     """Applies layers one after another and adds their output to their input.
 
     He et al., "Deep residual learning for image recognition", 2016. Children are named as in a
-    ``Sequential``.
+    ``Sequential``, and get keyword arguments as there.
 
     Raises:
+      TypeError: as for ``Sequential``.
       ValueError: when called: the output and the input have different shapes.
 
     Example:
@@ -34,8 +36,8 @@ class Residual(Sequential):
     ) -> None:
         super().__init__(*layers, **named)  # inherited anyway, but type checkers do not know
 
-    def __call__(self, p: Any, x: Any) -> Any:
-        y = super().__call__(p, x)
+    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
+        y = super().__call__(p, x, **kwargs)
         if y.shape != x.shape:
             raise ValueError(
                 f"Residual adds its layers' output to their input, but found shapes {y.shape} and "
@@ -50,7 +52,8 @@ class Residual(Sequential):
 class Parallel(Sequential):
     """Applies layers to the same input and concatenates their outputs along an axis.
 
-    Gluon's ``Concurrent``. Children are named as in a ``Sequential``.
+    Gluon's ``Concurrent``. Children are named as in a ``Sequential``, and get keyword arguments as
+    there.
 
     Args:
       *layers: layers, or functions of x.
@@ -77,11 +80,11 @@ class Parallel(Sequential):
         super().__init__(*layers, **named)
         object.__setattr__(self, "axis", axis)
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
         if self.shared:
             run_of(p).tie(p, dict(self.shared))
-        pairs = zip(self.names, self.layers, strict=True)
-        outputs = tuple(layer(child(p, name), x) for name, layer in pairs)
+        own = zip(self.names, self.layers, dealt(self, self.layers, kwargs), strict=True)
+        outputs = tuple(layer(child(p, name), x, **keywords) for name, layer, keywords in own)
         return outputs if self.axis is None else jnp.concatenate(outputs, self.axis)
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.model.scope import level_of, run_of
+from paramtree.nn.call import dealt, keywords_of
 from paramtree.nn.layer import Layer, as_layer
 
 __all__ = ["Repeat", "Vmap"]
@@ -57,7 +58,10 @@ class _Copies(Layer):
             )
         return False
 
-    def _body(self, p: Any) -> tuple[Callable[..., Any], Any]:
+    def _inner_keywords(self) -> frozenset[str] | None:
+        return keywords_of(self.block)
+
+    def _body(self, p: Any, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
         """Returns a function that calls one copy, and its arguments, stacked: the leaves and keys.
 
         The function returns the output, and what the run takes from the copy.
@@ -69,7 +73,7 @@ class _Copies(Layer):
         def body(leaves_and_part: Any, *inputs: Any) -> tuple[Any, Any]:
             leaves, part = leaves_and_part
             inner = run.inside(unflatten(copy, leaves, place_of(p)), part)
-            y, own = self.block(inner, *inputs), run_of(inner)
+            y, own = self.block(inner, *inputs, **kwargs), run_of(inner)
             return y, (own.results(inner), own.outputs(inner))
 
         return body, (leaves, run.split(p, self.n))
@@ -86,7 +90,8 @@ class Repeat(_Copies):
     layer named ``i`` would start from.
 
     Args:
-      block: a layer, or a model ``f(p, x, *args)`` whose output has the shape and dtype of ``x``.
+      block: a layer, or a model ``f(p, x, *args, **kwargs)`` whose output has the shape and dtype of
+        ``x``.
       n: the number of copies.
       remat: whether the backward pass recomputes each copy instead of storing its intermediates; or a
         policy from ``jax.checkpoint_policies`` that selects what to store.
@@ -94,11 +99,13 @@ class Repeat(_Copies):
         of its own, such as the rate of its drop path; None gives all copies the same.
 
     Returns:
-      When called with ``(p, x, *args)``: the output of the last copy.
+      When called with ``(p, x, *args, **kwargs)``: the output of the last copy. All copies get the same
+      keyword arguments.
 
     Raises:
       ValueError: ``n`` is not a positive integer.
-      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope.
+      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope, or ``block`` does not
+        take a keyword argument.
       MismatchError: when called: the block changes the shape or dtype of its input, a leaf has no
         leading axis of size ``n``, or an argument has another number of entries.
 
@@ -116,18 +123,19 @@ class Repeat(_Copies):
     remat: bool | Callable[..., Any] = False
     in_axes: int | tuple[int | None, ...] | None = None
 
-    def __call__(self, p: Any, x: Any, *args: Any) -> Any:
+    def __call__(self, p: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = run_of(p)
+        dealt(self, [self.block], kwargs)
         shared, own = self._divided(args)
         if run.recording:
             p, entry = run.repeated(p, self.n), jax.tree.map(lambda arg: arg[0], own)
-            return self._checked(x, self.block(p, x, *_together(shared, entry)))
+            return self._checked(x, self.block(p, x, *_together(shared, entry), **kwargs))
         if self._is_unstacked(p):
             for i in range(self.n):
                 entry = jax.tree.map(lambda arg, i=i: arg[i], own)
-                x = self.block(p[str(i)], x, *_together(shared, entry))
+                x = self.block(p[str(i)], x, *_together(shared, entry), **kwargs)
             return x
-        body, stacked = self._body(p)
+        body, stacked = self._body(p, kwargs)
 
         def step(x: Any, entry: Any) -> tuple[Any, Any]:
             y, results = body(entry[0], x, *_together(shared, entry[1]))
@@ -181,17 +189,19 @@ class Vmap(_Copies):
     layer named ``i`` would start from: a mixture of experts, or an ensemble.
 
     Args:
-      block: a layer, or a model ``f(p, *inputs)``.
+      block: a layer, or a model ``f(p, *inputs, **kwargs)``.
       n: the number of copies.
       in_axes: the axis of each input to map over, as in ``jax.vmap``; None gives all copies the same.
       out_axes: where the copies go in the output, as in ``jax.vmap``.
 
     Returns:
-      When called with ``(p, *inputs)``: the outputs of all copies, stacked along ``out_axes``.
+      When called with ``(p, *inputs, **kwargs)``: the outputs of all copies, stacked along
+      ``out_axes``. All copies get the same keyword arguments.
 
     Raises:
       ValueError: ``n`` is not a positive integer, or when called: an input has another size.
-      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope.
+      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope, or ``block`` does not
+        take a keyword argument.
       MismatchError: when called: a leaf has no leading axis of size ``n``.
 
     Example:
@@ -214,20 +224,25 @@ class Vmap(_Copies):
             if isinstance(axes := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(axes))
 
-    def __call__(self, p: Any, *inputs: Any) -> Any:
+    def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
         run = run_of(p)
+        dealt(self, [self.block], kwargs)
         if run.recording:
             p = run.repeated(p, self.n)
-            return self._mapped(lambda _, *inputs: (self.block(p, *inputs), None), None, inputs)[0]
+
+            def one(_: Any, *inputs: Any) -> Any:
+                return self.block(p, *inputs, **kwargs), None
+
+            return self._mapped(one, None, inputs)[0]
         if self._is_unstacked(p):
             rows = jax.vmap(lambda *row: row, self.in_axes, axis_size=self.n)(*inputs) if inputs else ()
             outputs = [
-                self.block(p[str(i)], *jax.tree.map(lambda row, i=i: row[i], rows))
+                self.block(p[str(i)], *jax.tree.map(lambda row, i=i: row[i], rows), **kwargs)
                 for i in range(self.n)
             ]
             stacked = jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
             return jax.vmap(lambda y: y, out_axes=self.out_axes, axis_size=self.n)(stacked)
-        body, stacked = self._body(p)
+        body, stacked = self._body(p, kwargs)
         y, results = self._mapped(body, stacked, inputs)
         run.absorb(p, results[0])
         run.collect(results[1])

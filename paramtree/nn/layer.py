@@ -20,7 +20,7 @@ from paramtree.core.rules import Rules
 from paramtree.core.tree import ParamTree
 from paramtree.model.init import init
 from paramtree.model.scope import child, run_of
-from paramtree.nn.call import called
+from paramtree.nn.call import called, dealt, keywords_of
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -227,8 +227,12 @@ class Sequential(Layer):
       *layers: layers, or functions of x.
       **named: layers under names of your choice; they follow the positional ones.
 
+    Returns:
+      When called with ``(p, x, **kwargs)``: the last output. Each child gets those keyword arguments
+      that its ``__call__`` names, such as ``mask``.
+
     Raises:
-      TypeError: a child is not callable.
+      TypeError: a child is not callable, or when called: no child takes a keyword argument.
       ValueError: two children have the same name, or a name is empty or contains "/".
 
     Example:
@@ -272,12 +276,16 @@ class Sequential(Layer):
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "shared", tuple(_shared(self, "", {})))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
         if self.shared:
             run_of(p).tie(p, dict(self.shared))
-        for name, layer in zip(self.names, self.layers, strict=True):
-            x = layer(child(p, name), x)
+        own = dealt(self, self.layers, kwargs)
+        for name, layer, keywords in zip(self.names, self.layers, own, strict=True):
+            x = layer(child(p, name), x, **keywords)
         return x
+
+    def _inner_keywords(self) -> frozenset[str] | None:
+        return keywords_of(*self.layers)
 
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, slice):

@@ -6,27 +6,18 @@ Their rows are the gates in sequence, as in PyTorch and cuDNN.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers import Initializer
 from paramtree.nn.basic import Dropout, as_activation, check_integers
-from paramtree.nn.layer import Layer
+from paramtree.nn.cells import Recurrent, State, Step, gru, lstm, simple
 
 __all__ = ["GRU", "LSTM", "RNN"]
-
-State = tuple[jax.Array, ...]  # h, and c in an LSTM
-_PARAMETERS = ("i2h_weight", "h2h_weight", "i2h_bias", "h2h_bias")
-Step = Callable[[Any, Any, State], State]  # from i2h(x), h2h(h) and the old state to the new state
-
-
-@functools.lru_cache
-def _simple(activation: Callable[..., Any]) -> Step:
-    return lambda i2h, h2h, state: (activation(i2h + h2h),)
 
 
 # Jitted because an eager scan compiles on every call. Its static arguments hold no layer, so all layers
@@ -54,35 +45,19 @@ def _run(
     return y, final
 
 
-class _Recurrent(Layer):
-    """Base of recurrent layers. Subclasses declare the fields, each in Gluon's order, and ``_step``."""
+class _Sequence(Recurrent):
+    """Base of recurrent layers over sequences."""
 
-    _gates: ClassVar[int] = 1  # the rows of each weight, in units of hidden_size
-    _states: ClassVar[tuple[str, ...]] = ("h",)
+    _state_axes: ClassVar[str] = "layers * directions, batch, hidden_size"
 
     def __post_init__(self: Any) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        check_integers(self, 0, "hidden_size", "input_size", "num_layers")
-        if not self.num_layers:
-            raise ValueError(f"{name}: num_layers must be positive, but found 0.")
+        check_integers(self, 1, "num_layers")
         if self.layout not in ("TNC", "NTC"):
             raise ValueError(f"{name}: layout must be 'TNC' or 'NTC', but found {self.layout!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{name}: dropout must be in [0, 1), but found {self.dropout!r}.")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        for name in _PARAMETERS:
-            initializer = getattr(self, f"{name}_initializer")
-            object.__setattr__(self, f"{name}_initializer", get(initializer or Uniform()))
-
-    def begin_state(self: Any, batch_size: int, dtype: Any = None) -> list[jax.Array]:
-        """Returns a state of zeros: a list of h, and c for an LSTM, as in Gluon.
-
-        Args:
-          batch_size: the number of sequences.
-          dtype: the layer's dtype if None.
-        """
-        shape = self._rows(), batch_size, self.hidden_size
-        return [jnp.zeros(shape, dtype or self.dtype) for _ in self._states]
 
     def __call__(self: Any, p: Any, x: Any, state: Any = None, *, lengths: Any = None) -> Any:
         self._check(x)
@@ -116,53 +91,8 @@ class _Recurrent(Layer):
         new = [jnp.stack(rows) for rows in zip(*finals, strict=True)]
         return y, jax.tree.unflatten(jax.tree.structure(state), new)
 
-    def _rows(self: Any) -> int:
-        return self.num_layers * (2 if self.bidirectional else 1)
-
-    def _weights(self: Any, p: Any, prefix: str, size: int) -> list[Any]:
-        rows = self._gates * self.hidden_size
-        shapes = (rows, size), (rows, self.hidden_size), (rows,), (rows,)
-        return [
-            p.param(f"{prefix}{name}", shape, getattr(self, f"{name}_initializer"), self.dtype)
-            for name, shape in zip(_PARAMETERS, shapes, strict=True)
-        ]
-
-    def _check(self: Any, x: Any) -> None:
-        if x.ndim != 3:
-            axes = {"T": "time", "N": "batch", "C": "channels"}
-            raise ValueError(
-                f"{self!r} needs an input ({', '.join(axes[a] for a in self.layout)}), but found shape "
-                f"{x.shape}."
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"{self!r} needs floating-point numbers, but found {x.dtype}: cast the input, or use "
-                "an nn.Embedding for ids."
-            )
-        if self.input_size and x.shape[2] != self.input_size:
-            raise ValueError(f"{self!r} expects inputs of size {self.input_size}, but found {x.shape}.")
-
-    def _arrays(self: Any, state: Any, batch: int, dtype: Any) -> list[Any]:
-        """Returns the arrays of a state, each (layers * directions, batch, hidden_size)."""
-        single = not isinstance(state, list | tuple)
-        arrays = [state] if single else state
-        shape = self._rows(), batch, self.hidden_size
-        shapes = [tuple(jnp.shape(array)) for array in arrays]
-        if shapes != [shape] * len(self._states) or (single and len(self._states) > 1):
-            form = f"[{', '.join(self._states)}]" if len(self._states) > 1 else "an array h"
-            text = f"one array {shapes[0]}" if single else f"{len(shapes)}: {shapes}"
-            raise ValueError(
-                f"{self!r} needs a state {form} of shape {shape} (layers * directions, batch, "
-                f"hidden_size), but found {text}. begin_state({batch}) returns zeros."
-            )
-        arrays = [jnp.asarray(array) for array in arrays]
-        for name, array in zip(self._states, arrays, strict=True):
-            if array.dtype != dtype:
-                raise TypeError(
-                    f"{self!r} computes in {dtype}, but the state {name} is {array.dtype}: cast it, or "
-                    f"start from begin_state({batch}, '{dtype}')."
-                )
-        return arrays
+    def _state_shape(self: Any, batch: int) -> tuple[int, ...]:
+        return self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size
 
     def _valid(self: Any, lengths: Any, time: int, batch: int) -> Any:
         """Returns the mask of valid steps, (time, batch, 1)."""
@@ -186,7 +116,7 @@ class _Recurrent(Layer):
         return f"{type(self).__name__}({', '.join(settings)})"
 
 
-class RNN(_Recurrent):
+class RNN(_Sequence):
     """A simple recurrent network of one or more layers: ``h' = activation(i2h(x) + h2h(h))``.
 
     ``i2h(x) = i2h_weight @ x + i2h_bias``, and likewise for h. i2h_weight is (hidden_size, in),
@@ -247,10 +177,10 @@ class RNN(_Recurrent):
 
     @property
     def _step(self) -> Step:
-        return _simple(as_activation(self.activation))
+        return simple(as_activation(self.activation))
 
 
-class _Gated(_Recurrent):
+class _Gated(_Sequence):
     hidden_size: int
     num_layers: int = 1
     layout: str = "TNC"
@@ -288,11 +218,7 @@ class LSTM(_Gated):
     _gates: ClassVar[int] = 4
     _states: ClassVar[tuple[str, ...]] = ("h", "c")
 
-    @staticmethod
-    def _step(i2h: Any, h2h: Any, state: State) -> State:
-        i, f, g, o = jnp.split(i2h + h2h, 4, -1)
-        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-        return jax.nn.sigmoid(o) * jnp.tanh(c), c
+    _step = staticmethod(lstm)
 
 
 class GRU(_Gated):
@@ -316,10 +242,4 @@ class GRU(_Gated):
 
     _gates: ClassVar[int] = 3
 
-    @staticmethod
-    def _step(i2h: Any, h2h: Any, state: State) -> State:
-        i2h_r, i2h_z, i2h_n = jnp.split(i2h, 3, -1)
-        h2h_r, h2h_z, h2h_n = jnp.split(h2h, 3, -1)
-        r, z = jax.nn.sigmoid(i2h_r + h2h_r), jax.nn.sigmoid(i2h_z + h2h_z)
-        n = jnp.tanh(i2h_n + r * h2h_n)
-        return ((1 - z) * n + z * state[0],)
+    _step = staticmethod(gru)

@@ -425,7 +425,7 @@ def test_layers_stay_plain_dataclasses() -> None:
 def test_scopes_and_inputs_may_be_keywords() -> None:
     def net(p: Any, x: Any, mask: Any, layer: int) -> Any:
         assert layer == 3
-        x = nn.MultiHeadAttention(2)(p=p.attend, x=x, mask=mask)
+        x = nn.MultiHeadAttention(2)(p=p.attend, x=x, padding_mask=mask)
         y, (h, c) = nn.LSTM(4, layout="NTC")(p.lstm, x, nn.LSTM(4).begin_state(2))
         return {"y": y, "h": h}, "text", None, c
 
@@ -571,7 +571,7 @@ def test_repeated_blocks_show_their_rows_stacked_and_unstacked() -> None:
 
 
 def attention(p: Any, x: Any, mask: Any) -> Any:
-    y = nn.MultiHeadAttention(2, causal=True)(p.attend, x, mask=mask)
+    y = nn.MultiHeadAttention(2, causal=True)(p.attend, x, padding_mask=mask)
     return nn.LayerNorm()(p.norm, x + nn.Dense(8, activation="gelu", flatten=False)(p.mlp, y))
 
 

@@ -9,7 +9,7 @@ import inspect
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ __all__ = ["quick_compilation"]  # an autouse fixture
 
 
 class Row(NamedTuple):
-    """A factory of a layer, and its inputs. Integer inputs are below 5."""
+    """A factory of a layer, and its inputs, each any pytree. Integer inputs are below 5."""
 
     make: Callable[[], nn.Layer]
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    inputs: tuple[Any, ...]
 
 
 def of(*shape, dtype="float32"):
@@ -85,6 +85,9 @@ TABLE = {
     "LSTM two layers": Row(lambda: nn.LSTM(3, 2, dropout=0.5), (of(3, 2, 5),)),
     "GRU": Row(lambda: nn.GRU(3), (of(4, 2, 5),)),
     "GRU bidirectional": Row(lambda: nn.GRU(2, bidirectional=True), (of(3, 2, 4),)),
+    "RNNCell": Row(lambda: nn.RNNCell(3), (of(2, 5), of(2, 3))),
+    "LSTMCell": Row(lambda: nn.LSTMCell(3, input_size=5), (of(2, 5), (of(2, 3), of(2, 3)))),
+    "GRUCell": Row(lambda: nn.GRUCell(3), (of(2, 5), [of(2, 3)])),
     "Conv1D": Row(lambda: nn.Conv1D(3, 2, 2), (of(2, 5, 2),)),
     "Conv2D": Row(lambda: nn.Conv2D(3, 2, padding=1, activation="tanh"), (of(2, 3, 3, 2),)),
     "Conv2D of channels first": Row(
@@ -122,6 +125,15 @@ TABLE = {
     "GlobalAvgPool3D": Row(nn.GlobalAvgPool3D, (of(1, 2, 2, 3, 2),)),
     "Bilinear": Row(lambda: nn.Bilinear(2), (of(1, 3, 2, 2),)),
     "Bilinear of channels first": Row(lambda: nn.Bilinear((1, 3), "NCHW"), (of(1, 2, 3, 2),)),
+    "Upsample": Row(lambda: nn.Upsample((2, 1)), (of(1, 2, 3, 2),)),
+    "Upsample bilinear": Row(lambda: nn.Upsample(2, "bilinear", "NCHW"), (of(1, 2, 3, 2),)),
+    "DropPath": Row(lambda: nn.DropPath(0.5), (of(4, 2, 3),)),
+    "LayerScale": Row(lambda: nn.LayerScale(0.5), (of(2, 3, 5),)),
+    "GatedMLP": Row(lambda: nn.GatedMLP(6), (of(2, 3, 4),)),
+    "GatedMLP with biases": Row(lambda: nn.GatedMLP(6, "gelu", True), (of(2, 4),)),
+    "LearnedPositions": Row(lambda: nn.LearnedPositions(5), (of(2, 3, 4),)),
+    "SinusoidalPositions": Row(nn.SinusoidalPositions, (of(2, 3, 5),)),
+    "ClassToken": Row(nn.ClassToken, (of(2, 3, 4),)),
     "LeakyReLU": Row(lambda: nn.LeakyReLU(0.1), (of(2, 5),)),
     "PReLU": Row(nn.PReLU, (of(2, 5),)),
     "PReLU of each channel": Row(lambda: nn.PReLU("ones", 3, axis=1), (of(4, 3, 5),)),
@@ -174,15 +186,20 @@ def ones(*shape):
 def arrays(inputs, seed=0, batch=()):
     """Returns random inputs, optionally with additional leading axes."""
     rng = np.random.default_rng(seed)
-    return tuple(
-        jnp.asarray(
+    return jax.tree.map(
+        lambda s: jnp.asarray(
             rng.integers(5, size=batch + s.shape)
             if jnp.issubdtype(s.dtype, jnp.integer)
             else rng.normal(size=batch + s.shape),
             s.dtype,
-        )
-        for s in inputs
+        ),
+        inputs,
     )
+
+
+def entry(inputs, i):
+    """Returns entry i along the first axis of inputs."""
+    return jax.tree.map(lambda x: np.asarray(x)[i], inputs)
 
 
 @functools.cache
@@ -317,7 +334,7 @@ def test_vmap_equals_a_loop(row):
     layer, params, _ = setup(row)
     inputs = arrays(TABLE[row].inputs, seed=1, batch=(3,))
     mapped = jax.jit(jax.vmap(lambda *x: layer(params, *x)))(*inputs)
-    loop = [layer(params, *(np.asarray(x)[i] for x in inputs)) for i in range(3)]
+    loop = [layer(params, *entry(inputs, i)) for i in range(3)]
     close(mapped, jax.tree.map(lambda *y: np.stack(y), *loop))
 
 
@@ -330,7 +347,8 @@ def test_vmap_over_parameters(row):
     other = jax.tree.map(lambda w: w + 1, params)
     both = jax.tree.map(lambda *w: np.stack(w), params, other)
     y = jax.jit(jax.vmap(lambda p: layer(p, *inputs)))(both)
-    close(y, np.stack([layer(params, *inputs), layer(other, *inputs)]))
+    each = [layer(params, *inputs), layer(other, *inputs)]
+    close(y, jax.tree.map(lambda *y: np.stack(y), *each))
 
 
 @rows
@@ -339,7 +357,7 @@ def test_scan_equals_a_loop(row):
     inputs = arrays(TABLE[row].inputs, seed=2, batch=(3,))
     scanned = jax.lax.scan(lambda c, x: (c, layer(c, *x)), params, inputs)
     assert same(scanned[0], params)
-    loop = [layer(params, *(np.asarray(x)[i] for x in inputs)) for i in range(3)]
+    loop = [layer(params, *entry(inputs, i)) for i in range(3)]
     close(scanned[1], jax.tree.map(lambda *y: np.stack(y), *loop))
 
 
@@ -401,7 +419,7 @@ def test_no_tracer_leaks(row, key):
         jax.eval_shape(lambda p, *x: layer(p, *x), params, *inputs)
         jax.eval_shape(lambda p, *x: remat(p, *x), params, *inputs)
         jax.eval_shape(jax.grad(lambda p, *x: loss(layer, p, *x)), params, *inputs)
-        jax.eval_shape(jax.vmap(lambda *x: layer(params, *x)), *(x[None] for x in inputs))
+        jax.eval_shape(jax.vmap(lambda *x: layer(params, *x)), *jax.tree.map(lambda x: x[None], inputs))
         jax.eval_shape(lambda p, k, *x: pt.training(layer)(p, *x, key=k), params, key, *inputs)
 
 

@@ -512,7 +512,7 @@ def test_a_sequential_trains(key):
     [
         (lambda: nn.LSTM(-1), "LSTM: hidden_size must be a non-negative integer, but found -1"),
         (lambda: nn.GRU(3, num_layers=1.5), "GRU: num_layers must be .* but found 1.5"),
-        (lambda: nn.GRU(3, num_layers=0), "GRU: num_layers must be positive, but found 0"),
+        (lambda: nn.GRU(3, num_layers=0), "GRU: num_layers must be a positive integer, but found 0"),
         (lambda: nn.GRU(3, input_size=None), "GRU: input_size must be .* but found None"),
         (lambda: nn.RNN(3, layout="NCT"), "RNN: layout must be 'TNC' or 'NTC', but found 'NCT'"),
         (lambda: nn.RNN(3, dropout=1), r"RNN: dropout must be in \[0, 1\), but found 1"),

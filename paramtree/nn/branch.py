@@ -1,0 +1,86 @@
+"""Layers that end a residual branch: stochastic depth and a learned scale."""
+
+import math
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+
+from paramtree.initializers import Constant
+from paramtree.nn.basic import Dropout
+from paramtree.nn.layer import Layer
+
+__all__ = ["DropPath", "LayerScale"]
+
+
+class DropPath(Layer):
+    """Under ``pt.training``, zeros random examples and scales up the others; otherwise the identity.
+
+    At the end of a residual branch it is stochastic depth: Huang et al., "Deep networks with stochastic
+    depth", 2016. Examples are the entries of the first axis.
+
+    Args:
+      rate: the probability of zeroing an example, in [0, 1). The others are scaled by 1 / (1 - rate).
+
+    Raises:
+      ValueError: ``rate`` is not in [0, 1); when called: the input is a scalar.
+      ScopeError: when called in training without a key.
+
+    Example:
+      >>> import jax, paramtree as pt
+      >>> net, x = DropPath(0.5), jnp.ones((100, 3))
+      >>> params = net.init(jax.random.key(0), x)
+      >>> y, _ = pt.training(net)(params, x, key=jax.random.key(1))
+      >>> jnp.unique(y, axis=0).tolist(), net(params, x) is x
+      ([[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]], True)
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"DropPath: rate must be in [0, 1), but found {self.rate!r}.")
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        if x.ndim == 0:
+            raise ValueError(f"{self!r} needs a first axis of examples, but found a scalar.")
+        return Dropout(self.rate, axes=tuple(range(1, x.ndim)))(p, x)
+
+
+class LayerScale(Layer):
+    """Multiplies the last axis by the parameter ``gamma``, which starts small.
+
+    Touvron et al., "Going deeper with image transformers", 2021. ``gamma`` is (size,).
+
+    Args:
+      value: what every entry of gamma starts from.
+      dtype: the parameter's dtype.
+
+    Raises:
+      ValueError: ``value`` is not a finite number; when called: the input is a scalar.
+
+    Example:
+      >>> import jax
+      >>> net, x = LayerScale(0.1), jnp.ones((2, 3))
+      >>> params = net.init(jax.random.key(0), x)
+      >>> params, net(params, x)[0]
+      (Parameter gamma (shape=(3,), dtype=float32), Array([0.1, 0.1, 0.1], dtype=float32))
+    """
+
+    value: float = 1e-5
+    dtype: Any = "float32"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
+        if not number or not math.isfinite(self.value):
+            raise ValueError(f"LayerScale: value must be a finite number, but found {self.value!r}.")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        if x.ndim == 0:
+            raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
+        gamma = p.param("gamma", x.shape[-1:], Constant(self.value), self.dtype)
+        return x * jnp.expand_dims(gamma, range(x.ndim - 1))
+
+    def __repr__(self) -> str:
+        return f"LayerScale({self.value})"
