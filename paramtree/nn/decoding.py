@@ -147,10 +147,6 @@ class DecodingModel:
         """Returns the same transform of another model."""
         return DecodingModel(f)
 
-    def over(self, f: Callable[..., Any]) -> "DecodingModel":
-        """Returns the same transform of another model."""
-        return DecodingModel(f)
-
     def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not isinstance(params, ParamTree) and not hasattr(type(params), "__open__"):
             raise TypeError(
