@@ -222,7 +222,7 @@ def _check_apart(out: str, inputs: Sequence[str]) -> None:
             for target in targets:
                 nested = read.is_relative_to(target) or (read.is_dir() and target.is_relative_to(read))
                 same = target.exists() and read.exists() and os.path.samefile(target, read)
-                if nested or (same and read.exists()):
+                if nested or same:
                     raise ParamTreeError(
                         f"{out} was not written: it is or contains the input {part}. Write to another "
                         "file."

@@ -178,9 +178,9 @@ class Captured:
     patterns: tuple[Any, ...]
     inputs: bool
 
-    def over(self, f: Callable[..., Any]) -> "Captured":
-        """Returns the same transform of another model."""
-        return dataclasses.replace(self, f=f)
+    def __over__(self, change: Callable[[Any], Any]) -> "Captured":
+        # The same transform of the model that it is changed to; transforms further in ask for it.
+        return dataclasses.replace(self, f=change(self.f))
 
     def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, ParamTree]:
         seen = _Activations(dict.fromkeys(self.patterns), self.inputs, False, _base(p))
@@ -231,9 +231,8 @@ class Intervened:
     def __init__(self, f: Callable[..., Any], rules: Mapping[Any, Any]) -> None:
         self.f, self.rules = f, dict(rules)
 
-    def over(self, f: Callable[..., Any]) -> "Intervened":
-        """Returns the same transform of another model."""
-        return Intervened(f, self.rules)
+    def __over__(self, change: Callable[[Any], Any]) -> "Intervened":
+        return Intervened(change(self.f), self.rules)
 
     def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
         seen = _Activations(self.rules, False, True, _base(p))

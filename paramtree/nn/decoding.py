@@ -143,9 +143,8 @@ class DecodingModel:
 
     f: Callable[..., Any]
 
-    def over(self, f: Callable[..., Any]) -> "DecodingModel":
-        """Returns the same transform of another model."""
-        return DecodingModel(f)
+    def __over__(self, change: Callable[[Any], Any]) -> "DecodingModel":
+        return DecodingModel(change(self.f))
 
     def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not isinstance(params, ParamTree) and not hasattr(type(params), "__open__"):

@@ -92,7 +92,9 @@ def folded(
                 problem = problems[form] = _problem(one, known if kinds else {})
             if not _applies(pattern, one, paths, problem):
                 continue
-            used |= {j for j, other in enumerate(rules) if j >= i and _applies(other, one, paths, "")}
+            used |= {
+                j for j, other in enumerate(rules) if j >= i and _applies(other, one, paths, problem)
+            }
             if problem:
                 # A level whose leaves the pattern matches, too, may be one of the model's own.
                 if single or not all(_applies(pattern, one, [(*paths[0], n)], problem) for n in known):
@@ -104,7 +106,8 @@ def folded(
                 values[labels] = over_stack(join_parts, one.stack)(one.parts)
                 gone.update(dict.fromkeys(paths, labels))
             break
-    if unused := [pattern for i, pattern in enumerate(rules) if i not in used]:
+    unused = [pattern for i, pattern in enumerate(rules) if i not in used]
+    if unused and not (unfit and all(map(callable, unused))):  # a predicate needs a value
         names = [path for paths in groups.values() for path in paths]
         raise RuleError(f"{verb}: {'; '.join(_no_parameter(pattern, names) for pattern in unused)}.")
     if unfit:

@@ -202,7 +202,8 @@ def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
     # Outside of these transforms the parameters would not be parametrised in what training returns.
     if isinstance(f, TrainingModel):
         return training(reparametrize(f.f, rules))
-    if (over := getattr(f, "over", None)) is not None:
-        around: Callable[..., Any] = over(reparametrize(getattr(f, "f"), rules))  # noqa: B009
+    if hasattr(type(f), "__over__"):
+        kind: Any = type(f)
+        around: Callable[..., Any] = kind.__over__(f, lambda inner: reparametrize(inner, rules))
         return around
     return Reparametrized(f, tuple(rules.items()))

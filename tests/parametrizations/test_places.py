@@ -222,3 +222,30 @@ def test_an_update_in_a_checkpoint_says_what_to_write_and_it_works() -> None:
 def test_a_text_is_no_parametrisation() -> None:
     with pytest.raises(pt.RuleError, match="'.*weight' gives 'x'. Expected a parametrisation"):
         pt.reparametrize(NET, {".*weight": "x"})
+
+
+class Blend(nn.Layer):
+    """A layer with a field that is called as a method of a transform might be."""
+
+    over: nn.Layer
+    f: nn.Layer
+
+    def __call__(self, p: Any, x: Any) -> Any:
+        return self.over(p.over, x) + self.f(p.f, x)
+
+
+def test_a_layer_may_have_any_fields() -> None:
+    net, rules = Blend(nn.Dense(4), nn.Dense(4)), {".*weight": par.WeightNorm()}
+    params = pt.init(net, KEY, X)
+    model = pt.reparametrize(net, rules)
+    np.testing.assert_allclose(model(pt.expand(params, rules), X), net(params, X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_predicate_behind_a_rule_that_a_level_does_not_fit() -> None:
+    rules: Any = {".*": par.Frozen(), lambda name, leaf: leaf.ndim > 1: par.WeightNorm()}
+    params = pt.init(NET, KEY, X)
+    for tree in (pt.expand(params, rules), {"dense0": {"w": jnp.ones((2, 2))}}):
+        expanded = pt.expand(tree, rules) if isinstance(tree, dict) else tree
+        pt.fold(expanded, rules)
+    with pytest.raises(pt.RuleError, match="`dense0_weight` does not fit: Frozen"):
+        pt.fold(params, rules)
