@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from paramtree.core.arrays import dtype_of, join, shape_of
+from paramtree.core.arrays import describe, dtype_of, join, shape_of
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.rules import Pattern, Rules
 from paramtree.core.structure import Structure
@@ -200,7 +200,7 @@ class _Loader:
         """Returns ``like`` with the values of the file."""
         if jax.tree_util.all_leaves([like]) and not is_array_or_number(like):
             expected = "a tree of arrays or shapes, such as pt.abstract(net, x)"
-            raise TypeError(f"like= is {like!r:.80}; expected {expected}.")
+            raise TypeError(f"like= is {describe(like)}; expected {expected}.")
         source, problems = self.source, self.problems
         target = open_tree(like, is_array_or_number)
         structure, leaves = target.structure, target.leaves

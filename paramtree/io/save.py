@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from paramtree.core.arrays import join
+from paramtree.core.arrays import describe, join
 from paramtree.core.errors import MismatchError, ParamTreeError
 from paramtree.core.pytrees import is_array_or_number, open_tree
 from paramtree.core.structure import Structure
@@ -167,7 +167,7 @@ def _check_tree(path: str, tree: Any) -> None:
     if isinstance(tree, ParamTree) or hasattr(type(tree), "__open__"):
         return
     if tree is None or (jax.tree_util.all_leaves([tree]) and not is_array_or_number(tree)):
-        what = f"the layer or function {tree!r:.80}" if callable(tree) else f"{tree!r:.80}"
+        what = f"the layer or function {describe(tree)}" if callable(tree) else describe(tree)
         raise MismatchError(
             f"{path} was not written: expected a tree of arrays, such as the parameters that pt.init "
             f"returns, but found {what}."
@@ -176,7 +176,7 @@ def _check_tree(path: str, tree: Any) -> None:
         if isinstance(leaf, Layer):
             name = jax.tree_util.keystr(where, simple=True, separator="_")
             raise MismatchError(
-                f"{path} was not written: `{name}` is the layer {leaf!r:.80}, not its parameters."
+                f"{path} was not written: `{name}` is the layer {describe(leaf)}, not its parameters."
             )
 
 
