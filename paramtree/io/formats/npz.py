@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from paramtree.core.errors import LoadError
+from paramtree.io.archive import check_members
 from paramtree.io.atomic import replacing
 from paramtree.io.formats.format import Content, Format
 from paramtree.io.source import Source, Stored, check_name, check_shape, fail, read_into, read_layout
@@ -19,7 +20,6 @@ from paramtree.io.wire import NUMBERS, to_host
 __all__ = ["FORMAT"]
 
 _LAYOUT = "paramtree.json"
-_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CHUNK = 2**16  # zipfile copies from a buffer of its own
 _HEADER = 1_000  # bytes; 32 axes need 700, and numpy takes much memory to parse a long one
 
@@ -50,7 +50,7 @@ class Npz(Format):
         try:
             opened = zipfile.ZipFile(file)
             members = opened.infolist()
-            _check_sizes(path, file, members)
+            check_members(path, members, file.seek(0, 2))
             for member in members:
                 if member.filename == _LAYOUT:
                     if member.compress_type != zipfile.ZIP_STORED:
@@ -67,19 +67,6 @@ class Npz(Format):
         except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
             fail(path, "", f"is not a .npz file, or is damaged: {error or type(error).__name__}.")
         return Source(path, self, arrays, read_layout(path, _LAYOUT, text, arrays))
-
-
-def _check_sizes(path: str, file: BufferedReader, members: list[zipfile.ZipInfo]) -> None:
-    """Raises LoadError if members are encrypted, or together larger than the file."""
-    left = file.seek(0, 2)
-    for member in members:
-        if member.compress_type not in _PLAIN or member.flag_bits & 1:
-            fail(path, repr(member.filename), "is encrypted, or compressed with an unsupported method.")
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            fail(path, repr(member.filename), "is not compressed, but its two sizes differ.")
-        left -= member.compress_size
-        if left < 0:
-            fail(path, repr(member.filename), "and the members before it are larger than the file.")
 
 
 def _stored(path: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:

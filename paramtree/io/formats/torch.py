@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paramtree.core.errors import LoadError
+from paramtree.io.archive import check_members
 from paramtree.io.formats.format import Format
 from paramtree.io.formats.pickled import Entries, Global, Inert, Window, read_pickle
 from paramtree.io.formats.storages import Place, Storages, sizes_of
@@ -28,7 +29,6 @@ from paramtree.io.source import Source, Stored, check_array, check_name, fail, s
 __all__ = ["FORMAT"]
 
 _ZIP = (b"PK\3\4", b"PK\5\6")
-_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _PICKLE = "data.pkl"  # the member of a zip file
 _PICKLED = re.compile(rb"\x80[\x02-\x05]|L119547037146038801333356L\n|\([dl]p|[]}]q\0|ccollections\n")
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files before torch 1.6
@@ -105,17 +105,9 @@ def _has_pickle(path: str, head: bytes) -> bool:
 def _zipped(path: str, file: BufferedReader) -> tuple[Any, Storages]:
     """Opens a zip file: a member with the pickle, and one for each storage."""
     archive = zipfile.ZipFile(file)
-    size, members = file.seek(0, os.SEEK_END), {}
-    left = size
-    for member in archive.infolist():
-        if member.compress_type not in _PLAIN or member.flag_bits & 1:
-            fail(path, repr(member.filename), "is encrypted, or compressed with an unsupported method.")
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            fail(path, repr(member.filename), "is not compressed, but its two sizes differ.")
-        left -= member.compress_size
-        if left < 0:
-            fail(path, repr(member.filename), "and the members before it are larger than the file.")
-        members[member.filename] = member
+    size = file.seek(0, os.SEEK_END)
+    check_members(path, archive.infolist(), size)
+    members = {member.filename: member for member in archive.infolist()}
     main = next(filter(_is_pickle, members), None)
     if main is None:
         fail(path, "", f"is a zip file without {_PICKLE}, which torch.save writes.")
