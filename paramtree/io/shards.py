@@ -115,37 +115,40 @@ def forget(path: str) -> None:
     """Deletes the index and the shards that were saved for a path before it became a single file."""
     path = os.path.realpath(path)
     index = path + INDEX
-    if not os.path.exists(index):
+    if not os.path.exists(index) and not _shards(path):
         return
-    with (
-        locked(os.path.dirname(path) or "."),
-        contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError),
-    ):
-        with open(index, encoding="utf-8") as file:
-            own = KEY in json.load(file)["metadata"]
-        if own:
-            os.remove(index)
-            _clean(path, [])
+    with locked(os.path.dirname(path) or "."):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+            with open(index, encoding="utf-8") as file:
+                own = KEY in json.load(file)["metadata"]
+            if own:
+                os.remove(index)
+        _clean(path, [])
 
 
 def _clean(path: str, keep: Sequence[str]) -> None:
     """Deletes shards of earlier saves to a path, and of saves that were killed."""
-    folder, name = os.path.split(path)
-    stem, ending = os.path.splitext(name)
-    form = re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(ending)}")
-    others = os.listdir(folder or ".")
+    folder = os.path.dirname(path)
     named = {*keep}
-    for other in others:  # such as a copy of the index
+    for other in os.listdir(folder or "."):  # such as a copy of the index
         if other.endswith(INDEX):
             with (
                 contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError),
                 open(os.path.join(folder, other), encoding="utf-8") as file,
             ):
                 named.update(map(str, json.load(file)["weight_map"].values()))
-    for other in others:
-        if form.fullmatch(other) and other not in named:
+    for shard in _shards(path):
+        if shard not in named:
             with contextlib.suppress(OSError):
-                os.remove(os.path.join(folder, other))
+                os.remove(os.path.join(folder, shard))
+
+
+def _shards(path: str) -> list[str]:
+    """Returns the names of the files next to a path that are named as its shards are here."""
+    folder, name = os.path.split(path)
+    stem, ending = os.path.splitext(name)
+    form = re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(ending)}")
+    return [other for other in os.listdir(folder or ".") if form.fullmatch(other)]
 
 
 def _groups(arrays: Mapping[str, Any], most: int) -> list[list[str]]:

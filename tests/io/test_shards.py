@@ -188,6 +188,17 @@ def start(file: Path, number: int, count: int) -> Any:
     return process
 
 
+def test_a_single_file_clears_the_shards_of_a_save_that_was_killed(tmp_path: Path) -> None:
+    file, copy = tmp_path / "m.safetensors", tmp_path / "copy.safetensors.index.json"
+    shard = "m-0123abcd-0000{}-of-00002.safetensors"
+    for i in (1, 2):
+        (tmp_path / shard.format(i)).write_bytes(b"part")
+    copy.write_text(json.dumps({"weight_map": {"w": shard.format(2)}}))
+    pt.save(file, {"w": np.ones(2)})
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert names == {file.name, copy.name, shard.format(2)}
+
+
 @pytest.mark.slow
 def test_a_hundred_kills_leave_a_whole_model_every_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
