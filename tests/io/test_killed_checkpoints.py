@@ -85,6 +85,9 @@ def forker() -> Iterator[Callable[[Path, int, float], None]]:
         asked.close()
 
 
+MOST = 500  # kills: on a busy machine, few of a hundred saves get far
+
+
 def hidden(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith(".")]
 
@@ -93,7 +96,9 @@ def test_a_hundred_killed_saves_leave_a_whole_folder_every_time(tmp_path: Path) 
     rng, file, number, interrupted = random.Random(0), tmp_path / "a.orbax", 1, 0
     pt.save(file, generation(number, SIZE))
     with forker() as save_until_killed:
-        for _ in range(100):
+        for kill in range(MOST):
+            if kill >= 100 and interrupted >= 10 and number >= 10:
+                break
             save_until_killed(file, number + 1, rng.uniform(0, 0.15))
             found = whole_generation(file, SIZE)
             assert found >= number
@@ -102,13 +107,15 @@ def test_a_hundred_killed_saves_leave_a_whole_folder_every_time(tmp_path: Path) 
     assert interrupted >= 10 and number >= 10
     pt.save(file, generation(number + 1, SIZE))
     assert hidden(file) == [] and len(os.listdir(file)) == 1
-    print(f"{interrupted} of 100 kills met a save under way; {number} saves were finished")
+    print(f"{interrupted} of {kill} kills met a save under way; {number} saves were finished")
 
 
 def test_a_hundred_killed_runs_leave_whole_checkpoints_every_time(tmp_path: Path) -> None:
     rng, folder, last, interrupted = random.Random(1), tmp_path / "run", 0, 0
     with forker() as save_until_killed:
-        for _ in range(100):
+        for kill in range(MOST):
+            if kill >= 100 and interrupted >= 10 and last >= 10:
+                break
             save_until_killed(folder, last + 1, rng.uniform(0, 0.6))
             reader = pt.Checkpoints(folder, best="loss")
             steps = reader.steps
@@ -122,7 +129,7 @@ def test_a_hundred_killed_runs_leave_whole_checkpoints_every_time(tmp_path: Path
     with pt.Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(last + 1, {"a": np.ones(2)})
     assert hidden(folder) == [] and os.listdir(folder) == [str(last + 1)]
-    print(f"{interrupted} of 100 kills met a save under way; {last} steps were finished")
+    print(f"{interrupted} of {kill} kills met a save under way; {last} steps were finished")
 
 
 def whole_generation_of(tree: pt.ParamTree) -> int:

@@ -139,7 +139,7 @@ def test_all_processes_write_one_checkpoint(tmp_path: Path) -> None:
 def test_a_run_that_loses_a_process_ends_as_one_that_does_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    undisturbed, disturbed = multiprocess.main(["--timeout", "100"])
+    undisturbed, disturbed = multiprocess.main(["--timeout", "400"])
     text = capsys.readouterr().out
     assert undisturbed == disturbed and np.isfinite(undisturbed)
     assert "process 1 is lost after step 10" in text

@@ -4,6 +4,7 @@ The package checks the header. The arrays are then read directly into memory tha
 the package's own reader would map the file and copy from there.
 """
 
+import json
 import math
 import os
 import re
@@ -75,6 +76,7 @@ class Safetensors(Format):
                 serialize_file(specs, new, metadata={"format": "pt", **content.metadata, **layout})
             except SafetensorError as error:  # such as a full disk
                 raise OSError(f"{path} was not written: {error}") from error
+            _sort_metadata(new)
 
     def read(self, path: str, file: BufferedReader) -> Source:
         from safetensors import SafetensorError, safe_open
@@ -107,6 +109,23 @@ class Safetensors(Format):
         layout = read_layout(path, f"the metadata {_KEY!r}", metadata.pop(_KEY, None), arrays)
         # The package sorts by dtype and name.
         return Source(path, self, arrays, layout, metadata=metadata, unordered=True)
+
+
+def _sort_metadata(path: str) -> None:
+    """Sorts the metadata: the package writes it in random order, but equal trees give equal files."""
+    first = b'{"__metadata__":'
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        if not header.startswith(first):
+            return
+        text = header[len(first) :].decode()
+        metadata, end = json.JSONDecoder().raw_decode(text)
+        options: Any = {"separators": (",", ":"), "ensure_ascii": False}
+        ordered = json.dumps(dict(sorted(metadata.items())), **options).encode()
+        if len(ordered) == len(text[:end].encode()):  # or the texts were escaped in another way
+            file.seek(8 + len(first))
+            file.write(ordered)
 
 
 def _packed(path: str, name: str, shape: tuple[int, ...], code: str) -> Stored:
