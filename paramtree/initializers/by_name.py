@@ -1,5 +1,6 @@
 """Initializers that depend on a parameter's name, and ``get``, which looks one up by its own name."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from paramtree.core.errors import ParamTreeError, RuleError
 from paramtree.initializers import values
+from paramtree.initializers.fans import MSRAPrelu, VarianceScaling, Xavier
 from paramtree.initializers.values import Constant, Initializer, Normal, Shape, Zero
 
 
@@ -104,6 +106,18 @@ class _Loaded(Constant):
         return f"Constant(value={self.value!r})"
 
 
+def _scalings() -> dict[str, Callable[[], Initializer]]:
+    """Returns jax's initializers by name, with the axes of weights (out, in, *spatial)."""
+    kinds = {"lecun": (1.0, "fan_in"), "he": (2.0, "fan_in"), "glorot": (1.0, "fan_avg")}
+    kinds |= {"kaiming": kinds["he"], "xavier": kinds["glorot"]}
+    distributions = {"normal": "truncated_normal", "uniform": "uniform"}
+    return {
+        f"{kind}_{name}": functools.partial(VarianceScaling, *settings, distribution)
+        for kind, settings in kinds.items()
+        for name, distribution in distributions.items()
+    }
+
+
 _BY_NAME: dict[str, Callable[[], Initializer]] = {
     "zeros": Zero,
     "ones": values.One,
@@ -111,15 +125,26 @@ _BY_NAME: dict[str, Callable[[], Initializer]] = {
     "normal": Normal,
     "truncnorm": values.TruncNorm,
     "orthogonal": values.Orthogonal,
-    "xavier": values.Xavier,
-    "msraprelu": values.MSRAPrelu,
+    "xavier": Xavier,
+    "msraprelu": MSRAPrelu,
     "bilinear": values.Bilinear,
     "lstmbias": values.LSTMBias,
+    "truncated_normal": values.TruncNorm,
+    "variance_scaling": VarianceScaling,
+    **_scalings(),
 }
 
 
+def scaling_name(scaling: VarianceScaling) -> str:
+    """Returns the name of a default instance, such as "he_normal", or an empty string."""
+    return next((name for name, make in _scalings().items() if make() == scaling), "")
+
+
 def get(initializer: "Initializer | str") -> Initializer:
-    """Returns an initializer unchanged, or the default instance of one given by its Gluon name.
+    """Returns an initializer unchanged, or the default instance of one given by its name.
+
+    The names are Gluon's and jax's: "he_normal" and so on are for weights (out, in, *spatial), unlike
+    ``jax.nn.initializers.he_normal()``, which is for (in, out).
 
     Raises:
       ValueError: the name is unknown.

@@ -21,6 +21,9 @@ import numpy as np
 from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Path
+from paramtree.initializers.axes import check_rule
+from paramtree.initializers.lift import lift
+from paramtree.initializers.pure import check_pure
 from paramtree.initializers.spec import Spec
 from paramtree.initializers.values import Initializer
 from paramtree.sharding.place import scatter
@@ -58,8 +61,10 @@ def _path_key(key: jax.Array, words: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 2, lambda i, key: jax.random.fold_in(key, words[i]), key)
 
 
-def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Any:
-    value = jnp.asarray(initializer(key, shape, dtype))
+def _compute(
+    initializer: Any, shape: tuple[int, ...], dtype: Any, key: jax.Array, *numbers: Any
+) -> Any:
+    value = jnp.asarray(initializer(key, shape, dtype, *numbers))
     floats = jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
     if value.shape != shape or (value.dtype != dtype and not floats):
         raise MismatchError(
@@ -69,10 +74,12 @@ def _compute(initializer: Initializer, shape: tuple[int, ...], dtype: Any, key: 
     return value.astype(dtype)
 
 
-def _compute_stack(initializer: Initializer, shapes: tuple[Any, Any], dtype: Any, keys: Any) -> Any:
+def _compute_stack(
+    initializer: Any, shapes: tuple[Any, Any], dtype: Any, keys: Any, *numbers: Any
+) -> Any:
     """Returns a stack, (*lead, *single), of an array for each key; ``shapes`` is (lead, single)."""
     lead, single = shapes
-    values = jax.vmap(functools.partial(_compute, initializer, single, dtype))(keys)
+    values = jax.vmap(lambda key: _compute(initializer, single, dtype, key, *numbers))(keys)
     return values.reshape(lead + single)
 
 
@@ -117,6 +124,7 @@ def draw(
     if any(spec.stack for spec in specs):
         return _stacked(paths, specs, key, shardings)
     specs = [_for_name(spec, join(path)) for spec, path in zip(specs, paths, strict=True)]
+    check_pure(paths, specs, key)
     leaves: list[Any] = [None] * len(specs)
     window = _Window()
     groups = list(_alike(specs, shardings))
@@ -142,11 +150,13 @@ def draw(
             elif not _compilable(first.initializer):
                 values = [_held(sharding, *call, _path_key(key, pair)) for pair in words]
             else:
-                compiled = _computing(sharding)
-                values = []
+                compiled, values = _computing(sharding), []
+                function, numbers = (call[0], ()) if traced else lift(*call)
                 for pair in words:
                     window.wait_for(first.shape, first.dtype)
-                    values.append(window.add(compiled(*call, _path_key(key, pair))))
+                    values.append(
+                        window.add(compiled(function, *call[1:], _path_key(key, pair), *numbers))
+                    )
         for i, value in zip(members, values, strict=True):
             leaves[i] = value
     return tuple(leaves)
@@ -176,21 +186,23 @@ def _compile_ahead(
     new = []
     for first in (members[0] for members in groups):
         spec = specs[first]
-        call = spec.initializer, spec.shape, spec.dtype
         if _is_filled(spec, shardings[first]) or not _compilable(spec.initializer):
             continue
-        if mark := _uncompiled(shardings[first], *call):
+        with _naming(paths[first], spec):
+            function, numbers = lift(spec.initializer, spec.shape, spec.dtype)
+        if mark := _uncompiled(shardings[first], function, spec.shape, spec.dtype):
             mark.clear()
-            new.append((first, call))
+            new.append((first, function, numbers))
     if not new or jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # set at run time
         return
     # XLA uses the other cores itself. With more threads here, malloc retains more memory: a tenth of
     # the parameters of a 600 MB model.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(_path_key.lower(key, path_words(())).compile)
-        for first, call in new:
-            with _naming(paths[first], specs[first]):
-                lowered = _computing(shardings[first]).lower(*call, key)
+        for first, function, numbers in new:
+            spec, compiled = specs[first], _computing(shardings[first])
+            with _naming(paths[first], spec):
+                lowered = compiled.lower(function, spec.shape, spec.dtype, key, *numbers)
             thread.submit(lowered.compile)
 
 
@@ -321,11 +333,13 @@ def _sharded_stack(
     traced, first = _traced(key), specs[0]
     if len(list(_alike(specs, [sharding] * len(specs)))) == 1 and _compilable(first.initializer):
         words = np.stack([path_words(path) for path in copies])
-        call = first.initializer, (stack.shape[: len(stack.stack)], first.shape), first.dtype
+        shapes = stack.shape[: len(stack.stack)], first.shape
         keys = _path_keys(key, words)
+        check_pure(copies[:1], specs[:1], key)
         if traced:
-            return _constrain(_compute_stack(*call, keys), sharding)
-        return _sharded(_compute_stack, sharding)(*call, keys)
+            return _constrain(_compute_stack(first.initializer, shapes, first.dtype, keys), sharding)
+        function, numbers = lift(first.initializer, first.shape, first.dtype)
+        return _sharded(_compute_stack, sharding)(function, shapes, first.dtype, keys, *numbers)
     if traced:
         value = jnp.stack(draw(copies, specs, key)).reshape(stack.shape)
         return _constrain(value, sharding)
@@ -341,6 +355,7 @@ def _for_name(spec: Spec, name: str, stack: str = "", index: tuple[int, ...] = (
     """
     while for_name := getattr(spec.initializer, "for_name", None):
         initializer = for_name(name, stack, index) if stack else for_name(name)
+        check_rule(initializer, name, spec.shape)
         spec = dataclasses.replace(spec, initializer=initializer)
     return spec
 

@@ -8,6 +8,7 @@ from paramtree.core.arrays import dtype_of, join, shape_of
 from paramtree.core.errors import MismatchError, RuleError, first_few
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Rules, resolve
+from paramtree.initializers.axes import check_rule
 from paramtree.initializers.by_name import get
 from paramtree.initializers.draw import check_key, draw
 from paramtree.initializers.spec import Spec
@@ -30,7 +31,9 @@ def reinit(tree: T, key: jax.Array, rules: Rules) -> T:
 
     Raises:
       TypeError: ``key`` is not a PRNG key.
-      RuleError: a pattern matches nothing or has no initializer.
+      RuleError: a pattern matches nothing or has no initializer, or gives one of jax's own that takes
+        the axes of weights (out, in, *spatial) for others, as ``lecun_normal()``. ``"lecun_normal"``
+        or ``lecun_normal(in_axis=1, out_axis=0)`` is right.
       MismatchError: a leaf is not an array, or not a stack of the sizes in the structure.
 
     Example:
@@ -76,4 +79,9 @@ def initializers_of(source: Opened, rules: Rules) -> tuple[Any, ...]:
             "(key, shape, dtype) -> Array, such as pt.initializers.Constant(42)."
         )
     values = tuple(get(value) for value in rules.values())
+    for slot, i in enumerate(assigned.rules):
+        shape = shape_of(source.leaves[slot])
+        if i >= 0 and shape is not None:
+            single = shape[len(source.structure.stack_of(slot)) :]
+            check_rule(values[i], join(source.structure.canonical[slot]), single)
     return tuple(None if i < 0 else values[i] for i in assigned.rules)

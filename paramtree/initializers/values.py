@@ -1,8 +1,8 @@
 """Initializers that compute values from a key, a shape and a dtype.
 
-Any function of these three is an initializer, including everything in ``jax.nn.initializers``.
-Weights have shape ``(out, in, *spatial)``: with k the product of the spatial sizes, fan-in is
-``shape[1] * k`` and fan-out is ``shape[0] * k``. Formulas and defaults follow MXNet Gluon.
+Any function of these three is an initializer. It must be pure, and equal for equal arguments: leaves of
+one initializer, shape and dtype share one compiled function, so that random numbers have to come from
+the key. Formulas and defaults follow MXNet Gluon. For initializers that depend on a fan, see ``fans``.
 """
 
 import math
@@ -136,69 +136,6 @@ class TruncNorm:
 
 
 @dataclass(frozen=True)
-class Xavier:
-    """Draws from U[-s, s] or N(0, s²) with s = √(magnitude / factor), where the factor is a fan.
-
-    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
-    2010.
-
-    Args:
-      rnd_type: "uniform" or "gaussian".
-      factor_type: "in" for fan-in, "out" for fan-out, "avg" for their mean.
-      magnitude: 3 gives Glorot's scale.
-
-    Raises:
-      ValueError: a type is unknown; when called: the shape has fewer than two dimensions.
-
-    Example:
-      >>> w = Xavier()(jax.random.key(0), (30, 20), jnp.float32)
-      >>> bool(abs(w).max() <= math.sqrt(3 / 25))
-      True
-    """
-
-    rnd_type: str = "uniform"
-    factor_type: str = "avg"
-    magnitude: float = 3.0
-
-    def __post_init__(self) -> None:
-        _check_choice("rnd_type", self.rnd_type, ("uniform", "gaussian"))
-        _check_choice("factor_type", self.factor_type, ("avg", "in", "out"))
-
-    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        if len(shape) < 2:
-            raise ValueError(
-                f"{self!r} needs a shape (out, in, ...) with at least two dimensions, but found "
-                f"{shape}: use another initializer for vectors such as biases."
-            )
-        if 0 in shape:
-            return jnp.zeros(shape, dtype)  # variance_scaling would divide by a fan of 0
-        # jax draws from U[-s, s] with s = √(3 scale / fan), or normally with variance scale / fan.
-        scale = self.magnitude / 3 if self.rnd_type == "uniform" else self.magnitude
-        kind: Any = self.rnd_type.replace("gaussian", "normal")
-        fan: Any = f"fan_{self.factor_type}"
-        draw = jax.nn.initializers.variance_scaling(scale, fan, kind, in_axis=1, out_axis=0)
-        return draw(key, shape, dtype)
-
-
-@dataclass(frozen=True)
-class MSRAPrelu:
-    """Gaussian ``Xavier`` with magnitude 2 / (1 + slope²), for layers followed by a PReLU.
-
-    He et al., "Delving deep into rectifiers", 2015.
-
-    Example:
-      >>> MSRAPrelu()(jax.random.key(0), (2, 3), jnp.float32).shape
-      (2, 3)
-    """
-
-    factor_type: str = "avg"
-    slope: float = 0.25
-
-    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        return Xavier("gaussian", self.factor_type, 2 / (1 + self.slope**2))(key, shape, dtype)
-
-
-@dataclass(frozen=True)
 class Orthogonal:
     """A matrix (shape[0], prod(shape[1:])) with orthogonal rows or columns of length ``scale``.
 
@@ -219,18 +156,16 @@ class Orthogonal:
     rand_type: str = "uniform"
 
     def __post_init__(self) -> None:
-        _check_choice("rand_type", self.rand_type, ("uniform", "normal"))
+        check_choice("rand_type", self.rand_type, ("uniform", "normal"))
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) < 2:
             raise ValueError(f"{self!r} needs at least two dimensions, but found shape {shape}.")
         matrix = shape[0], math.prod(shape[1:])
-        # Matrix decompositions do not support half precision.
-        wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
         if self.rand_type == "normal":
-            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, wide)
+            flat = jax.nn.initializers.orthogonal(self.scale)(key, matrix, wide(dtype))
         else:
-            base = jax.random.uniform(key, matrix, wide, -1.0, 1.0)
+            base = jax.random.uniform(key, matrix, wide(dtype), -1.0, 1.0)
             left, _, right = jnp.linalg.svd(base, full_matrices=False)
             flat = self.scale * (left if left.shape == matrix else right)
         return flat.reshape(shape).astype(dtype)
@@ -277,6 +212,12 @@ class LSTMBias:
         return jnp.zeros(shape, dtype).at[size : 2 * size].set(self.forget_bias)
 
 
-def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+def wide(dtype: Any) -> Any:
+    """Returns the dtype for matrix decompositions, which do not support half precision."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError if a setting is none of the choices."""
     if value not in choices:
         raise ValueError(f"{setting} must be one of {', '.join(map(repr, choices))}, not {value!r}.")

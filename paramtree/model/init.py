@@ -73,7 +73,8 @@ def init(
 
     Raises:
       TypeError: ``key`` is not a PRNG key.
-      RuleError: a rule matches nothing, or does not give an initializer.
+      RuleError: a rule matches nothing, or does not give an initializer that fits.
+      ValueError: an initializer is not pure: a second call with the same key gives other values.
       MismatchError: the model declares one leaf in two ways, an initializer returns another shape or
         dtype than requested, or the shardings are those of another tree.
 

@@ -9,6 +9,7 @@ from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError
 from paramtree.core.tree import place_of
 from paramtree.initializers import Initializer, Uniform, Zero, get
+from paramtree.initializers.axes import of_weight
 from paramtree.model.scope import child, run_of
 from paramtree.nn.attend import attend, four_axes, window_of
 from paramtree.nn.basic import Dense, check_integers
@@ -137,7 +138,7 @@ class MultiHeadAttention(Layer):
                     "MultiHeadAttention: cache_dtype must be a floating dtype, but found "
                     f"{self.cache_dtype}."
                 )
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
         if size := self.head_size or self.units // self.num_heads:
             self._check_head(size)

@@ -11,6 +11,7 @@ import numpy as np
 
 from paramtree.core.errors import suggest
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers.axes import of_weight
 from paramtree.nn.layer import Layer
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
@@ -149,7 +150,7 @@ class Dense(Layer):
         if self.activation is not None:
             as_activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:
@@ -211,7 +212,7 @@ class Embedding(Layer):
     def __post_init__(self) -> None:
         check_integers(self, 0, "input_dim", "output_dim")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
 
     def __call__(self, p: Any, x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.integer):

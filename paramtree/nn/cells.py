@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.layer import Layer
 
@@ -57,8 +58,9 @@ class Recurrent(Layer):
         check_integers(self, 0, "hidden_size", "input_size")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         for name in _PARAMETERS:
-            initializer = getattr(self, f"{name}_initializer")
-            object.__setattr__(self, f"{name}_initializer", get(initializer or Uniform()))
+            initializer = getattr(self, f"{name}_initializer") or Uniform()
+            checked = of_weight(initializer) if "weight" in name else get(initializer)
+            object.__setattr__(self, f"{name}_initializer", checked)
 
     def begin_state(self: Any, batch_size: int, dtype: Any = None) -> list[jax.Array]:
         """Returns a state of zeros: a list of h, and c for an LSTM, as in Gluon.

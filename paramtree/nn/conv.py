@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
 
@@ -34,7 +35,11 @@ class Convolution(Spatial):
         self._spread("kernel_size", "strides", "dilation")
         self._spread_padding()
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(
+            self,
+            "weight_initializer",
+            of_weight(self.weight_initializer or Uniform(), 2 + len(self.kernel_size)),
+        )
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self: Any, p: Any, x: Any) -> Any:

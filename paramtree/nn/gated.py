@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers.axes import of_weight
 from paramtree.model.scope import child
 from paramtree.nn.basic import Activation, Dense, as_activation, check_integers
 from paramtree.nn.layer import Layer
@@ -55,7 +56,7 @@ class GatedMLP(Layer):
         check_integers(self, 1, "hidden")
         as_activation(self.activation)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
     def __call__(self, p: Any, x: Any) -> Any:

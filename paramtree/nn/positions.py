@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
+from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
 
@@ -56,7 +57,7 @@ class LearnedPositions(Layer):
     def __post_init__(self) -> None:
         check_integers(self, 1, "length")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "weight_initializer", get(self.weight_initializer or Uniform()))
+        object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
 
     def __call__(self, p: Any, x: Any) -> Any:
         _check(self, x)

@@ -31,6 +31,7 @@ TABLE = {
     "Normal": (init.Normal, (4, 3), True),
     "TruncNorm": (init.TruncNorm, (4, 3), True),
     "Xavier": (init.Xavier, (4, 3), True),
+    "VarianceScaling": (init.VarianceScaling, (4, 3), True),
     "Xavier gaussian": (lambda: init.Xavier("gaussian", "in", 2.0), (4, 3), True),
     "MSRAPrelu": (init.MSRAPrelu, (4, 3), True),
     "Orthogonal": (init.Orthogonal, (4, 3), True),

@@ -101,10 +101,10 @@ def test_leaves_that_are_alike_share_one_compiled_function(key: jax.Array) -> No
 
     net = nn.Sequential(*(nn.Dense(4, weight_initializer=counting) for _ in range(30)))
     params = pt.init(net, key, X)
-    assert traces == [(4, 4)]
+    assert traces == [(4, 4)] * 3  # two of them for the check that it is pure
     assert len({float(w[0, 0]) for w in pt.collect(params, ".*weight").values()}) == 30
     jax.jit(lambda k: pt.init(net, k, X)).lower(key)
-    assert len(traces) <= 3
+    assert len(traces) <= 5
 
 
 def test_keys_come_from_64_bits_of_the_delimited_path() -> None:
