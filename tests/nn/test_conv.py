@@ -1,6 +1,8 @@
 """Convolutions, pooling, resizing and activations; test_conv_torch.py compares them with PyTorch's."""
 
+import functools
 import inspect
+import itertools
 import json
 from pathlib import Path
 
@@ -130,6 +132,11 @@ def test_same_padding_is_that_of_jax(kernel, stride):
 # Pooling
 
 
+def test_the_greatest_of_booleans():
+    x = np.array([False, False, True, False, True, True]).reshape(1, 6, 1)
+    assert nn.MaxPool1D(padding=1)(EMPTY, x).ravel().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bfloat16", "float16"])
 def test_the_greatest_of_other_dtypes(dtype):
     x = np.arange(16).reshape(1, 4, 4, 1) - (0 if dtype == "uint8" else 20)
@@ -161,17 +168,78 @@ def test_means_of_integers(layer):
 
 
 @pytest.mark.parametrize("layer", [nn.MaxPool1D(), nn.AvgPool1D(), nn.GlobalMaxPool1D()], ids=repr)
-def test_pooling_shows_nan(layer):
-    x = np.array([0, np.nan, 1, 2], "float32").reshape(1, 4, 1)
-    assert np.isnan(layer(EMPTY, x)[0, 0, 0])
+@pytest.mark.parametrize("pair", [(0, np.nan), (np.nan, 0), (np.nan, np.nan)], ids=str)
+def test_pooling_shows_nan(layer, pair):
+    x = np.array([*pair, 1, 2], "float32").reshape(1, 4, 1)
+    y = layer(EMPTY, x).ravel()
+    assert np.isnan(y[0]) and not np.isnan(y[1:]).any()
 
 
-def test_the_gradient_of_equal_entries():
-    x = ones(1, 4, 1)
-    grad = jax.grad(lambda x: nn.MaxPool1D()(EMPTY, x).sum())(x)
-    assert sorted(grad.ravel().tolist()) == [0, 0, 1, 1]  # one entry per window gets the gradient
-    grad = jax.grad(lambda x: nn.GlobalMaxPool1D()(EMPTY, x).sum())(x)
-    assert grad.ravel().tolist() == [0.25] * 4  # all entries share it
+def windows_of(layer, x):
+    """Returns the positions of the entries of each window, in row-major order, by window."""
+    batch, *sizes, channels = x.shape
+    _, *counts, _ = jax.eval_shape(lambda x: layer(EMPTY, x), x).shape
+    found = {}
+    for place in np.ndindex(batch, *counts, channels):
+        axes = []
+        for i, size in enumerate(sizes):
+            start = place[1 + i] * layer.strides[i] - layer.padding[i][0]
+            axes.append(range(max(start, 0), min(start + layer.pool_size[i], size)))
+        found[place] = [(place[0], *entry, place[-1]) for entry in itertools.product(*axes)]
+    return found
+
+
+MAX_POOLS = [
+    (nn.MaxPool1D(), 5),
+    (nn.MaxPool1D(9), 20),  # by lax.reduce_window
+    (nn.MaxPool1D(9, 1, 4), 12),
+    (nn.MaxPool1D(17, 1), 20),  # by lax.reduce_window
+    (nn.MaxPool2D(), 6, 5),
+    (nn.MaxPool2D(3, 2, 1), 8, 7),
+    (nn.MaxPool2D((2, 3), (3, 1), ((0, 1), (2, 0)), ceil_mode=True), 6, 6),
+    (nn.MaxPool3D(2, (2, 1, 2)), 4, 3, 4),
+]
+
+
+@pytest.mark.parametrize("case", MAX_POOLS, ids=lambda case: repr(case[0]))
+def test_the_first_of_equal_entries_gets_the_gradient(case):
+    layer, *sizes = case
+    x = np.random.default_rng(0).integers(0, 3, (2, *sizes, 2)).astype("float32")  # many are equal
+    y = np.asarray(layer(EMPTY, x))
+    slope = data(*y.shape, seed=1)
+    grad = jax.jit(lambda x, slope: jax.vjp(lambda x: layer(EMPTY, x), x)[1](slope)[0])(x, slope)
+    expected = np.zeros_like(x)
+    for place, entries in windows_of(layer, x).items():
+        first = entries[np.argmax([x[entry] for entry in entries])]
+        assert y[place] == x[first]
+        expected[first] += slope[place]
+    close(grad, expected)
+
+
+def test_maxima_have_derivatives_of_every_kind():
+    layer = nn.MaxPool1D(3, 2, 1)
+    x, tangent = np.random.default_rng(0).integers(0, 3, (2, 8, 2)).astype("float32"), data(2, 8, 2)
+
+    @jax.jit
+    def derivatives(x, tangent):
+        def f(x):
+            return (layer(EMPTY, x) ** 3).sum()
+
+        pool = functools.partial(layer, EMPTY)
+        y, moved = jax.jvp(pool, (x,), (tangent,))
+        (expected,) = jax.vjp(pool, x)[1](6 * y * moved)
+        first = jax.jvp(f, (x,), (tangent,))[1], (jax.grad(f)(x) * tangent).sum()
+        second = jax.jvp(jax.grad(f), (x,), (tangent,))[1], expected
+        mapped = jax.vmap(jax.grad(lambda x: f(x[None])))(x), jax.grad(f)(x)
+        return first, second, mapped
+
+    for found, expected in derivatives(x, tangent):
+        close(found, expected)
+
+
+def test_all_maxima_of_a_global_pool_share_the_gradient():
+    grad = jax.grad(lambda x: nn.GlobalMaxPool1D()(EMPTY, x).sum())(ones(1, 4, 1))
+    assert grad.ravel().tolist() == [0.25] * 4
 
 
 # Resizing

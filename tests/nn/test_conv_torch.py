@@ -122,7 +122,8 @@ def test_max_pooling_agrees_with_torch(case):
     layer = getattr(nn, f"MaxPool{rank}D")(**given)
     pool = getattr(F, f"max_pool{rank}d")
     settings = layer.pool_size, layer.strides, given["padding"]
-    check(layer, lambda x: pool(x, *settings, ceil_mode=layer.ceil_mode), data(*shape))
+    x = np.round(data(*shape))  # many entries are equal, and the first one of them gets the gradient
+    check(layer, lambda x: pool(x, *settings, ceil_mode=layer.ceil_mode), x)
 
 
 @settings(max_examples=20)
