@@ -1,5 +1,6 @@
 """Convolutions, pooling, resizing and activations; test_conv_torch.py compares them with PyTorch's."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -127,6 +128,128 @@ def test_same_padding_is_that_of_jax(kernel, stride):
         x, weight, (stride,), "SAME", dimension_numbers=numbers, transpose_kernel=True
     )
     close(y, expected)
+
+
+MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # PyTorch's names, and numpy's
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("layer", "shape", "pads"),
+    [
+        (nn.Conv1D(2, 3, 2, ((4, 1),), 2), (2, 5, 3), [(4, 1)]),
+        (nn.Conv2D(2, 3, 1, (1, 2), layout="NCHW"), (2, 3, 4, 3), [(1, 1), (2, 2)]),
+        (nn.Conv2D(4, (2, 4), (1, 2), "same", groups=2), (1, 3, 5, 2), [(0, 1), (1, 2)]),
+        (nn.Conv3D(2, (1, 2, 3), padding=(0, 1, 2)), (1, 2, 3, 3, 2), [(0, 0), (1, 1), (2, 2)]),
+        (nn.DepthwiseConv2D(3, 1, 1, depth_multiplier=2), (1, 3, 4, 2), [(1, 1), (1, 1)]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Layer) else "",
+)
+def test_what_a_convolution_pads_with(layer, shape, pads, mode, key):
+    plain = dataclasses.replace(layer, padding=0)  # on what numpy pads
+    layer = dataclasses.replace(layer, padding_mode=mode)
+    x = data(*shape)
+    axis = layer.layout.index("C")
+    widths = [(0, 0), *pads]
+    widths.insert(axis, (0, 0))
+    rows = np.pad(np.arange(x.size).reshape(shape), widths, MODES[mode])
+    params = jax.tree.map(lambda w: data(*w.shape, seed=1), pt.abstract(layer, x))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(layer, params, x):
+        y, back = jax.vjp(layer, params, x)
+        return y, *back(y**2)
+
+    y, grads, grad = run(layer, params, x)
+    expected, other, padded = run(plain, params, x.ravel()[rows])
+    close(y, expected)
+    jax.tree.map(close, grads, other)
+    close(grad, np.bincount(rows.ravel(), np.asarray(padded).ravel(), x.size).reshape(shape))
+
+
+def test_a_convolution_of_size_1_needs_no_padding(key):
+    x = data(1, 3, 3, 2)
+    layer = nn.Conv2D(4, 1, padding_mode="reflect")
+    params = layer.init(key, x)
+    close(layer(params, x), nn.Conv2D(4, 1)(params, x))
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding", "shape", "text"),
+    [
+        (
+            "reflect",
+            3,
+            (1, 3, 5, 1),
+            r"size 3 by 2 at most, .* padding \(3, 3\) for axis 1 of shape \(1, 3,",
+        ),
+        (
+            "reflect",
+            (0, 5),
+            (1, 3, 5, 1),
+            r"size 5 by 4 at most, .* padding \(0, 5\) for axis 2 of shape",
+        ),
+        ("circular", ((0, 4), 0), (1, 3, 5, 1), r"size 3 by 3 at most, .*\(0, 4\), .* axis 1 of shape"),
+        ("reflect", 1, (1, 1, 5, 1), "size 1 by 0 at most, "),
+    ],
+)
+def test_padding_that_the_input_is_too_small_for(mode, padding, shape, text, key):
+    net = nn.Sequential(nn.Conv2D(2, 1), nn.Conv2D(2, 2, 1, padding, padding_mode=mode))
+    with pytest.raises(ValueError, match=f"Conv2D.* of `conv1`: padding_mode='{mode}' .* {text}"):
+        net.init(key, ones(*shape))
+    for advised in ("replicate", "zeros"):
+        nn.Conv2D(2, 2, 1, padding, padding_mode=advised).init(key, ones(*shape))
+    layer = nn.Conv2D(2, 2, 1, padding, padding_mode=mode)
+    layer.init(key, ones(1, 6, 6, 1))
+    with pytest.raises(ValueError, match=rf"padding_mode={mode}\): padding_mode="):  # of no level
+        layer.init(key, ones(*shape))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_a_depthwise_convolution_is_one_of_each_channel(layout):
+    layer = nn.DepthwiseConv2D(2, depth_multiplier=3, layout=layout, activation="tanh")
+    x = data(2, 4, 5, 3) if layout == "NHWC" else data(2, 3, 4, 5)
+    params = pt.from_tree({"weight": data(9, 1, 2, 2), "bias": data(9, seed=1)})
+    assert pt.abstract(layer, x).weight.shape == params.weight.shape
+    axis = layout.index("C")
+    single = nn.Conv2D(3, 2, layout=layout, activation="tanh")
+    each = [
+        single(jax.tree.map(lambda w, i=i: w[3 * i : 3 * i + 3], params), x.take([i], axis))
+        for i in range(3)
+    ]
+    close(layer(params, x), np.concatenate(each, axis))
+    whole = nn.Conv2D(9, 2, groups=3, layout=layout, activation="tanh")
+    one, other = pt.abstract(layer, x), pt.abstract(whole, x)
+    assert jax.tree.structure(one) == jax.tree.structure(
+        other
+    )  # so files of one are those of the other
+    assert jax.tree.leaves(one) == jax.tree.leaves(other)
+    close(whole(params, x), layer(params, x))
+
+
+def test_a_separable_convolution_is_two(key):
+    layer = nn.SeparableConv2D(
+        4, 3, 2, 1, depth_multiplier=2, activation="relu", bias_initializer="normal"
+    )
+    x = data(2, 5, 6, 3)
+    params = layer.init(key, x)
+    assert list(pt.collect(params)) == ["depthwise_weight", "pointwise_weight", "pointwise_bias"]
+    net = nn.Sequential(
+        nn.DepthwiseConv2D(3, 2, 1, depth_multiplier=2, use_bias=False),
+        nn.Conv2D(4, 1, activation="relu"),
+    )
+    other = pt.from_tree({"conv0": params.depthwise, "conv1": params.pointwise})
+    close(layer(params, x), net(other, x))
+    assert np.any(layer(params, x) == 0) and np.any(layer(params, x) != 0)
+
+
+def test_a_depthwise_kernel_is_scaled_by_its_own_inputs(key):
+    x = jax.ShapeDtypeStruct((1, 8, 8, 512), "float32")
+    weight = nn.DepthwiseConv2D(3, weight_initializer="lecun_normal").init(key, x).weight
+    assert abs(np.std(weight) - 1 / 3) < 0.02  # one channel of 3 x 3
+    params = nn.SeparableConv2D(64, 3, weight_initializer="lecun_normal").init(key, x)
+    assert abs(np.std(params.depthwise.weight) - 1 / 3) < 0.02
+    assert abs(np.std(params.pointwise.weight) - 512**-0.5) < 0.002
 
 
 # Pooling
@@ -365,6 +488,18 @@ def test_repr_is_that_of_gluon():
             "bias=False)",
         ),
         (
+            nn.Conv1D(8, 3, padding=1, padding_mode="circular"),
+            "Conv1D(None -> 8, kernel_size=(3,), stride=(1,), padding=(1,), padding_mode=circular)",
+        ),
+        (
+            nn.DepthwiseConv2D(3, in_channels=4, depth_multiplier=2),
+            "DepthwiseConv2D(4 -> 8, kernel_size=(3, 3), stride=(1, 1), depth_multiplier=2)",
+        ),
+        (
+            nn.SeparableConv1D(8, 3, activation="relu"),
+            "SeparableConv1D(None -> 8, kernel_size=(3,), stride=(1,), Activation(relu))",
+        ),
+        (
             nn.AvgPool1D(3, 2, 1, ceil_mode=True, count_include_pad=False),
             "AvgPool1D(size=(3,), stride=(2,), padding=(1,), ceil_mode=True, global_pool=False, "
             "pool_type=avg, layout=NWC, count_include_pad=False)",
@@ -393,10 +528,18 @@ CONV += " weight_initializer bias_initializer in_channels dtype"
 @pytest.mark.parametrize(
     ("names", "arguments"),
     [
-        ("Conv1D Conv2D Conv3D", CONV),
+        ("Conv1D Conv2D Conv3D", CONV + " padding_mode"),
         (
             "Conv1DTranspose Conv2DTranspose Conv3DTranspose",
             CONV.replace("padding", "padding output_padding"),
+        ),
+        (
+            "SeparableConv1D SeparableConv2D SeparableConv3D",
+            CONV.replace("groups", "depth_multiplier") + " padding_mode",
+        ),
+        (
+            "DepthwiseConv1D DepthwiseConv2D DepthwiseConv3D",
+            CONV.replace("channels ", "", 1).replace("groups", "depth_multiplier") + " padding_mode",
         ),
         ("MaxPool1D MaxPool2D MaxPool3D", "pool_size strides padding layout ceil_mode"),
         ("AvgPool1D AvgPool2D", "pool_size strides padding layout ceil_mode count_include_pad"),
@@ -433,6 +576,8 @@ def test_settings_spelled_differently_are_equal():
     [
         (nn.Conv2D(4, 3, 2, 1, groups=2), (2, 3, 4)),
         (nn.Conv2DTranspose(4, 3, 2, 1, 1, groups=2), (8, 10, 4)),
+        (nn.Conv2D(4, 3, padding=2, padding_mode="reflect"), (6, 7, 4)),
+        (nn.SeparableConv2D(4, 3, 1, "same", padding_mode="circular"), (4, 5, 4)),
         (nn.MaxPool2D(2), (2, 2, 2)),
         (nn.AvgPool2D(3, 2, 1), (2, 3, 2)),
         (nn.GlobalMaxPool2D(), (1, 1, 2)),
@@ -453,6 +598,8 @@ def test_an_empty_batch(layer, shape, key):
 def test_a_batch_of_any_size_can_be_exported(key):
     net = nn.Sequential(
         nn.Conv2D(4, 3, padding="same"),
+        nn.SeparableConv2D(3, 3, 1, 2, padding_mode="reflect"),
+        nn.Conv2D(3, 3, padding="valid"),
         nn.AvgPool2D(3, 2, 1, ceil_mode=True),
         nn.MaxPool2D(),
         nn.Conv2DTranspose(3, 2, 2),
@@ -508,6 +655,24 @@ def test_parameters_have_the_layers_dtype(key):
         (lambda: nn.Conv2D(4, 3, groups=2, in_channels=3), "in_channels must .* groups=2, .* found 3"),
         (lambda: nn.Conv2D(3, 3, in_channels=-3), "Conv2D: in_channels must be a non-neg.* found -3"),
         (lambda: nn.Conv2D(3, 3, activation="rleu"), "no activation 'rleu'. Did you mean .*`relu`"),
+        (lambda: nn.Conv2D(3, 3, 1, 1, padding_mode="refelct"), "padding_mode .* mean `reflect`"),
+        (
+            lambda: nn.Conv2D(3, 3, 1, 1, padding_mode=None),
+            "padding_mode must be one of 'zeros', .* None",
+        ),
+        (
+            lambda: nn.Conv2D(3, 3, padding_mode="reflect"),
+            "'reflect' .* padding=0 pads nothing: give a",
+        ),
+        (lambda: nn.Conv1D(3, 2, 1, "valid", padding_mode="circular"), "padding=0 pads nothing"),
+        (
+            lambda: nn.DepthwiseConv2D(3, depth_multiplier=0),
+            "DepthwiseConv2D: depth_multiplier must be",
+        ),
+        (lambda: nn.DepthwiseConv1D((3, 3)), "DepthwiseConv1D: kernel_size must be .* a tuple of 1"),
+        (lambda: nn.SeparableConv2D(0, 3), "SeparableConv2D: channels must be a positive integer"),
+        (lambda: nn.SeparableConv2D(3, 3, 0), "SeparableConv2D: strides must be .* found 0"),
+        (lambda: nn.SeparableConv2D(3, 3, padding_mode="reflect"), "SeparableConv2D: .* pads nothing"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, 0, 2), r"output_padding must be less .* found .*\(2,\)"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, 0, -1), "output_padding must be a non-negative integer"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, "same", 1), "leave out output_padding"),
@@ -544,6 +709,13 @@ def test_invalid_settings(make, text):
         (nn.Conv2D(4, 3), (1, 8, 8, 0), "needs a positive number of channels .* found 0"),
         (nn.Conv2D(4, 3, dilation=2), (1, 8, 4, 1), r"kernel \(5, 5\) is larger .* padding \(0, 0\)"),
         (nn.Conv2D(4, 3, padding=3), (1, 0, 4, 1), "without empty spatial axes, but found"),
+        (nn.DepthwiseConv2D(3), (1, 8, 8, 0), "needs a positive number of channels .* found 0"),
+        (
+            nn.DepthwiseConv2D(3, in_channels=2),
+            (1, 8, 8, 3),
+            "expects 2 channels, but found 3 on axis 3",
+        ),
+        (nn.DepthwiseConv1D(3), (8, 3), r"needs an input \(batch, width, .* x\[None\] adds"),
         (nn.Conv1DTranspose(4, 2, padding=3), (1, 5, 1), r"padding \(3,\) leaves an empty output"),
         (nn.MaxPool1D(4), (1, 3, 1), "windows are larger than an input of shape"),
         (nn.AvgPool2D(), (4, 4, 1), r"needs an input \(batch, .* x\[None\] adds"),
