@@ -166,6 +166,14 @@ TABLE = {
         lambda: nn.Repeat(nn.Sequential(tied(), nn.Dense(5), nn.Dropout(0.5)), 2, remat=True),
         (of(2, 5),),
     ),
+    "Repeat of layers by turns": Row(
+        lambda: nn.Repeat(nn.Sequential(nn.LayerNorm(), nn.RNN(5, layout="NTC")), 2),
+        (of(2, 3, 5),),
+    ),
+    "Repeat with an option by copy": Row(
+        lambda: nn.Repeat(nn.Residual(nn.Dense(5), nn.DropPath(0.0)), 2, by_copy={"rate": (0.0, 0.5)}),
+        (of(4, 5),),
+    ),
     "MultiHeadAttention": Row(lambda: nn.MultiHeadAttention(2), (of(2, 3, 4),)),
     "MultiHeadAttention grouped": Row(
         lambda: nn.MultiHeadAttention(2, 4, 1, causal=True, rotary=True), (of(2, 3, 4),)
