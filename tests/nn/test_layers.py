@@ -157,6 +157,14 @@ TABLE = {
     "Sequential empty": Row(nn.Sequential, (of(2, 5),)),
     "Residual": Row(lambda: nn.Residual(nn.Dense(4, "tanh"), nn.Dense(5)), (of(2, 5),)),
     "Parallel": Row(lambda: nn.Parallel(nn.Dense(4), double), (of(2, 5),)),
+    # In float32, as jit keeps more digits of bfloat16 between operations.
+    "Compute": Row(lambda: nn.Compute(nn.Dense(3, "tanh"), "float32"), (of(2, 5),)),
+    "Compute of a net": Row(
+        lambda: nn.Compute(
+            nn.Sequential(nn.Embedding(5, 4), nn.BatchNorm(), nn.Dropout(0.5)), "float32", ".*gamma"
+        ),
+        (of(3, 4, dtype="int32"),),
+    ),
     "Vmap": Row(lambda: nn.Vmap(nn.Dense(3, "tanh"), 4, in_axes=None), (of(2, 5),)),
     "Vmap with state, dropping": Row(
         lambda: nn.Vmap(nn.Sequential(nn.BatchNorm(), nn.Dropout(0.5)), 3), (of(3, 4, 2),)
