@@ -102,6 +102,14 @@ class MultiHeadAttention(Layer):
       >>> params = net.init(jax.random.key(0), x)
       >>> list(params), net(params, x).shape
       (['query', 'key', 'value', 'out'], (1, 5, 8))
+
+      A memory that is given once, to decode position by position:
+
+      >>> import paramtree as pt
+      >>> net, memory = MultiHeadAttention(2, cache=9), jnp.ones((1, 9, 6))
+      >>> params = net.init(jax.random.key(0), x, memory)
+      >>> y, params = pt.decoding(net)(params, x[:, :1], memory)
+      >>> y, params = pt.decoding(net)(params, x[:, 1:2])
     """
 
     num_heads: int

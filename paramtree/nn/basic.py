@@ -271,6 +271,7 @@ def dropped(x: Any, rate: Any, key: Any, shape: Sequence[int]) -> Any:
     if not isinstance(rate, jax.Array):
         keep = jax.random.bernoulli(key, 1 - rate, tuple(shape))
         return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    rate = rate.astype(jnp.float32) if rate.dtype.itemsize < 4 else rate  # as the mask is drawn in it
     kept = jnp.where((rate >= 0) & (rate < 1), 1 - rate, jnp.nan)
     keep = jax.random.bernoulli(key, kept, tuple(shape))
     kept = kept.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kept.dtype)

@@ -327,3 +327,12 @@ def test_a_rate_that_is_given_to_drop_path():
     for rate in (jnp.zeros(2), (0.1, 0.2)):
         with pytest.raises(ValueError, match="DropPath: rate must be in"):
             layer(params, x, rate=rate)
+
+
+def test_a_rate_in_bfloat16_is_as_exact_as_it_can_be():
+    # nn.Compute casts what its layer is given; 1 - rate in bfloat16 would be 0.9922.
+    net = nn.Repeat(nn.Compute(nn.DropPath(0.0), "bfloat16"), 1, by_copy={"rate": (0.006,)})
+    x = jnp.ones((50_000, 1))
+    y, _ = pt.training(net)(pt.init(net, jax.random.key(0), x), x, key=jax.random.key(1))
+    kept = float((y != 0).mean())
+    assert y.dtype == x.dtype and abs(kept - 0.994) < 4 * (0.006 / 50_000) ** 0.5

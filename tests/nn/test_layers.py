@@ -186,6 +186,10 @@ TABLE = {
     "MultiHeadAttention grouped": Row(
         lambda: nn.MultiHeadAttention(2, 4, 1, causal=True, rotary=True), (of(2, 3, 4),)
     ),
+    "MultiHeadAttention to a memory": Row(
+        lambda: nn.MultiHeadAttention(2, 4, rotary=True, rotary_scaling=("yarn_hf", 2, 9)),
+        (of(2, 3, 4), of(2, 5, 6)),
+    ),
 }
 rows = pytest.mark.parametrize("row", TABLE)
 
