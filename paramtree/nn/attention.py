@@ -94,6 +94,7 @@ class MultiHeadAttention(Layer):
       ValueError: an option is invalid, or has no effect without another; when called: sizes do not
         divide, or an input has the wrong shape or dtype.
       MismatchError: when called: the cache has another dtype than the keys, without ``cache_dtype``.
+      ScopeError: when called for inference: a layer that caches a memory is given none.
 
     Example:
       >>> import jax

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from paramtree.core.arrays import join
-from paramtree.core.errors import MismatchError
+from paramtree.core.errors import MismatchError, ScopeError
 from paramtree.core.tree import place_of
 from paramtree.initializers import Constant, Zero
 from paramtree.model.scope import run_of
@@ -22,7 +22,8 @@ def holds_memory(layer: Any, p: Any, memory: Any, padding: Any) -> bool:
     """Whether the cache of a layer is that of a memory, which a call stores, or reads if it has none.
 
     Raises:
-      ValueError: the cache is of the other kind, or the call cannot read it.
+      ScopeError: the call is for inference, and would read a memory.
+      ValueError: the cache is of the other kind, or there is padding without a memory.
     """
     if not layer.cache:
         return False
@@ -36,7 +37,7 @@ def holds_memory(layer: Any, p: Any, memory: Any, padding: Any) -> bool:
     if "cache_mask" not in p:
         return False
     if not writes(p) and not run_of(p).recording:
-        raise ValueError(
+        raise ScopeError(
             f"{layer!r} holds a memory in its cache, which only calls under pt.decoding and "
             "pt.training read: give it the memory."
         )

@@ -217,8 +217,12 @@ def test_a_model_may_be_initialised_as_it_is_called():
 
     params = big(twice, X, MEMORY)
     assert jax.tree.structure(params) == jax.tree.structure(big(layer, X, MEMORY))
+    for model in (pt.capture(twice), pt.intervene(twice, {".*": lambda name, h: h})):
+        assert jax.tree.structure(pt.abstract(model, X, MEMORY)) == jax.tree.structure(params)
     y, _ = pt.decoding(twice)(params, X, MEMORY)
     close(y, layer(params, X, MEMORY))
+    with jax.checking_leaks():
+        jax.eval_shape(pt.decoding(twice), params, X, MEMORY)
     many = nn.Vmap(layer, 2)
     xs, memories = jnp.stack([X, 2 * X]), jnp.stack([MEMORY, OTHER])
     params = big(many, xs, memories)
@@ -232,10 +236,10 @@ def test_a_memory_is_never_taken_for_another_thing():
     layer = nn.MultiHeadAttention(2, cache=CACHE)
     params, own = big(layer, X, MEMORY), big(layer, X)
     text = "holds a memory in its cache, which only calls under pt.decoding and pt.training read"
-    with pytest.raises(ValueError, match=f"{text}: give it the memory"):
+    with pytest.raises(pt.ScopeError, match=f"{text}: give it the memory"):
         layer(params, X)
     _, new = pt.decoding(layer)(params, X, MEMORY)
-    with pytest.raises(ValueError, match=f"{text}: give it the memory"):
+    with pytest.raises(pt.ScopeError, match=f"{text}: give it the memory"):
         layer(new, X)
     with pytest.raises(
         ValueError, match="with its padding: give the padding_mask in the call that gives"
