@@ -18,7 +18,7 @@ import optax  # type: ignore[import-untyped]
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from paramtree.parametrizations import Cast, Masked
+from paramtree.parametrizations import Masked
 
 Model = Callable[..., Any]  # (params, x) -> y
 Loss = Callable[..., Any]  # (params, *batch) -> scalar
@@ -217,12 +217,7 @@ def mixed_precision(net: Model, keep: str, dtype: Any = jnp.bfloat16) -> Model:
     Use it in the loss: parameters, gradients and output stay float32; each call casts copies to
     ``dtype``. Norms should usually be kept. State is never cast.
     """
-    half = pt.reparametrize(net, {keep: None, ".*": Cast(dtype)})
-
-    def in_dtype(params: Any, x: jax.Array) -> Any:
-        return half(params, x.astype(dtype)).astype(jnp.float32)
-
-    return in_dtype
+    return nn.Compute(net, dtype, keep)
 
 
 def prune(net: Model, params: Any, pattern: str, share: float) -> tuple[Model, Any]:

@@ -19,6 +19,7 @@ from paramtree.nn.branch import LayerScale as LayerScale
 from paramtree.nn.cells import GRUCell as GRUCell
 from paramtree.nn.cells import LSTMCell as LSTMCell
 from paramtree.nn.cells import RNNCell as RNNCell
+from paramtree.nn.compute import Compute as Compute
 from paramtree.nn.containers import Parallel as Parallel
 from paramtree.nn.containers import Residual as Residual
 from paramtree.nn.conv import Conv1D as Conv1D

@@ -132,5 +132,7 @@ def attend(
         if dropout_key is not None:
             kept = jax.random.bernoulli(dropout_key, 1 - dropout, probabilities.shape)
             probabilities = jnp.where(kept, probabilities / (1 - dropout), 0)
-        probabilities = probabilities.astype(key.dtype).reshape(batch, kv_heads, -1, length, keys)
+        probabilities = probabilities.astype(key.dtype).reshape(
+            batch, kv_heads, heads // kv_heads, length, keys
+        )
         return jnp.einsum("bkgts,bskh->btkgh", probabilities, value).reshape(query.shape)

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from paramtree.core.arrays import join
-from paramtree.core.errors import MismatchError
-from paramtree.core.tree import place_of
-from paramtree.initializers import Initializer, Uniform, Zero, get
+from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.model.scope import child, run_of
 from paramtree.nn.attend import attend, four_axes, window_of
 from paramtree.nn.basic import Dense, check_integers
+from paramtree.nn.cache import Cache, holds_memory
 from paramtree.nn.decoding import writes
 from paramtree.nn.layer import Layer
 from paramtree.nn.norm import RMSNorm
@@ -37,6 +34,13 @@ class MultiHeadAttention(Layer):
     so its masks and bias have ``cache`` keys, one for each place in it. A call for inference attends
     within ``x`` and ignores the cache.
 
+    A layer that is initialised with a ``memory`` caches that instead: a call with a memory stores its
+    keys, values and ``padding_mask`` in place of all before, and calls without a memory attend to what
+    is stored, as further positions of one sequence, with masks and bias of ``cache`` keys. The state is
+    also ``cache_mask``, (batch, cache), False where there is no key, and ``cache_index`` is the number
+    of positions since the memory was given; before there is one it is -1, and the output NaN. A call
+    for inference needs the memory.
+
     Args:
       num_heads: the number of heads.
       units: the size of the output, and of all heads together unless ``head_size`` is given; 0 for the
@@ -46,8 +50,8 @@ class MultiHeadAttention(Layer):
       use_bias: whether the dense layers have biases.
       causal: whether a position attends only to itself and to earlier positions.
       rotary: whether to apply ``rotate`` to queries and keys.
-      cache: the maximum number of cached positions; 0 for no cache. The output is NaN once the cache
-        overflows, as compiled code cannot raise.
+      cache: the maximum number of cached positions, of ``x`` or of ``memory``; 0 for no cache. The
+        output is NaN once the cache overflows, as compiled code cannot raise.
       dtype: the parameters' dtype.
       weight_initializer: U[-0.07, 0.07] if None.
       bias_initializer: zeros by default.
@@ -64,8 +68,8 @@ class MultiHeadAttention(Layer):
         gammas, (head size,), are shared by the heads.
       rotary_base: the base of ``rotate``.
       rotary_fraction: the part of each head, from its beginning, that is rotated.
-      rotary_scaling: the scaling of ``rotate``: None, ``("linear", factor)``, ``("ntk", factor)`` or
-        ``("yarn", factor, original_length)``.
+      rotary_scaling: the scaling of ``rotate``: None, ``("linear", factor)``, ``("ntk", factor)``,
+        ``("yarn", factor, original_length)`` or ``("yarn_hf", factor, original_length)``.
       cache_dtype: the dtype of the cache; that of the keys if None.
       implementation: that of ``jax.nn.dot_product_attention``: None, "xla" or "cudnn".
 
@@ -74,7 +78,7 @@ class MultiHeadAttention(Layer):
       positions=None)``: (batch, length, units).
 
       - ``x``: (batch, length, size). Its queries attend to the keys of ``memory``, (batch, memory
-        length, any size), or of ``x`` if None.
+        length, any size), or if None to those of ``x`` or of a cached memory.
       - ``mask``: boolean, True where attention is allowed: (query, key), (batch, query, key) or (batch,
         heads, query, key). An axis of size 1 counts for all.
       - ``padding_mask``: boolean, (batch, key), False where a key is padding.
@@ -90,13 +94,23 @@ class MultiHeadAttention(Layer):
       ValueError: an option is invalid, or has no effect without another; when called: sizes do not
         divide, or an input has the wrong shape or dtype.
       MismatchError: when called: the cache has another dtype than the keys, without ``cache_dtype``.
+      ScopeError: when called for inference: a layer that caches a memory is given none.
 
     Example:
+      >>> import jax
       >>> net = MultiHeadAttention(2, causal=True)
       >>> x = jnp.ones((1, 5, 8))
       >>> params = net.init(jax.random.key(0), x)
       >>> list(params), net(params, x).shape
       (['query', 'key', 'value', 'out'], (1, 5, 8))
+
+      A memory that is given once, to decode position by position:
+
+      >>> import paramtree as pt
+      >>> net, memory = MultiHeadAttention(2, cache=9), jnp.ones((1, 9, 6))
+      >>> params = net.init(jax.random.key(0), x, memory)
+      >>> y, params = pt.decoding(net)(params, x[:, :1], memory)
+      >>> y, params = pt.decoding(net)(params, x[:, 1:2])
     """
 
     num_heads: int
@@ -197,41 +211,42 @@ class MultiHeadAttention(Layer):
                 f"{self!r} needs x and memory (batch, length, size), but found {x.shape} and "
                 f"{source.shape}."
             )
-        if self.cache and memory is not None:
-            raise ValueError(f"{self!r} caches its own sequence: call it without memory.")
         units = self.units or x.shape[-1]
         size = self.head_size or units // self.num_heads
         if not self.head_size and units % self.num_heads:
             raise ValueError(f"{self!r} cannot divide {units} units into {self.num_heads} heads.")
         self._check_head(size)
-        length = source.shape[1]
-        caches = bool(self.cache) and writes(p)
+        recording, caches = run_of(p).recording, bool(self.cache) and writes(p)
+        of_memory = holds_memory(self, p, memory, padding_mask)
+        recalls = of_memory and memory is None
+        whole = recalls or (caches and memory is None)  # whether it attends to all of the cache
+        length = self.cache if recalls else source.shape[1]
         if not length or (caches and length > self.cache):
             most = f"1 to {self.cache} at a time, as its cache holds" if caches else "1 or more"
             raise ValueError(f"{self!r} attends to {most} positions, but found {length}.")
         kv_heads = self.num_kv_heads or self.num_heads
-        query = self._dense(p, "query", x, self.num_heads * size)
-        query = query.reshape(*x.shape[:2], self.num_heads, size)
-        key, value = (
-            self._dense(p, name, source, kv_heads * size).reshape(*source.shape[:2], kv_heads, size)
-            for name in ("key", "value")
-        )
+        query = self._heads(p, "query", x, self.num_heads, size)
+        key = value = query[:, :0, :kv_heads]  # in place of those that are in the cache
+        if not recalls:
+            key = self._heads(p, "key", source, kv_heads, size)
+            value = self._heads(p, "value", source, kv_heads, size)
         if self.qk_norm:
             query = RMSNorm(dtype=self.dtype)(child(p, "query_norm"), query)
-            key = RMSNorm(dtype=self.dtype)(child(p, "key_norm"), key)
-        keys, index = None, 0
-        if self.cache:
-            keys, values, index = self._cache(p, key, value)
-            index = index if caches else 0
-        query, key = self._rotated(query, key, index, positions, memory is None)
-        full = (x.shape[0], self.num_heads, x.shape[1], self.cache if caches else length)
+            key = key if recalls else RMSNorm(dtype=self.dtype)(child(p, "key_norm"), key)
+        cache = Cache(self, p, key, value, of_memory) if caches or (self.cache and recording) else None
+        index = cache.index if cache and whole else 0
+        query, key = self._rotated(query, key, index, positions, memory is None and not recalls)
+        full = (x.shape[0], self.num_heads, x.shape[1], self.cache if whole else length)
         given = {"mask": mask, "padding_mask": padding_mask, "bias": bias}
-        mask, bias = four_axes(self, given, full, self.cache if run_of(p).recording else 0)
+        mask, bias = four_axes(self, given, full, self.cache if recording else 0)
         window, causal = window_of(self.window, self.causal), self.causal
-        if caches:
-            query, key, value, seen = self._extended(p, query, key, value, keys, values, index)
+        if cache and whole:
+            how = cache.recall if recalls else cache.extend
+            query, key, value, seen = how(query, key, value)
             mask = seen if mask is None else mask & seen
             window, causal = None, False
+        elif cache and caches:
+            key, value = cache.remember(query, key, value, padding_mask)
         drops = self.dropout and p.training
         y = attend(
             query, key, value, mask, bias, causal=causal, window=window, scale=self.scale,
@@ -239,6 +254,9 @@ class MultiHeadAttention(Layer):
             implementation=self.implementation,
         )  # fmt: skip
         return self._dense(p, "out", y.reshape(*x.shape[:2], self.num_heads * size), units)
+
+    def _heads(self, p: Any, name: str, x: Any, heads: int, size: int) -> Any:
+        return self._dense(p, name, x, heads * size).reshape(*x.shape[:2], heads, size)
 
     def _dense(self, p: Any, name: str, x: Any, units: int) -> Any:
         own = self.out_bias if name == "out" else self.qkv_bias
@@ -270,41 +288,6 @@ class MultiHeadAttention(Layer):
             positions = index + jnp.arange(query.shape[1], dtype=jnp.int32)
         theirs = positions if own else jnp.arange(key.shape[1], dtype=jnp.int32)
         return rotate(query, positions, *how), rotate(key, theirs, *how)
-
-    def _cache(self, p: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-        """Returns the cached keys and values and their number."""
-        shape = key.shape[0], self.cache, *key.shape[2:]
-        dtypes = [v.dtype if self.cache_dtype is None else self.cache_dtype for v in (key, value)]
-        keys = p.state("cache_key", shape, Zero(), dtypes[0])
-        values = p.state("cache_value", shape, Zero(), dtypes[1])
-        index = p.state("cache_index", (), Zero(), jnp.int32)
-        for name, old, new in (("key", keys, key), ("value", values, value)):
-            if writes(p) and self.cache_dtype is None and old.dtype != new.dtype:
-                path = join((*place_of(p), f"cache_{name}"))
-                raise MismatchError(
-                    f"{self!r}: `{path}` holds {old.dtype}, but the {name}s are {new.dtype}: cast the "
-                    "cache as the parameters and the input, or set cache_dtype, so that they are cast."
-                )
-        return keys, values, index
-
-    def _extended(
-        self, p: Any, query: Any, key: Any, value: Any, keys: Any, values: Any, index: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """Writes the cache; returns queries, keys, values and a mask for attention to all of it."""
-        places = index + jnp.arange(key.shape[1], dtype=jnp.int32)
-        at = (0, index, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), at)
-        values = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), at)
-        p.update("cache_key", keys)
-        p.update("cache_value", values)
-        p.update("cache_index", index + jnp.int32(key.shape[1]))
-        last = places if self.causal else jnp.full_like(places, places[-1])
-        mask = jnp.arange(self.cache)[None, :] <= last[:, None]
-        if self.window:
-            distance = places[:, None] - jnp.arange(self.cache, dtype=jnp.int32)[None, :]
-            mask = mask & (jnp.abs(distance) < self.window)
-        query = jnp.where(places[-1] >= self.cache, jnp.nan, query)
-        return query, keys.astype(key.dtype), values.astype(value.dtype), mask[None, None]
 
     def __repr__(self) -> str:
         def shown(*names: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -257,12 +257,25 @@ class Dropout(Layer):
         if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
             raise ValueError(f"{self!r}: axes are out of range for an input of shape {x.shape}.")
         axes = {axis % x.ndim for axis in self.axes}
-        shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
-        keep = jax.random.bernoulli(p.key(), 1 - self.rate, shape)
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        return dropped(x, self.rate, p.key(), [1 if i in axes else n for i, n in enumerate(x.shape)])
 
     def __repr__(self) -> str:
         return f"Dropout(p = {self.rate}, axes={self.axes})"
+
+
+def dropped(x: Any, rate: Any, key: Any, shape: Sequence[int]) -> Any:
+    """Returns x with zeros at a rate and the others scaled up, by a mask of a shape.
+
+    The rate is in [0, 1), or an array: where that is not, all is NaN, as compiled code cannot raise.
+    """
+    if not isinstance(rate, jax.Array):
+        keep = jax.random.bernoulli(key, 1 - rate, tuple(shape))
+        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    rate = rate.astype(jnp.float32) if rate.dtype.itemsize < 4 else rate  # as the mask is drawn in it
+    kept = jnp.where((rate >= 0) & (rate < 1), 1 - rate, jnp.nan)
+    keep = jax.random.bernoulli(key, kept, tuple(shape))
+    kept = kept.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kept.dtype)
+    return jnp.where(keep, x / kept, jnp.zeros_like(x) / kept)
 
 
 class Flatten(Layer):

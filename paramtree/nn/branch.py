@@ -4,10 +4,12 @@ import math
 import numbers
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paramtree.initializers import Constant
-from paramtree.nn.basic import Dropout
+from paramtree.nn.basic import dropped
 from paramtree.nn.layer import Layer
 
 __all__ = ["DropPath", "LayerScale"]
@@ -22,8 +24,14 @@ class DropPath(Layer):
     Args:
       rate: the probability of zeroing an example, in [0, 1). The others are scaled by 1 / (1 - rate).
 
+    Returns:
+      When called with ``(p, x, rate=None)``: x, or what is left of it. A rate given to the call, a
+      number or an array of shape (), takes the place of the layer's: ``nn.Repeat(block, n,
+      by_copy={"rate": rates})`` gives each copy of a block its own. The output is NaN if one that is
+      traced is not in [0, 1), as compiled code cannot raise.
+
     Raises:
-      ValueError: ``rate`` is not in [0, 1); when called: the input is a scalar.
+      ValueError: a rate is not in [0, 1); when called: the input is a scalar.
       ScopeError: when called in training without a key.
 
     Example:
@@ -38,13 +46,20 @@ class DropPath(Layer):
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"DropPath: rate must be in [0, 1), but found {self.rate!r}.")
+        self._check(self.rate)
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def _check(self, rate: Any) -> None:
+        if np.ndim(rate) or (not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1):
+            raise ValueError(f"DropPath: rate must be in [0, 1), but found {rate!r}.")
+
+    def __call__(self, p: Any, x: Any, rate: Any = None) -> Any:
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs a first axis of examples, but found a scalar.")
-        return Dropout(self.rate, axes=tuple(range(1, x.ndim)))(p, x)
+        rate = self.rate if rate is None else rate
+        self._check(rate)
+        if not p.training or (not isinstance(rate, jax.Array) and rate == 0):
+            return x
+        return dropped(x, rate, p.key(), (x.shape[0], *[1] * (x.ndim - 1)))
 
 
 class LayerScale(Layer):

@@ -4,11 +4,12 @@ Each parameter is one leaf with a leading axis over the copies, so a hundred cop
 fast as two. ``pt.unstack`` gives every copy its own names; the unstacked tree also runs, copy by copy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paramtree.core.arrays import join, shape_of
 from paramtree.core.errors import MismatchError
@@ -70,24 +71,28 @@ class _Copies(Layer):
         structure, leaves = flatten(level_of(p))
         copy = _one_copy(structure)
 
-        def body(leaves_and_part: Any, *inputs: Any) -> tuple[Any, Any]:
+        def body(leaves_and_part: Any, *inputs: Any, **by_copy: Any) -> tuple[Any, Any]:
             leaves, part = leaves_and_part
             inner = run.inside(unflatten(copy, leaves, place_of(p)), part)
-            y, own = self.block(inner, *inputs, **kwargs), run_of(inner)
+            y, own = self.block(inner, *inputs, **kwargs, **by_copy), run_of(inner)
             return y, (own.results(inner), own.outputs(inner))
 
         return body, (leaves, run.split(p, self.n))
 
     def __repr__(self) -> str:
         text = repr(self.block).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n  ({self.n} x): {text}\n)"
+        return f"{type(self).__name__}(\n  ({self._shown()}): {text}\n)"
+
+    def _shown(self) -> str:
+        return f"{self.n} x"
 
 
 class Repeat(_Copies):
     """Scans over ``n`` copies of a block, each with its own parameters, state and keys.
 
     Each parameter is one leaf with a leading axis of size ``n``. Copy i starts from the values that a
-    layer named ``i`` would start from.
+    layer named ``i`` would start from. The block of layers by turns is the group of them:
+    ``Repeat(Sequential(local, full), 3)`` is local, full, local, full, local, full.
 
     Args:
       block: a layer, or a model ``f(p, x, *args, **kwargs)`` whose output has the shape and dtype of
@@ -96,16 +101,19 @@ class Repeat(_Copies):
       remat: whether the backward pass recomputes each copy instead of storing its intermediates; or a
         policy from ``jax.checkpoint_policies`` that selects what to store.
       in_axes: for all ``args``, or for each in a tuple, the axis along which every copy gets an entry
-        of its own, such as the rate of its drop path; None gives all copies the same.
+        of its own; None gives all copies the same.
+      by_copy: keyword arguments of the block with a value for each copy, a mapping of names to ``n``
+        numbers, or to an array of numbers with a first axis of size ``n``. The block gets its value as
+        an array, traced, so it is no setting that decides what is computed, such as a window.
 
     Returns:
       When called with ``(p, x, *args, **kwargs)``: the output of the last copy. All copies get the same
       keyword arguments.
 
     Raises:
-      ValueError: ``n`` is not a positive integer.
-      TypeError: ``block`` is not callable, or when called: ``p`` is not a scope, or ``block`` does not
-        take a keyword argument.
+      ValueError: ``n`` is not a positive integer, or ``by_copy`` does not hold ``n`` numbers.
+      TypeError: ``block`` is not callable, or does not take what is in ``by_copy``, or when called:
+        ``p`` is not a scope, or ``block`` does not take a keyword argument.
       MismatchError: when called: the block changes the shape or dtype of its input, a leaf has no
         leading axis of size ``n``, or an argument has another number of entries.
 
@@ -118,33 +126,58 @@ class Repeat(_Copies):
       Parameter bias (shape=(4, 3), dtype=float32)
       >>> net(params, jnp.ones((2, 3))).shape
       (2, 3)
+
+      Stochastic depth, with a rate that grows from copy to copy:
+
+      >>> block = pt.nn.Residual(pt.nn.Dense(3), pt.nn.DropPath(0.0))
+      >>> net = pt.nn.Repeat(block, 4, by_copy={"rate": jnp.linspace(0, 0.3, 4)})
     """
 
     remat: bool | Callable[..., Any] = False
     in_axes: int | tuple[int | None, ...] | None = None
+    by_copy: Any = ()  # kept as pairs of a name and a tuple, in the order of the names
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        table = self.by_copy if isinstance(self.by_copy, Mapping) else dict(self.by_copy)
+        pairs = [(name, _by_copy(name, table[name], self.n)) for name in sorted(table)]
+        object.__setattr__(self, "by_copy", tuple(pairs))
+        dealt(self, [self.block], dict(pairs))
 
     def __call__(self, p: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = run_of(p)
         dealt(self, [self.block], kwargs)
+        if twice := [name for name, _ in self.by_copy if name in kwargs]:
+            raise TypeError(f"Repeat: {twice[0]!r} has a value for each copy already: do not give it.")
         shared, own = self._divided(args)
+        named = {name: jnp.asarray(values) for name, values in self.by_copy}
+
+        def of_copy(i: int) -> tuple[list[Any], Any]:
+            arguments, options = jax.tree.map(lambda arg: arg[i], (own, named))
+            return _together(shared, arguments), options
+
         if run.recording:
-            p, entry = run.repeated(p, self.n), jax.tree.map(lambda arg: arg[0], own)
-            return self._checked(x, self.block(p, x, *_together(shared, entry), **kwargs))
+            p, (inputs, options) = run.repeated(p, self.n), of_copy(0)
+            return self._checked(x, self.block(p, x, *inputs, **kwargs, **options))
         if self._is_unstacked(p):
             for i in range(self.n):
-                entry = jax.tree.map(lambda arg, i=i: arg[i], own)
-                x = self.block(p[str(i)], x, *_together(shared, entry), **kwargs)
+                inputs, options = of_copy(i)
+                x = self.block(p[str(i)], x, *inputs, **kwargs, **options)
             return x
         body, stacked = self._body(p, kwargs)
 
         def step(x: Any, entry: Any) -> tuple[Any, Any]:
-            y, results = body(entry[0], x, *_together(shared, entry[1]))
+            y, results = body(entry[0], x, *_together(shared, entry[1]), **entry[2])
             return self._checked(x, y), results
 
-        y, results = jax.lax.scan(self._remat(step), x, (stacked, own), length=self.n)
+        y, results = jax.lax.scan(self._remat(step), x, (stacked, own, named), length=self.n)
         run.absorb(p, results[0])
         run.collect(results[1])
         return y
+
+    def _inner_keywords(self) -> frozenset[str] | None:
+        names = super()._inner_keywords()
+        return None if names is None else names - {name for name, _ in self.by_copy}
 
     def _divided(self, args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
         """Returns the arguments that all copies share, and those with an entry for each, in front."""
@@ -164,6 +197,9 @@ class Repeat(_Copies):
                     f"{self.n} copies."
                 )
         return shared, own
+
+    def _shown(self) -> str:
+        return ", ".join([super()._shown(), *(f"{name} by copy" for name, _ in self.by_copy)])
 
     def _remat(self, body: Callable[..., Any]) -> Callable[..., Any]:
         if not self.remat:
@@ -251,6 +287,35 @@ class Vmap(_Copies):
     def _mapped(self, body: Callable[..., Any], stacked: Any, inputs: Any) -> Any:
         axes = self.in_axes if isinstance(self.in_axes, tuple | list) else (self.in_axes,) * len(inputs)
         return jax.vmap(body, (0, *axes), (self.out_axes, 0), axis_size=self.n)(stacked, *inputs)
+
+
+def _by_copy(name: str, values: Any, n: int) -> tuple[Any, ...]:
+    """Returns an option with a value for each copy as a tuple, which layers are compared by."""
+    if isinstance(values, jax.core.Tracer):
+        raise ValueError(
+            f"Repeat: by_copy[{name!r}] is traced, but a layer holds settings: give it to the call as "
+            "an argument, with in_axes=0."
+        )
+    try:
+        array = np.asarray(values)
+    except ValueError:  # the values have several shapes
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"Repeat: by_copy[{name!r}] must hold numbers, which the copies get as arrays, but found "
+            f"{values!r}. Copies with other settings are layers by turns, as in "
+            "nn.Repeat(nn.Sequential(a, b), n)."
+        )
+    if array.shape[:1] != (n,):
+        found = f"an array of shape {array.shape}" if array.ndim else repr(values)
+        raise ValueError(f"Repeat: by_copy[{name!r}] must hold {n} numbers, but found {found}.")
+    if not np.isfinite(array.astype(float)).all():
+        raise ValueError(f"Repeat: by_copy[{name!r}] must hold finite numbers, but found {values!r}.")
+    return _as_tuple(array.tolist())
+
+
+def _as_tuple(values: Any) -> Any:
+    return tuple(map(_as_tuple, values)) if isinstance(values, list) else values
 
 
 def _together(shared: dict[int, Any], own: dict[int, Any]) -> list[Any]:

@@ -169,7 +169,6 @@ def test_sizes_that_do_not_fit(key):
             lambda: nn.MultiHeadAttention(2).init(key, x[0]),
             r"needs x and memory \(batch, length, size\), but found \(3, 6\)",
         ),
-        (lambda: nn.MultiHeadAttention(2, cache=4).init(key, x, x), "call it without memory"),
     ):
         with pytest.raises(ValueError, match=text):
             make()
@@ -186,6 +185,7 @@ SCALINGS = {
     "linear": ("linear", 3.0),
     "ntk": ("ntk", 3.0),
     "yarn": ("yarn", 3.0, 40),
+    "yarn_hf": ("yarn_hf", 3.0, 40),
 }
 OPTIONS = {
     "causal": {"causal": True},
@@ -216,6 +216,20 @@ INPUTS = {
 ALL = {**OPTIONS, **INPUTS}
 
 
+def yarn_of_hugging_face(dim, base, factor, length):
+    """The rates as Transformers and the paper's authors compute them: pair by pair, by its index."""
+    fast, slow = (dim * np.log(length / (n * 2 * np.pi)) / (2 * np.log(base)) for n in (32, 1))
+    low, high = max(np.floor(fast), 0), min(np.ceil(slow), dim - 1)
+    if low == high:
+        high += 0.001
+    rates = []
+    for i in range(dim // 2):
+        ramp = min(max((i - low) / (high - low), 0), 1)
+        plain = 1 / base ** (2 * i / dim)
+        rates.append(plain / factor * ramp + plain * (1 - ramp))
+    return np.array(rates)
+
+
 def turned(x, positions, base=1e4, fraction=1.0, scaling=None):
     """Rotates pairs as complex numbers."""
     n = int(x.shape[-1] * fraction) // 2
@@ -229,6 +243,9 @@ def turned(x, positions, base=1e4, fraction=1.0, scaling=None):
         ratio = scaling[2] * rates / (2 * np.pi)
         gamma = np.where(ratio < 1, 0, np.where(ratio > 32, 1, (ratio - 1) / 31))
         rates = (1 - gamma) * rates / scaling[1] + gamma * rates
+    if scaling and scaling[0] == "yarn_hf":
+        rates = yarn_of_hugging_face(2 * n, base, *scaling[1:])
+    if scaling and scaling[0].startswith("yarn"):
         gain = 0.1 * np.log(scaling[1]) + 1
     angles = np.broadcast_to(positions, x.shape[:2])[:, :, None, None] * rates[None, None, None]
     cos, sin = gain * np.cos(angles).astype("f4"), gain * np.sin(angles).astype("f4")
@@ -471,6 +488,10 @@ def test_what_is_no_mask(given, text):
         ({"rotary": True, "rotary_scaling": ("linera", 2)}, r"one of \('linear', factor\), .*'linera'"),
         ({"rotary": True, "rotary_scaling": ("yarn", 2)}, r"\('yarn', factor, original_length\)"),
         ({"rotary": True, "rotary_scaling": ("ntk", 0.5)}, "numbers of at least 1"),
+        (
+            {"rotary": True, "rotary_base": 1, "rotary_scaling": ("yarn_hf", 2, 9)},
+            r"rotary base of \('yarn_hf', 2, 9\) must be above 1, but found 1",
+        ),
         ({"rotary": True, "rotary_scaling": "yarn"}, "scaling must be None or one of"),
         ({"rotary": True, "head_size": 3}, "heads of an even size, .* found size 3"),
         ({"rotary": True, "head_size": 6, "rotary_fraction": 0.5}, "size 6, of which .* rotate 3"),
@@ -518,6 +539,20 @@ def test_rotate_takes_pairs_and_positions_of_each_example():
     each = nn.rotate(x, jnp.array([[0, 1, 2], [7, 8, 9]]))
     close(each[1], nn.rotate(x[1], jnp.arange(7, 10)))
     close(nn.rotate(x, jnp.arange(3) * 4, scaling=("linear", 4)), nn.rotate(x, jnp.arange(3)))
+
+
+@pytest.mark.parametrize(
+    ("size", "base", "factor", "length"),
+    [(128, 1e4, 4, 4096), (64, 1.5e5, 32, 4096), (128, 1e6, 4, 32768), (8, 1e4, 2, 7), (4, 50.0, 3, 5), (2, 3, 1, 1)],
+)  # fmt: skip
+def test_yarn_of_the_paper_and_of_hugging_face(size, base, factor, length):
+    x, at = normal(1, 3, 1, size), jnp.array([0, 1, 100])
+    for kind in ("yarn", "yarn_hf"):
+        scaling = (kind, factor, length)
+        close(nn.rotate(x, at, base, scaling=scaling), turned(x, at[None], base, 1.0, scaling), 1e-4)
+    if size >= 64:
+        one, other = (nn.rotate(x, at, base, scaling=(k, factor, length)) for k in ("yarn", "yarn_hf"))
+        assert np.abs(one - other).max() > 0.1
 
 
 def test_packed_and_left_padded_sequences_are_the_sequences_alone():

@@ -186,6 +186,14 @@ TABLE = {
     "Sequential empty": Row(nn.Sequential, (of(2, 5),)),
     "Residual": Row(lambda: nn.Residual(nn.Dense(4, "tanh"), nn.Dense(5)), (of(2, 5),)),
     "Parallel": Row(lambda: nn.Parallel(nn.Dense(4), double), (of(2, 5),)),
+    # In float32, as jit keeps more digits of bfloat16 between operations.
+    "Compute": Row(lambda: nn.Compute(nn.Dense(3, "tanh"), "float32"), (of(2, 5),)),
+    "Compute of a net": Row(
+        lambda: nn.Compute(
+            nn.Sequential(nn.Embedding(5, 4), nn.BatchNorm(), nn.Dropout(0.5)), "float32", ".*gamma"
+        ),
+        (of(3, 4, dtype="int32"),),
+    ),
     "Vmap": Row(lambda: nn.Vmap(nn.Dense(3, "tanh"), 4, in_axes=None), (of(2, 5),)),
     "Vmap with state, dropping": Row(
         lambda: nn.Vmap(nn.Sequential(nn.BatchNorm(), nn.Dropout(0.5)), 3), (of(3, 4, 2),)
@@ -195,9 +203,21 @@ TABLE = {
         lambda: nn.Repeat(nn.Sequential(tied(), nn.Dense(5), nn.Dropout(0.5)), 2, remat=True),
         (of(2, 5),),
     ),
+    "Repeat of layers by turns": Row(
+        lambda: nn.Repeat(nn.Sequential(nn.LayerNorm(), nn.RNN(5, layout="NTC")), 2),
+        (of(2, 3, 5),),
+    ),
+    "Repeat with an option by copy": Row(
+        lambda: nn.Repeat(nn.Residual(nn.Dense(5), nn.DropPath(0.0)), 2, by_copy={"rate": (0.0, 0.5)}),
+        (of(4, 5),),
+    ),
     "MultiHeadAttention": Row(lambda: nn.MultiHeadAttention(2), (of(2, 3, 4),)),
     "MultiHeadAttention grouped": Row(
         lambda: nn.MultiHeadAttention(2, 4, 1, causal=True, rotary=True), (of(2, 3, 4),)
+    ),
+    "MultiHeadAttention to a memory": Row(
+        lambda: nn.MultiHeadAttention(2, 4, rotary=True, rotary_scaling=("yarn_hf", 2, 9)),
+        (of(2, 3, 4), of(2, 5, 6)),
     ),
 }
 rows = pytest.mark.parametrize("row", TABLE)
