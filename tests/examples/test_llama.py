@@ -40,6 +40,29 @@ def test_it_reaches_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert "200 of 200 greedy tokens are the same" in printed and result.text in printed
 
 
+def test_a_short_run_is_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
+    args = [
+        "--width",
+        "16",
+        "--heads",
+        "4",
+        "--hidden",
+        "24",
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--context",
+        "16",
+        "--length",
+        "8",
+    ]
+    one, again, other = (example.main([*args, "--seed", seed]) for seed in ("0", "0", "1"))
+    assert one == again != other
+    assert len(one.text) == len("def ") + 8
+    assert re.search(r"step +3  loss 4\.\d{3}  validation 4\.\d{3}\n", capsys.readouterr().out)
+
+
 def test_queries_share_keys_and_the_head_is_the_embedding(params: pt.ParamTree) -> None:
     attend = params.blocks.attention.attend
     assert attend.query.weight.shape == (2, 16, 16) and attend.key.weight.shape == (2, 8, 16)
