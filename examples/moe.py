@@ -11,7 +11,8 @@ and each expert's share of the tokens; ``pt.capture`` returns both by name, stac
 The data are those of ``char_lm``: Python's standard library. In 500 steps, about a minute on two cores,
 the loss on files that it has not seen falls below 1.65 nats per character, and on these files every
 expert of each layer gets from 5 to 20 % of the tokens' choices, where 12.5 % is an equal share.
-``--dense`` trains a plain ``GatedMLP`` with as many weights as a token uses here.
+``--dense`` trains a plain ``GatedMLP`` with as many weights as a token uses here; it ends at 1.63 nats,
+and the mixture at 1.61.
 
 Run it with ``python -m examples.moe``; it needs optax. ``--help`` lists the options.
 """
