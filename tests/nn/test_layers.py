@@ -653,6 +653,8 @@ def test_a_layer_needs_a_call():
 
     with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\): define"):
         Nothing()(pt.from_tree({}), 0)
+    with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\): define"):
+        Nothing()(pt.from_tree({}), 0, 1, mask=2)  # as a layer with such inputs is called
 
 
 @pytest.mark.parametrize(
