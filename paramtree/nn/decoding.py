@@ -13,7 +13,7 @@ from paramtree.model.run import Run
 from paramtree.model.scope import Scope, run_of
 from paramtree.model.training import training
 
-__all__ = ["decoding", "writes"]
+__all__ = ["decodes", "decoding", "writes"]
 
 
 class Decoding(Run):
@@ -122,9 +122,14 @@ def _decoded(scope: Any, is_sealed: bool = False) -> Scope:
     return Scope(scope._tree, scope._cells, Decoding(scope._run, is_sealed))
 
 
+def decodes(p: Any) -> bool:
+    """Whether the model decodes."""
+    return bool(getattr(run_of(p), "decoding", False))
+
+
 def writes(p: Any) -> bool:
     """Whether a layer may write state: the model is in training, or decodes."""
-    return bool(p.training or getattr(run_of(p), "decoding", False))
+    return bool(p.training or decodes(p))
 
 
 @dataclasses.dataclass(frozen=True)

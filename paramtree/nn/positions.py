@@ -5,9 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from paramtree.core.errors import ScopeError
+from paramtree.core.tree import located, place_of
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import check_integers
+from paramtree.nn.decoding import decodes
 from paramtree.nn.layer import Layer
 
 __all__ = ["ClassToken", "LearnedPositions", "SinusoidalPositions"]
@@ -23,6 +26,32 @@ def _check(layer: Layer, x: Any) -> None:
         )
 
 
+def _positions(layer: Layer, p: Any, x: Any, positions: Any) -> Any:
+    """Returns the positions of x, (length,) or (batch, length), which count from 0 if none are given.
+
+    Raises:
+      ScopeError: there are none, and the model decodes: x may be a later piece of the sequence.
+      ValueError: they are no integers, or have another shape.
+    """
+    if positions is None:
+        if decodes(p):
+            place = f" of {located(place_of(p))}" if place_of(p) else ""
+            raise ScopeError(
+                f"{layer!r}{place} counts from 0 in every call, but the model decodes, a piece of the "
+                "sequence in each call: give the layer positions=, such as n + jnp.arange(length) "
+                "after n positions."
+            )
+        return jnp.arange(x.shape[1], dtype=jnp.int32)
+    positions = jnp.asarray(positions)
+    shapes = (x.shape[1],), x.shape[:2]
+    if positions.shape not in shapes or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(
+            f"{layer!r} needs positions (length,) or (batch, length) of integers, here {shapes[0]} or "
+            f"{shapes[1]}, but found {positions.dtype}{positions.shape}."
+        )
+    return positions
+
+
 class LearnedPositions(Layer):
     """Adds a learned vector to each position of a sequence.
 
@@ -35,12 +64,15 @@ class LearnedPositions(Layer):
       weight_initializer: U[-0.07, 0.07] if None.
 
     Returns:
-      When called with ``(p, x)``, x (batch, at most length, size): the sum, of the shape of x.
+      When called with ``(p, x, positions=None)``, x (batch, any length, size): the sum, of the shape of
+      x. The positions are integers, (length,) or (batch, length), and count from 0 if None. The sum is
+      NaN at one that is negative or ``length`` and more, as compiled code cannot raise.
 
     Raises:
-      ValueError: ``length`` is not a positive integer; when called: the input has other axes, or is
-        longer.
+      ValueError: ``length`` is not a positive integer; when called: the input or the positions have
+        other axes, or the input is longer and has no positions.
       TypeError: when called: the input is not floating-point.
+      ScopeError: when called without positions under ``pt.decoding``, where x may be a later piece.
 
     Example:
       >>> import jax
@@ -59,13 +91,20 @@ class LearnedPositions(Layer):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any, positions: Any = None) -> Any:
         _check(self, x)
         length, size = x.shape[1:]
-        if length > self.length:
-            raise ValueError(f"{self!r} has {self.length} positions, but found a length of {length}.")
         weight = p.param("weight", (self.length, size), self.weight_initializer, self.dtype)
-        return x + weight[None, :length]
+        places = _positions(self, p, x, positions)
+        if positions is None:
+            if length > self.length:
+                raise ValueError(
+                    f"{self!r} has {self.length} positions, but found a length of {length}."
+                )
+            return x + weight[None, :length]
+        inside = (places >= 0) & (places < self.length)
+        rows = jnp.where(inside[..., None], weight[jnp.where(inside, places, 0)], jnp.nan)
+        return x + (rows if rows.ndim == 3 else rows[None])
 
     def __repr__(self) -> str:
         return f"LearnedPositions({self.length})"
@@ -81,11 +120,14 @@ class SinusoidalPositions(Layer):
       base: the wavelengths grow geometrically from 2π towards 2π · base.
 
     Returns:
-      When called with ``(p, x)``, x (batch, length, size): the sum, of the shape of x.
+      When called with ``(p, x, positions=None)``, x (batch, length, size): the sum, of the shape of x.
+      The positions are integers, (length,) or (batch, length), and count from 0 if None.
 
     Raises:
-      ValueError: ``base`` is not a finite number above 1; when called: the input has other axes.
+      ValueError: ``base`` is not a finite number above 1; when called: the input or the positions have
+        other axes.
       TypeError: when called: the input is not floating-point.
+      ScopeError: when called without positions under ``pt.decoding``, where x may be a later piece.
 
     Example:
       >>> y = SinusoidalPositions()({}, jnp.zeros((1, 2, 4)))
@@ -102,14 +144,16 @@ class SinusoidalPositions(Layer):
                 f"SinusoidalPositions: base must be a finite number above 1, but found {self.base!r}."
             )
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any, positions: Any = None) -> Any:
         _check(self, x)
-        length, size = x.shape[1:]
+        size = x.shape[2]
+        places = _positions(self, p, x, positions).astype(jnp.float32)
         pairs = jnp.arange((size + 1) // 2, dtype=jnp.float32)
         rates = jnp.exp(pairs * jnp.float32(-2 * math.log(self.base) / max(size, 1)))
-        angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
-        table = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(length, 2 * len(pairs))
-        return x + table[None, :, :size].astype(x.dtype)
+        places = places if places.ndim == 2 else places[None]
+        angles = places[..., None] * rates[None, None]
+        table = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)
+        return x + table.reshape(*places.shape, 2 * len(pairs))[..., :size].astype(x.dtype)
 
 
 class ClassToken(Layer):

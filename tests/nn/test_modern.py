@@ -212,6 +212,34 @@ def test_learned_positions(key):
         layer(params, normal(2, 6, 4))
 
 
+@pytest.mark.parametrize("layer", [nn.LearnedPositions(7), nn.SinusoidalPositions()], ids=repr)
+def test_positions_by_example_and_of_pieces(layer: nn.Layer) -> None:
+    x = normal(2, 5, 4)
+    params = pt.init(layer, jax.random.key(0), x)
+    whole = layer(params, x)
+    close(layer(params, x, jnp.arange(5)), whole)
+    positions = jnp.array([[0, 0, 1, 2, 3], [3, 4, 2, 6, 0]])
+    got = jax.jit(layer)(params, x, positions)
+    row = layer(params, jnp.zeros((1, 7, 4)))[0]
+    close(got, x + row[positions])
+    # A model that decodes has to say where a piece lies.
+    steps = pt.decoding(layer)
+    with pytest.raises(pt.ScopeError, match="counts from 0 in every call, but the model decodes"):
+        steps(params, x[:, 3:])
+    y, _ = steps(params, x[:, 3:], 3 + jnp.arange(2))
+    close(y, whole[:, 3:])
+    for wrong in (jnp.arange(4), jnp.zeros((1, 5), int), jnp.arange(5.0)):
+        with pytest.raises(ValueError, match=r"needs positions \(length,\) or \(batch, length\)"):
+            layer(params, x, wrong)
+
+
+def test_a_position_that_has_no_vector_is_nan() -> None:
+    layer, x = nn.LearnedPositions(3), normal(1, 3, 4)
+    params = pt.init(layer, jax.random.key(0), x)
+    y = layer(params, x, jnp.array([-1, 2, 3]))
+    assert jnp.isnan(y).all(2).tolist() == [[True, False, True]]
+
+
 @pytest.mark.parametrize(
     ("length", "size", "base"), [(50, 6, 1e4), (3, 5, 100), (1, 1, 1e4), (0, 4, 2)]
 )
