@@ -10,7 +10,7 @@ from paramtree.model.scope import child, run_of
 from paramtree.nn.attend import attend, four_axes, window_of
 from paramtree.nn.basic import Dense, check_integers
 from paramtree.nn.cache import Cache, holds_memory
-from paramtree.nn.decoding import writes
+from paramtree.nn.decoding import check_counting, writes
 from paramtree.nn.layer import Layer
 from paramtree.nn.norm import RMSNorm
 from paramtree.nn.rotary import check_rotary, is_number, rotate, rotated_size
@@ -94,7 +94,8 @@ class MultiHeadAttention(Layer):
       ValueError: an option is invalid, or has no effect without another; when called: sizes do not
         divide, or an input has the wrong shape or dtype.
       MismatchError: when called: the cache has another dtype than the keys, without ``cache_dtype``.
-      ScopeError: when called for inference: a layer that caches a memory is given none.
+      ScopeError: when called for inference: a layer that caches a memory is given none; under
+        ``pt.decoding``: with ``rotary`` and a memory, but without a cache or positions.
 
     Example:
       >>> import jax
@@ -235,7 +236,7 @@ class MultiHeadAttention(Layer):
             key = key if recalls else RMSNorm(dtype=self.dtype)(child(p, "key_norm"), key)
         cache = Cache(self, p, key, value, of_memory) if caches or (self.cache and recording) else None
         index = cache.index if cache and whole else 0
-        query, key = self._rotated(query, key, index, positions, memory is None and not recalls)
+        query, key = self._rotated(p, query, key, index, positions, memory is None and not recalls)
         full = (x.shape[0], self.num_heads, x.shape[1], self.cache if whole else length)
         given = {"mask": mask, "padding_mask": padding_mask, "bias": bias}
         mask, bias = four_axes(self, given, full, self.cache if recording else 0)
@@ -270,7 +271,9 @@ class MultiHeadAttention(Layer):
         )
         return layer(child(p, name), x)
 
-    def _rotated(self, query: Any, key: Any, index: Any, positions: Any, own: bool) -> tuple[Any, Any]:
+    def _rotated(
+        self, p: Any, query: Any, key: Any, index: Any, positions: Any, own: bool
+    ) -> tuple[Any, Any]:
         """Returns the queries and keys, rotated; ``own`` says that both are of one sequence."""
         shapes = query.shape[1:2], query.shape[:2], (1, query.shape[1])
         if positions is not None:
@@ -285,6 +288,8 @@ class MultiHeadAttention(Layer):
             return query, key
         how = self.rotary_base, self.rotary_fraction, self.rotary_scaling
         if positions is None:
+            if not own and not self.cache:  # a cache counts
+                check_counting(self, p)
             positions = index + jnp.arange(query.shape[1], dtype=jnp.int32)
         theirs = positions if own else jnp.arange(key.shape[1], dtype=jnp.int32)
         return rotate(query, positions, *how), rotate(key, theirs, *how)

@@ -8,12 +8,12 @@ from typing import Any
 from paramtree.core.arrays import join
 from paramtree.core.errors import ScopeError
 from paramtree.core.structure import Path
-from paramtree.core.tree import ParamTree, located
+from paramtree.core.tree import ParamTree, located, place_of
 from paramtree.model.run import Run
 from paramtree.model.scope import Scope, run_of
 from paramtree.model.training import training
 
-__all__ = ["decodes", "decoding", "writes"]
+__all__ = ["check_counting", "decoding", "writes"]
 
 
 class Decoding(Run):
@@ -122,14 +122,24 @@ def _decoded(scope: Any, is_sealed: bool = False) -> Scope:
     return Scope(scope._tree, scope._cells, Decoding(scope._run, is_sealed))
 
 
-def decodes(p: Any) -> bool:
-    """Whether the model decodes."""
-    return bool(getattr(run_of(p), "decoding", False))
-
-
 def writes(p: Any) -> bool:
     """Whether a layer may write state: the model is in training, or decodes."""
-    return bool(p.training or decodes(p))
+    return bool(p.training or _decodes(p))
+
+
+def check_counting(layer: Any, p: Any) -> None:
+    """Raises ScopeError if the model decodes: the layer would count from 0 in each piece."""
+    if _decodes(p):
+        place = f" of {located(place_of(p))}" if place_of(p) else ""
+        raise ScopeError(
+            f"{layer!r}{place} counts from 0 in every call, but the model decodes, a piece of the "
+            "sequence in each call: give the layer positions=, such as n + jnp.arange(length) after n "
+            "positions."
+        )
+
+
+def _decodes(p: Any) -> bool:
+    return bool(getattr(run_of(p), "decoding", False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from paramtree.core.errors import ScopeError
-from paramtree.core.tree import located, place_of
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import check_integers
-from paramtree.nn.decoding import decodes
+from paramtree.nn.decoding import check_counting
 from paramtree.nn.layer import Layer
 
 __all__ = ["ClassToken", "LearnedPositions", "SinusoidalPositions"]
@@ -34,13 +32,7 @@ def _positions(layer: Layer, p: Any, x: Any, positions: Any) -> Any:
       ValueError: they are no integers, or have another shape.
     """
     if positions is None:
-        if decodes(p):
-            place = f" of {located(place_of(p))}" if place_of(p) else ""
-            raise ScopeError(
-                f"{layer!r}{place} counts from 0 in every call, but the model decodes, a piece of the "
-                "sequence in each call: give the layer positions=, such as n + jnp.arange(length) "
-                "after n positions."
-            )
+        check_counting(layer, p)
         return jnp.arange(x.shape[1], dtype=jnp.int32)
     positions = jnp.asarray(positions)
     shapes = (x.shape[1],), x.shape[:2]

@@ -232,6 +232,18 @@ def test_a_model_may_be_initialised_as_it_is_called():
     close(y, many(params, xs, memories)[:, :, 1:])
 
 
+def test_queries_of_a_piece_need_positions_where_nothing_counts_them():
+    layer = nn.MultiHeadAttention(2, rotary=True)
+    params = big(layer, X, MEMORY)
+    steps = pt.decoding(layer)
+    with pytest.raises(
+        pt.ScopeError, match="counts from 0 in every call, .* give the layer positions="
+    ):
+        steps(params, X[:, 1:], MEMORY)
+    y, _ = steps(params, X[:, 1:], MEMORY, positions=1 + jnp.arange(X.shape[1] - 1))
+    close(y, layer(params, X, MEMORY)[:, 1:])
+
+
 def test_a_memory_is_never_taken_for_another_thing():
     layer = nn.MultiHeadAttention(2, cache=CACHE)
     params, own = big(layer, X, MEMORY), big(layer, X)
