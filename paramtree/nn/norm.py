@@ -112,7 +112,10 @@ def moments_of(x: Any, axes: Sequence[int], axis_name: Any = None) -> tuple[Any,
         local = jnp.mean(x, axes, keepdims=True)
         return local if axis_name is None else lax.pmean(local, axis_name)
 
-    # Two passes, as E[x²] - E[x]² loses all digits where the mean is large.
+    # Two passes, as E[x²] - E[x]² loses all digits where the mean is large. One pass around a mean of
+    # some examples is as exact, and a step of BatchNorm and convolution takes 2 to 10 % less on CPU.
+    # But then no mean of the gradient separates the residual blocks of a deep net, XLA duplicates the
+    # gradients of the later ones in each, and compiling 40 blocks takes 32 s instead of 5.
     center = mean(x)
     deviations = x - center
     return center, mean(lax.square(deviations)), deviations

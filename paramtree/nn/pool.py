@@ -92,7 +92,7 @@ class _MaxPool(_Pool):
         lowest = np.array(-math.inf if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
         if jnp.issubdtype(x.dtype, jnp.integer):
             lowest = np.array(np.iinfo(x.dtype).min, x.dtype)
-        # On CPU the gradient of a reduce_window is select-and-scatter, which takes 20 to 60 times as
+        # On CPU the gradient of a reduce_window is select-and-scatter, which takes 6 to 20 times as
         # long as comparing, except for large windows: comparisons grow in number with the window.
         if any(window > (8 if stride >= window else 16) for _, _, window, stride, *_ in geometry):
             return self._reduce(x, lowest, lax.max, geometry)
