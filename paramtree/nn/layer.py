@@ -139,8 +139,8 @@ class Layer(metaclass=LayerType):
             cls.__call__ = call  # type: ignore[method-assign]  # the same, wrapped
 
     @called
-    def __call__(self, p: Any, x: Any) -> Any:
-        """Returns the output for the scope ``p`` and the input ``x``."""
+    def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """Returns the output for the scope ``p`` and the inputs; a subclass may take any of them."""
         raise TypeError(f"{type(self).__name__} is a Layer without a __call__(self, p, x): define it.")
 
     @property

@@ -602,8 +602,9 @@ def test_a_layer_needs_a_call():
     class Nothing(nn.Layer):
         pass
 
-    with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\): define"):
-        Nothing()(pt.from_tree({}), 0)
+    for inputs, kwargs in (((0,), {}), ((0, 1), {}), ((), {"mask": 0})):
+        with pytest.raises(TypeError, match=r"Nothing is a Layer without a __call__\(self, p, x\): de"):
+            Nothing()(pt.from_tree({}), *inputs, **kwargs)
 
 
 @pytest.mark.parametrize(
