@@ -225,6 +225,21 @@ class Embedding(Layer):
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"
 
 
+def kept(key: Any, rate: float, shape: tuple[int, ...]) -> Any:
+    """Returns a boolean mask, whose entries are false with probability ``rate``.
+
+    Random bits are most of what dropout costs, so each word decides two entries, one by each half: the
+    probability is rounded to a multiple of 2⁻¹⁶, unless that is too coarse.
+    """
+    if not shape or not 1 / 64 <= rate <= 63 / 64:
+        return jax.random.bernoulli(key, 1 - rate, shape)
+    *lead, last = shape
+    words = jax.random.bits(key, (*lead, (last + 1) // 2), jnp.uint32)
+    # Side by side, so that the mask is sharded as the words are.
+    halves = jnp.stack([words >> 16, words & 0xFFFF], -1).reshape(*lead, 2 * words.shape[-1])
+    return halves[..., :last] < round((1 - rate) * 2**16)
+
+
 class Dropout(Layer):
     """Under ``pt.training``, zeros random entries and scales up the others; otherwise the identity.
 
@@ -258,8 +273,7 @@ class Dropout(Layer):
             raise ValueError(f"{self!r}: axes are out of range for an input of shape {x.shape}.")
         axes = {axis % x.ndim for axis in self.axes}
         shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
-        keep = jax.random.bernoulli(p.key(), 1 - self.rate, shape)
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        return jnp.where(kept(p.key(), self.rate, shape), x / (1 - self.rate), jnp.zeros_like(x))
 
     def __repr__(self) -> str:
         return f"Dropout(p = {self.rate}, axes={self.axes})"
