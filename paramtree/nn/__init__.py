@@ -58,3 +58,9 @@ from paramtree.nn.recurrent import RNN as RNN
 from paramtree.nn.resize import Bilinear as Bilinear
 from paramtree.nn.resize import Upsample as Upsample
 from paramtree.nn.rotary import rotate as rotate
+from paramtree.nn.separable import DepthwiseConv1D as DepthwiseConv1D
+from paramtree.nn.separable import DepthwiseConv2D as DepthwiseConv2D
+from paramtree.nn.separable import DepthwiseConv3D as DepthwiseConv3D
+from paramtree.nn.separable import SeparableConv1D as SeparableConv1D
+from paramtree.nn.separable import SeparableConv2D as SeparableConv2D
+from paramtree.nn.separable import SeparableConv3D as SeparableConv3D

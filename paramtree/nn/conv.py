@@ -6,12 +6,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from paramtree.core.errors import suggest
+from paramtree.core.tree import located, place_of
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
 
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
+
+# PyTorch's names, and those of jnp.pad.
+_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 class Convolution(Spatial):
@@ -22,14 +27,7 @@ class Convolution(Spatial):
 
     def __post_init__(self: Any) -> None:
         self._check_layout()
-        check_integers(self, 1, "channels", "groups")
-        check_integers(self, 0, "in_channels")
-        for setting in ("channels", "in_channels"):
-            if (size := getattr(self, setting)) % self.groups:
-                raise ValueError(
-                    f"{type(self).__name__}: {setting} must be divisible by groups={self.groups}, but "
-                    f"found {size}."
-                )
+        self._check_counts()
         if self.activation is not None:
             as_activation(self.activation)
         self._spread("kernel_size", "strides", "dilation")
@@ -42,6 +40,20 @@ class Convolution(Spatial):
         )
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
+    def _check_counts(self: Any) -> None:
+        check_integers(self, 1, "channels", "groups")
+        check_integers(self, 0, "in_channels")
+        for setting in ("channels", "in_channels"):
+            if (size := getattr(self, setting)) % self.groups:
+                raise ValueError(
+                    f"{type(self).__name__}: {setting} must be divisible by groups={self.groups}, but "
+                    f"found {size}."
+                )
+
+    def _counts(self: Any, size: int) -> tuple[int, int]:
+        """Returns the number of output channels and of groups for a number of input channels."""
+        return self.channels, self.groups
+
     def __call__(self: Any, p: Any, x: Any) -> Any:
         sizes = self._sizes(x)
         axis = self.layout.index("C")
@@ -51,20 +63,21 @@ class Convolution(Spatial):
                 f"{self!r} expects {self.in_channels} channels, but found {size} on axis {axis} of "
                 f"shape {x.shape} with layout {self.layout}."
             )
-        if size == 0 or size % self.groups:
+        channels, groups = self._counts(size)
+        if size == 0 or size % groups:
             raise ValueError(
-                f"{self!r} needs a positive number of channels divisible by groups={self.groups}, but "
+                f"{self!r} needs a positive number of channels divisible by groups={groups}, but "
                 f"found {size} on axis {axis} of shape {x.shape} with layout {self.layout}."
             )
-        first, second = (self.channels if letter == "O" else size for letter in self._letters)
-        shape = first, second // self.groups, *self.kernel_size
+        first, second = (channels if letter == "O" else size for letter in self._letters)
+        shape = first, second // groups, *self.kernel_size
         weight = p.param("weight", shape, self.weight_initializer, self.dtype)
         # Promote as x @ weight would; lax.conv_general_dilated requires equal dtypes.
         x, weight = jnp.asarray(x), jnp.asarray(weight)
         dtype = jnp.result_type(x, weight)
-        y = self._convolve(x.astype(dtype), weight.astype(dtype), sizes)
+        y = self._convolve(p, x.astype(dtype), weight.astype(dtype), sizes)
         if self.use_bias:
-            bias = p.param("bias", (self.channels,), self.bias_initializer, self.dtype)
+            bias = p.param("bias", (channels,), self.bias_initializer, self.dtype)
             y = y + jnp.expand_dims(bias, [i for i in range(y.ndim) if i != axis])
         return y if self.activation is None else as_activation(self.activation)(y)
 
@@ -74,6 +87,7 @@ class Convolution(Spatial):
 
     def _apply(self: Any, x: Any, weight: Any, strides: Any, pads: Any, dilation: Any = None) -> Any:
         """Convolves x with the weight; ``dilation`` is that of x."""
+        inputs = weight.shape[self._letters.index("I")]  # of each group
         kernel = self._letters + "".join(self.layout[axis] for axis in self._axes)
         return lax.conv_general_dilated(
             x,
@@ -83,29 +97,84 @@ class Convolution(Spatial):
             dilation,
             self.dilation,
             dimension_numbers=(self.layout, kernel, self.layout),
-            feature_group_count=self.groups,
+            feature_group_count=x.shape[self.layout.index("C")] // inputs,
         )
 
     def __repr__(self: Any) -> str:
         rank = len(self.kernel_size)
-        text = f"{self.in_channels or None} -> {self.channels}, kernel_size={self.kernel_size}"
-        text += f", stride={self.strides}"
+        text = f"{self.in_channels or None} -> {self._shown_channels()}"
+        text += f", kernel_size={self.kernel_size}, stride={self.strides}"
         if self.padding != ((0, 0),) * rank:
             text += f", padding={shown_padding(self.padding)}"
+        if (mode := getattr(self, "padding_mode", "zeros")) != "zeros":
+            text += f", padding_mode={mode}"
         if self.dilation != (1,) * rank:
             text += f", dilation={self.dilation}"
         if any(output_padding := getattr(self, "output_padding", ())):
             text += f", output_padding={output_padding}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
+        for setting in ("groups", "depth_multiplier"):
+            if (count := getattr(self, setting, 1)) != 1:
+                text += f", {setting}={count}"
         if not self.use_bias:
             text += ", bias=False"
         if self.activation is not None:
             text += f", {Activation(self.activation)}"
         return f"{type(self).__name__}({text})"
 
+    def _shown_channels(self: Any) -> Any:
+        return self.channels
 
-class _Conv(Convolution):
+
+class Direct(Convolution):
+    """Base of the convolutions that are not transposed, which have a ``padding_mode``."""
+
+    def __post_init__(self: Any) -> None:
+        super().__post_init__()
+        name, mode = type(self).__name__, self.padding_mode
+        if not isinstance(mode, str) or mode not in _MODES:
+            raise ValueError(
+                f"{name}: padding_mode must be one of {', '.join(map(repr, _MODES))}, but found "
+                f"{mode!r}.{suggest(str(mode), _MODES)}"
+            )
+        none = self.padding == ((0, 0),) * len(self._axes)
+        if mode != "zeros" and none and max(self.kernel_size) > 1:
+            raise ValueError(
+                f"{name}: padding_mode={mode!r} says what to pad with, but padding=0 pads nothing: "
+                "give a padding, such as 1 or 'same', or leave out padding_mode."
+            )
+
+    def _convolve(self: Any, p: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
+        windows = self._windows()
+        pads = self._pads(sizes, windows)
+        for size, (low, high), window in zip(sizes, pads, windows, strict=True):
+            if size + low + high < window:
+                raise ValueError(
+                    f"{self!r}: the dilated kernel {tuple(windows)} is larger than an input of shape "
+                    f"{x.shape} with padding {shown_padding(pads)} and layout {self.layout}."
+                )
+        if self.padding_mode != "zeros":
+            x, pads = self._padded(p, x, sizes, pads), [(0, 0)] * len(pads)
+        return self._apply(x, weight, self.strides, pads)
+
+    def _padded(self: Any, p: Any, x: Any, sizes: Sequence[int], pads: Any) -> Any:
+        """Returns x padded with its own entries."""
+        for axis, size, pair in zip(self._axes, sizes, pads, strict=True):
+            most = {"reflect": size - 1, "circular": size, "replicate": max(pair)}[self.padding_mode]
+            if max(pair) > most:
+                place = f" of {located(place_of(p))}" if place_of(p) else ""
+                raise ValueError(
+                    f"{self!r}{place}: padding_mode={self.padding_mode!r} pads an axis of size {size} "
+                    f"by {most} at most, but found padding {shown_padding(pads)} for axis {axis} of "
+                    f"shape {x.shape} with layout {self.layout}: give less padding, or padding_mode="
+                    "'replicate' or 'zeros', which have no limit."
+                )
+        widths = [(0, 0)] * x.ndim
+        for axis, pair in zip(self._axes, pads, strict=True):
+            widths[axis] = pair
+        return jnp.pad(x, widths, _MODES[self.padding_mode])
+
+
+class _Conv(Direct):
     channels: int
     kernel_size: Sizes
     strides: Sizes = 1
@@ -119,17 +188,7 @@ class _Conv(Convolution):
     bias_initializer: Initializer | str = "zeros"
     in_channels: int = 0
     dtype: Any = "float32"
-
-    def _convolve(self: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
-        windows = self._windows()
-        pads = self._pads(sizes, windows)
-        for size, (low, high), window in zip(sizes, pads, windows, strict=True):
-            if size + low + high < window:
-                raise ValueError(
-                    f"{self!r}: the dilated kernel {tuple(windows)} is larger than an input of shape "
-                    f"{x.shape} with padding {shown_padding(pads)} and layout {self.layout}."
-                )
-        return self._apply(x, weight, self.strides, pads)
+    padding_mode: str = "zeros"
 
 
 class Conv1D(_Conv):
@@ -175,10 +234,13 @@ class Conv2D(_Conv):
       bias_initializer: zeros by default.
       in_channels: the expected number of input channels; 0 accepts any number.
       dtype: the parameters' dtype.
+      padding_mode: what the padding is, as in PyTorch: "zeros"; "reflect", the entries mirrored at the
+        outermost one; "replicate", the outermost entry; "circular", the entries of the other end.
 
     Raises:
-      ValueError: a setting is invalid, ``groups`` does not divide the channels, or the activation is
-        unknown; when called: the input has other axes or channels, or is smaller than the kernel.
+      ValueError: a setting is invalid, ``groups`` does not divide the channels, ``padding_mode`` is
+        given without padding, or the activation is unknown; when called: the input has other axes or
+        channels, is smaller than the kernel, or has too few entries to pad with.
 
     Example:
       >>> import jax

@@ -47,7 +47,7 @@ class _ConvTranspose(Convolution):
                 f"out output_padding={extras}."
             )
 
-    def _convolve(self: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
+    def _convolve(self: Any, p: Any, x: Any, weight: Any, sizes: Sequence[int]) -> Any:
         # The gradient of a convolution with respect to its input: dilate the input by the strides,
         # convolve it with the flipped kernel, and crop the padding.
         windows, strides, extras = self._windows(), self.strides, self.output_padding

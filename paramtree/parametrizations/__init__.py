@@ -14,3 +14,4 @@ from paramtree.parametrizations.weights import Orthogonal as Orthogonal
 from paramtree.parametrizations.weights import Positive as Positive
 from paramtree.parametrizations.weights import SpectralNorm as SpectralNorm
 from paramtree.parametrizations.weights import WeightNorm as WeightNorm
+from paramtree.parametrizations.weights import WeightStandardization as WeightStandardization

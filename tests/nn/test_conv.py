@@ -1,6 +1,9 @@
 """Convolutions, pooling, resizing and activations; test_conv_torch.py compares them with PyTorch's."""
 
+import dataclasses
+import functools
 import inspect
+import itertools
 import json
 from pathlib import Path
 
@@ -127,7 +130,134 @@ def test_same_padding_is_that_of_jax(kernel, stride):
     close(y, expected)
 
 
+MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # PyTorch's names, and numpy's
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("layer", "shape", "pads"),
+    [
+        (nn.Conv1D(2, 3, 2, ((4, 1),), 2), (2, 5, 3), [(4, 1)]),
+        (nn.Conv2D(2, 3, 1, (1, 2), layout="NCHW"), (2, 3, 4, 3), [(1, 1), (2, 2)]),
+        (nn.Conv2D(4, (2, 4), (1, 2), "same", groups=2), (1, 3, 5, 2), [(0, 1), (1, 2)]),
+        (nn.Conv3D(2, (1, 2, 3), padding=(0, 1, 2)), (1, 2, 3, 3, 2), [(0, 0), (1, 1), (2, 2)]),
+        (nn.DepthwiseConv2D(3, 1, 1, depth_multiplier=2), (1, 3, 4, 2), [(1, 1), (1, 1)]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Layer) else "",
+)
+def test_what_a_convolution_pads_with(layer, shape, pads, mode, key):
+    plain = dataclasses.replace(layer, padding=0)  # on what numpy pads
+    layer = dataclasses.replace(layer, padding_mode=mode)
+    x = data(*shape)
+    axis = layer.layout.index("C")
+    widths = [(0, 0), *pads]
+    widths.insert(axis, (0, 0))
+    rows = np.pad(np.arange(x.size).reshape(shape), widths, MODES[mode])
+    params = jax.tree.map(lambda w: data(*w.shape, seed=1), pt.abstract(layer, x))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(layer, params, x):
+        y, back = jax.vjp(layer, params, x)
+        return y, *back(y**2)
+
+    y, grads, grad = run(layer, params, x)
+    expected, other, padded = run(plain, params, x.ravel()[rows])
+    close(y, expected)
+    jax.tree.map(close, grads, other)
+    close(grad, np.bincount(rows.ravel(), np.asarray(padded).ravel(), x.size).reshape(shape))
+
+
+def test_a_convolution_of_size_1_needs_no_padding(key):
+    x = data(1, 3, 3, 2)
+    layer = nn.Conv2D(4, 1, padding_mode="reflect")
+    params = layer.init(key, x)
+    close(layer(params, x), nn.Conv2D(4, 1)(params, x))
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding", "shape", "text"),
+    [
+        (
+            "reflect",
+            3,
+            (1, 3, 5, 1),
+            r"size 3 by 2 at most, .* padding \(3, 3\) for axis 1 of shape \(1, 3,",
+        ),
+        (
+            "reflect",
+            (0, 5),
+            (1, 3, 5, 1),
+            r"size 5 by 4 at most, .* padding \(0, 5\) for axis 2 of shape",
+        ),
+        ("circular", ((0, 4), 0), (1, 3, 5, 1), r"size 3 by 3 at most, .*\(0, 4\), .* axis 1 of shape"),
+        ("reflect", 1, (1, 1, 5, 1), "size 1 by 0 at most, "),
+    ],
+)
+def test_padding_that_the_input_is_too_small_for(mode, padding, shape, text, key):
+    net = nn.Sequential(nn.Conv2D(2, 1), nn.Conv2D(2, 2, 1, padding, padding_mode=mode))
+    with pytest.raises(ValueError, match=f"Conv2D.* of `conv1`: padding_mode='{mode}' .* {text}"):
+        net.init(key, ones(*shape))
+    for advised in ("replicate", "zeros"):
+        nn.Conv2D(2, 2, 1, padding, padding_mode=advised).init(key, ones(*shape))
+    layer = nn.Conv2D(2, 2, 1, padding, padding_mode=mode)
+    layer.init(key, ones(1, 6, 6, 1))
+    with pytest.raises(ValueError, match=rf"padding_mode={mode}\): padding_mode="):  # of no level
+        layer.init(key, ones(*shape))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_a_depthwise_convolution_is_one_of_each_channel(layout):
+    layer = nn.DepthwiseConv2D(2, depth_multiplier=3, layout=layout, activation="tanh")
+    x = data(2, 4, 5, 3) if layout == "NHWC" else data(2, 3, 4, 5)
+    params = pt.from_tree({"weight": data(9, 1, 2, 2), "bias": data(9, seed=1)})
+    assert pt.abstract(layer, x).weight.shape == params.weight.shape
+    axis = layout.index("C")
+    single = nn.Conv2D(3, 2, layout=layout, activation="tanh")
+    each = [
+        single(jax.tree.map(lambda w, i=i: w[3 * i : 3 * i + 3], params), x.take([i], axis))
+        for i in range(3)
+    ]
+    close(layer(params, x), np.concatenate(each, axis))
+    whole = nn.Conv2D(9, 2, groups=3, layout=layout, activation="tanh")
+    one, other = pt.abstract(layer, x), pt.abstract(whole, x)
+    assert jax.tree.structure(one) == jax.tree.structure(
+        other
+    )  # so files of one are those of the other
+    assert jax.tree.leaves(one) == jax.tree.leaves(other)
+    close(whole(params, x), layer(params, x))
+
+
+def test_a_separable_convolution_is_two(key):
+    layer = nn.SeparableConv2D(
+        4, 3, 2, 1, depth_multiplier=2, activation="relu", bias_initializer="normal"
+    )
+    x = data(2, 5, 6, 3)
+    params = layer.init(key, x)
+    assert list(pt.collect(params)) == ["depthwise_weight", "pointwise_weight", "pointwise_bias"]
+    net = nn.Sequential(
+        nn.DepthwiseConv2D(3, 2, 1, depth_multiplier=2, use_bias=False),
+        nn.Conv2D(4, 1, activation="relu"),
+    )
+    other = pt.from_tree({"conv0": params.depthwise, "conv1": params.pointwise})
+    close(layer(params, x), net(other, x))
+    assert np.any(layer(params, x) == 0) and np.any(layer(params, x) != 0)
+
+
+def test_a_depthwise_kernel_is_scaled_by_its_own_inputs(key):
+    x = jax.ShapeDtypeStruct((1, 8, 8, 512), "float32")
+    weight = nn.DepthwiseConv2D(3, weight_initializer="lecun_normal").init(key, x).weight
+    assert abs(np.std(weight) - 1 / 3) < 0.02  # one channel of 3 x 3
+    params = nn.SeparableConv2D(64, 3, weight_initializer="lecun_normal").init(key, x)
+    assert abs(np.std(params.depthwise.weight) - 1 / 3) < 0.02
+    assert abs(np.std(params.pointwise.weight) - 512**-0.5) < 0.002
+
+
 # Pooling
+
+
+def test_the_greatest_of_booleans():
+    x = np.array([False, False, True, False, True, True]).reshape(1, 6, 1)
+    assert nn.MaxPool1D(padding=1)(EMPTY, x).ravel().tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bfloat16", "float16"])
@@ -161,17 +291,78 @@ def test_means_of_integers(layer):
 
 
 @pytest.mark.parametrize("layer", [nn.MaxPool1D(), nn.AvgPool1D(), nn.GlobalMaxPool1D()], ids=repr)
-def test_pooling_shows_nan(layer):
-    x = np.array([0, np.nan, 1, 2], "float32").reshape(1, 4, 1)
-    assert np.isnan(layer(EMPTY, x)[0, 0, 0])
+@pytest.mark.parametrize("pair", [(0, np.nan), (np.nan, 0), (np.nan, np.nan)], ids=str)
+def test_pooling_shows_nan(layer, pair):
+    x = np.array([*pair, 1, 2], "float32").reshape(1, 4, 1)
+    y = layer(EMPTY, x).ravel()
+    assert np.isnan(y[0]) and not np.isnan(y[1:]).any()
 
 
-def test_the_gradient_of_equal_entries():
-    x = ones(1, 4, 1)
-    grad = jax.grad(lambda x: nn.MaxPool1D()(EMPTY, x).sum())(x)
-    assert sorted(grad.ravel().tolist()) == [0, 0, 1, 1]  # one entry per window gets the gradient
-    grad = jax.grad(lambda x: nn.GlobalMaxPool1D()(EMPTY, x).sum())(x)
-    assert grad.ravel().tolist() == [0.25] * 4  # all entries share it
+def windows_of(layer, x):
+    """Returns the positions of the entries of each window, in row-major order, by window."""
+    batch, *sizes, channels = x.shape
+    _, *counts, _ = jax.eval_shape(lambda x: layer(EMPTY, x), x).shape
+    found = {}
+    for place in np.ndindex(batch, *counts, channels):
+        axes = []
+        for i, size in enumerate(sizes):
+            start = place[1 + i] * layer.strides[i] - layer.padding[i][0]
+            axes.append(range(max(start, 0), min(start + layer.pool_size[i], size)))
+        found[place] = [(place[0], *entry, place[-1]) for entry in itertools.product(*axes)]
+    return found
+
+
+MAX_POOLS = [
+    (nn.MaxPool1D(), 5),
+    (nn.MaxPool1D(9), 20),  # by lax.reduce_window
+    (nn.MaxPool1D(9, 1, 4), 12),
+    (nn.MaxPool1D(17, 1), 20),  # by lax.reduce_window
+    (nn.MaxPool2D(), 6, 5),
+    (nn.MaxPool2D(3, 2, 1), 8, 7),
+    (nn.MaxPool2D((2, 3), (3, 1), ((0, 1), (2, 0)), ceil_mode=True), 6, 6),
+    (nn.MaxPool3D(2, (2, 1, 2)), 4, 3, 4),
+]
+
+
+@pytest.mark.parametrize("case", MAX_POOLS, ids=lambda case: repr(case[0]))
+def test_the_first_of_equal_entries_gets_the_gradient(case):
+    layer, *sizes = case
+    x = np.random.default_rng(0).integers(0, 3, (2, *sizes, 2)).astype("float32")  # many are equal
+    y = np.asarray(layer(EMPTY, x))
+    slope = data(*y.shape, seed=1)
+    grad = jax.jit(lambda x, slope: jax.vjp(lambda x: layer(EMPTY, x), x)[1](slope)[0])(x, slope)
+    expected = np.zeros_like(x)
+    for place, entries in windows_of(layer, x).items():
+        first = entries[np.argmax([x[entry] for entry in entries])]
+        assert y[place] == x[first]
+        expected[first] += slope[place]
+    close(grad, expected)
+
+
+def test_maxima_have_derivatives_of_every_kind():
+    layer = nn.MaxPool1D(3, 2, 1)
+    x, tangent = np.random.default_rng(0).integers(0, 3, (2, 8, 2)).astype("float32"), data(2, 8, 2)
+
+    @jax.jit
+    def derivatives(x, tangent):
+        def f(x):
+            return (layer(EMPTY, x) ** 3).sum()
+
+        pool = functools.partial(layer, EMPTY)
+        y, moved = jax.jvp(pool, (x,), (tangent,))
+        (expected,) = jax.vjp(pool, x)[1](6 * y * moved)
+        first = jax.jvp(f, (x,), (tangent,))[1], (jax.grad(f)(x) * tangent).sum()
+        second = jax.jvp(jax.grad(f), (x,), (tangent,))[1], expected
+        mapped = jax.vmap(jax.grad(lambda x: f(x[None])))(x), jax.grad(f)(x)
+        return first, second, mapped
+
+    for found, expected in derivatives(x, tangent):
+        close(found, expected)
+
+
+def test_all_maxima_of_a_global_pool_share_the_gradient():
+    grad = jax.grad(lambda x: nn.GlobalMaxPool1D()(EMPTY, x).sum())(ones(1, 4, 1))
+    assert grad.ravel().tolist() == [0.25] * 4
 
 
 # Resizing
@@ -297,6 +488,18 @@ def test_repr_is_that_of_gluon():
             "bias=False)",
         ),
         (
+            nn.Conv1D(8, 3, padding=1, padding_mode="circular"),
+            "Conv1D(None -> 8, kernel_size=(3,), stride=(1,), padding=(1,), padding_mode=circular)",
+        ),
+        (
+            nn.DepthwiseConv2D(3, in_channels=4, depth_multiplier=2),
+            "DepthwiseConv2D(4 -> 8, kernel_size=(3, 3), stride=(1, 1), depth_multiplier=2)",
+        ),
+        (
+            nn.SeparableConv1D(8, 3, activation="relu"),
+            "SeparableConv1D(None -> 8, kernel_size=(3,), stride=(1,), Activation(relu))",
+        ),
+        (
             nn.AvgPool1D(3, 2, 1, ceil_mode=True, count_include_pad=False),
             "AvgPool1D(size=(3,), stride=(2,), padding=(1,), ceil_mode=True, global_pool=False, "
             "pool_type=avg, layout=NWC, count_include_pad=False)",
@@ -325,10 +528,18 @@ CONV += " weight_initializer bias_initializer in_channels dtype"
 @pytest.mark.parametrize(
     ("names", "arguments"),
     [
-        ("Conv1D Conv2D Conv3D", CONV),
+        ("Conv1D Conv2D Conv3D", CONV + " padding_mode"),
         (
             "Conv1DTranspose Conv2DTranspose Conv3DTranspose",
             CONV.replace("padding", "padding output_padding"),
+        ),
+        (
+            "SeparableConv1D SeparableConv2D SeparableConv3D",
+            CONV.replace("groups", "depth_multiplier") + " padding_mode",
+        ),
+        (
+            "DepthwiseConv1D DepthwiseConv2D DepthwiseConv3D",
+            CONV.replace("channels ", "", 1).replace("groups", "depth_multiplier") + " padding_mode",
         ),
         ("MaxPool1D MaxPool2D MaxPool3D", "pool_size strides padding layout ceil_mode"),
         ("AvgPool1D AvgPool2D", "pool_size strides padding layout ceil_mode count_include_pad"),
@@ -365,6 +576,8 @@ def test_settings_spelled_differently_are_equal():
     [
         (nn.Conv2D(4, 3, 2, 1, groups=2), (2, 3, 4)),
         (nn.Conv2DTranspose(4, 3, 2, 1, 1, groups=2), (8, 10, 4)),
+        (nn.Conv2D(4, 3, padding=2, padding_mode="reflect"), (6, 7, 4)),
+        (nn.SeparableConv2D(4, 3, 1, "same", padding_mode="circular"), (4, 5, 4)),
         (nn.MaxPool2D(2), (2, 2, 2)),
         (nn.AvgPool2D(3, 2, 1), (2, 3, 2)),
         (nn.GlobalMaxPool2D(), (1, 1, 2)),
@@ -385,6 +598,8 @@ def test_an_empty_batch(layer, shape, key):
 def test_a_batch_of_any_size_can_be_exported(key):
     net = nn.Sequential(
         nn.Conv2D(4, 3, padding="same"),
+        nn.SeparableConv2D(3, 3, 1, 2, padding_mode="reflect"),
+        nn.Conv2D(3, 3, padding="valid"),
         nn.AvgPool2D(3, 2, 1, ceil_mode=True),
         nn.MaxPool2D(),
         nn.Conv2DTranspose(3, 2, 2),
@@ -440,6 +655,24 @@ def test_parameters_have_the_layers_dtype(key):
         (lambda: nn.Conv2D(4, 3, groups=2, in_channels=3), "in_channels must .* groups=2, .* found 3"),
         (lambda: nn.Conv2D(3, 3, in_channels=-3), "Conv2D: in_channels must be a non-neg.* found -3"),
         (lambda: nn.Conv2D(3, 3, activation="rleu"), "no activation 'rleu'. Did you mean .*`relu`"),
+        (lambda: nn.Conv2D(3, 3, 1, 1, padding_mode="refelct"), "padding_mode .* mean `reflect`"),
+        (
+            lambda: nn.Conv2D(3, 3, 1, 1, padding_mode=None),
+            "padding_mode must be one of 'zeros', .* None",
+        ),
+        (
+            lambda: nn.Conv2D(3, 3, padding_mode="reflect"),
+            "'reflect' .* padding=0 pads nothing: give a",
+        ),
+        (lambda: nn.Conv1D(3, 2, 1, "valid", padding_mode="circular"), "padding=0 pads nothing"),
+        (
+            lambda: nn.DepthwiseConv2D(3, depth_multiplier=0),
+            "DepthwiseConv2D: depth_multiplier must be",
+        ),
+        (lambda: nn.DepthwiseConv1D((3, 3)), "DepthwiseConv1D: kernel_size must be .* a tuple of 1"),
+        (lambda: nn.SeparableConv2D(0, 3), "SeparableConv2D: channels must be a positive integer"),
+        (lambda: nn.SeparableConv2D(3, 3, 0), "SeparableConv2D: strides must be .* found 0"),
+        (lambda: nn.SeparableConv2D(3, 3, padding_mode="reflect"), "SeparableConv2D: .* pads nothing"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, 0, 2), r"output_padding must be less .* found .*\(2,\)"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, 0, -1), "output_padding must be a non-negative integer"),
         (lambda: nn.Conv1DTranspose(3, 3, 2, "same", 1), "leave out output_padding"),
@@ -476,6 +709,13 @@ def test_invalid_settings(make, text):
         (nn.Conv2D(4, 3), (1, 8, 8, 0), "needs a positive number of channels .* found 0"),
         (nn.Conv2D(4, 3, dilation=2), (1, 8, 4, 1), r"kernel \(5, 5\) is larger .* padding \(0, 0\)"),
         (nn.Conv2D(4, 3, padding=3), (1, 0, 4, 1), "without empty spatial axes, but found"),
+        (nn.DepthwiseConv2D(3), (1, 8, 8, 0), "needs a positive number of channels .* found 0"),
+        (
+            nn.DepthwiseConv2D(3, in_channels=2),
+            (1, 8, 8, 3),
+            "expects 2 channels, but found 3 on axis 3",
+        ),
+        (nn.DepthwiseConv1D(3), (8, 3), r"needs an input \(batch, width, .* x\[None\] adds"),
         (nn.Conv1DTranspose(4, 2, padding=3), (1, 5, 1), r"padding \(3,\) leaves an empty output"),
         (nn.MaxPool1D(4), (1, 3, 1), "windows are larger than an input of shape"),
         (nn.AvgPool2D(), (4, 4, 1), r"needs an input \(batch, .* x\[None\] adds"),

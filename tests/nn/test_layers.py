@@ -98,6 +98,35 @@ TABLE = {
         lambda: nn.Conv2D(2, 3, 2, "same", use_bias=False, in_channels=1), (of(2, 3, 4, 1),)
     ),
     "Conv3D": Row(lambda: nn.Conv3D(2, (1, 2, 2)), (of(1, 2, 2, 3, 2),)),
+    "Conv2D reflecting": Row(
+        lambda: nn.Conv2D(2, 3, padding=(1, 2), padding_mode="reflect"), (of(2, 3, 4, 2),)
+    ),
+    "Conv2D circular": Row(
+        lambda: nn.Conv2D(2, 2, 2, "same", layout="NCHW", padding_mode="circular"), (of(2, 2, 3, 5),)
+    ),
+    "Conv1D replicating": Row(
+        lambda: nn.Conv1D(2, 3, 1, ((4, 0),), 2, padding_mode="replicate"), (of(2, 3, 2),)
+    ),
+    "DepthwiseConv1D": Row(lambda: nn.DepthwiseConv1D(3, padding=((2, 0),)), (of(2, 5, 3),)),
+    "DepthwiseConv2D": Row(
+        lambda: nn.DepthwiseConv2D(2, 2, 1, depth_multiplier=2, activation="tanh"), (of(2, 3, 4, 3),)
+    ),
+    "DepthwiseConv2D of channels first": Row(
+        lambda: nn.DepthwiseConv2D(
+            3, 1, "same", layout="NCHW", use_bias=False, in_channels=2, padding_mode="circular"
+        ),
+        (of(2, 2, 3, 4),),
+    ),
+    "DepthwiseConv3D": Row(lambda: nn.DepthwiseConv3D((1, 2, 2)), (of(1, 2, 2, 3, 2),)),
+    "SeparableConv1D": Row(lambda: nn.SeparableConv1D(3, 2, 2), (of(2, 5, 2),)),
+    "SeparableConv2D": Row(
+        lambda: nn.SeparableConv2D(4, 3, 1, 1, depth_multiplier=2, activation="tanh"), (of(2, 3, 4, 2),)
+    ),
+    "SeparableConv2D of channels first": Row(
+        lambda: nn.SeparableConv2D(3, 2, 1, 1, (2, 1), 1, "NCHW", padding_mode="reflect"),
+        (of(2, 2, 3, 4),),
+    ),
+    "SeparableConv3D": Row(lambda: nn.SeparableConv3D(2, (1, 2, 2)), (of(1, 2, 2, 3, 2),)),
     "Conv1DTranspose": Row(lambda: nn.Conv1DTranspose(3, 3, 2, 1, 1), (of(2, 3, 2),)),
     "Conv2DTranspose": Row(lambda: nn.Conv2DTranspose(2, 3, 2, "same"), (of(2, 2, 3, 2),)),
     "Conv2DTranspose of channels first": Row(

@@ -1,6 +1,7 @@
 """Laws of parametrisations, over a table of models and parametrisations."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from typing import Any
@@ -56,6 +57,8 @@ MODELS: dict[str, Any] = {
 KINDS: dict[str, Any] = {
     "WeightNorm": par.WeightNorm(),
     "WeightNorm of all": par.WeightNorm(axis=None),
+    "WeightStandardization": par.WeightStandardization(),
+    "WeightStandardization scaled": par.WeightStandardization(gain=1.7),
     "SpectralNorm": par.SpectralNorm(),
     "LoRA": par.LoRA(2),
     "Quantized": par.Quantized(),
@@ -209,6 +212,75 @@ def test_transforms_compose() -> None:
     )
     y, _ = pt.reparametrize(pt.training(net), inner)(pt.expand(params, inner), X, key=KEY)
     np.testing.assert_allclose(y, net(params, X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [None, 1.5])
+def test_weights_are_standardised_by_output_and_by_copy(gain: float | None) -> None:
+    net = nn.Sequential(
+        nn.Conv2D(4, 3, padding=1),
+        nn.Repeat(nn.Conv2D(4, 3, padding=1), 2),
+        nn.Conv2DTranspose(3, 2),
+    )
+    x = jax.random.normal(KEY, (2, 5, 5, 3))
+    params = pt.init(net, KEY, x, rules={".*weight": init.Uniform(0.5)})
+    rules = {
+        "conv1_weight": par.WeightStandardization(axis=1, gain=gain),
+        ".*weight": par.WeightStandardization(gain=gain),
+    }
+    expanded = pt.expand(params, rules)
+    folded = pt.fold(expanded, rules)
+
+    def expected(weight: Any, axis: int) -> Any:
+        weight = np.moveaxis(np.asarray(weight, np.float64), axis, 0)
+        rows = weight.reshape(len(weight), -1)
+        rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-6)
+        rows = rows if gain is None else gain * rows / rows.shape[1] ** 0.5
+        return np.moveaxis(rows.reshape(weight.shape), 0, axis)
+
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    near(folded.conv0.weight, expected(params.conv0.weight, 0))
+    near(folded.conv1.weight, expected(params.conv1.weight, 1))
+    for copy in range(2):
+        near(folded.repeat0.weight[copy], expected(params.repeat0.weight[copy], 0))
+    if gain is not None:
+        assert expanded.repeat0.weight.gain.shape == (2, 4, 1, 1, 1)
+        assert expanded.conv1.weight.gain.shape == (1, 3, 1, 1)
+        assert np.all(expanded.conv1.weight.gain == 1.5)
+    np.testing.assert_allclose(
+        pt.reparametrize(net, rules)(expanded, x), net(folded, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_standardised_weights_of_low_precision_and_of_equal_weights() -> None:
+    how = par.WeightStandardization()
+    weight = 100 + jax.random.normal(KEY, (3, 50))
+    half = weight.astype("bfloat16")
+    found = how.join(how.split(half))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype("float32"), how.join(half.astype("float32")), atol=0.02)
+    zeros = jnp.zeros((2, 3))
+    value, grad = jax.value_and_grad(lambda w: (how.join(w) * jnp.arange(3.0)[None]).sum())(zeros)
+    assert value == 0 and np.all(np.isfinite(grad)) and np.any(grad)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5,), 0), ((5, 1), 0), ((5, 1, 1), -3), ((5, 3), 2)])
+def test_weights_that_have_no_variance_are_not_standardised(shape: Any, axis: int) -> None:
+    tree, rules = {"weight": jnp.ones(shape)}, {"weight": par.WeightStandardization(axis=axis)}
+    with pytest.raises(pt.MismatchError, match=f"two weights or more .* axis {axis}, but found shape"):
+        pt.expand(tree, rules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"epsilon": 0}, "epsilon must be positive, but found 0"),
+        ({"gain": 0.0}, "gain must be positive, but found 0.0"),
+        ({"axis": None}, "axis must be an integer, but found None"),
+    ],
+)
+def test_settings_that_standardise_nothing(settings: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"WeightStandardization: {text}"):
+        par.WeightStandardization(**settings)
 
 
 def test_what_is_pruned_stays_zero_while_the_rest_trains() -> None:

@@ -1,4 +1,4 @@
-"""Weight norm and spectral norm give what PyTorch's parametrisations give."""
+"""Weight norm, spectral norm and weight standardisation give what PyTorch gives."""
 
 from typing import Any
 
@@ -73,3 +73,30 @@ def test_spectral_norm(kind: str) -> None:
     np.testing.assert_allclose(
         made(new, x), theirs(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("gain", [None, 1.7139])
+def test_weight_standardization(kind: str, gain: float | None) -> None:
+    net, theirs, weight, x = layers(kind)
+    value = torch.tensor(weight, requires_grad=True)
+    gains = torch.full((len(weight),), 1.0 if gain is None else gain, requires_grad=True)
+    # As it is usually written with PyTorch: the batch normalization of the weight, as one example.
+    fan = 1 if gain is None else weight[0].size
+    standard = torch.nn.functional.batch_norm(
+        value.reshape(1, len(weight), -1), None, None, gains * fan**-0.5, training=True, eps=1e-6
+    )
+    standard = standard.reshape(weight.shape)
+    y = torch.func.functional_call(theirs, {"weight": standard}, torch.tensor(x))
+    (y**3).sum().backward()
+    rules = {"weight": par.WeightStandardization(gain=gain)}
+    params = pt.expand(pt.from_tree({"weight": jnp.asarray(weight)}), rules)
+    made = pt.reparametrize(net, rules)
+    np.testing.assert_allclose(made(params, x), y.detach().numpy(), rtol=1e-5, atol=1e-4)
+    grads = jax.grad(lambda p: (made(p, x) ** 3).sum())(params)
+    found = {"weight": grads.weight} if gain is None else {**grads.weight}
+    for name, want in (("weight", value.grad.numpy()), ("gain", gains.grad.numpy())):
+        if name in found:
+            np.testing.assert_allclose(
+                found[name].reshape(want.shape), want, rtol=1e-5, atol=1e-5 * np.abs(want).max()
+            )
