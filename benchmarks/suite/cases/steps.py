@@ -223,7 +223,8 @@ CASES = [
         sizes=tuple(nets.NETS),
         contenders={"paramtree": over_nnx},
         bounds=(
-            Bound("step, of NNX", None, 1.0, when=lambda size: size != "CNN", why=LAYOUT),
+            Bound("step, of NNX", None, 1.0, when=lambda size: size in ("GPT", "ViT")),
+            Bound("step, of NNX", None, 1.0, when=lambda size: size == "ResNet-18", why=LAYOUT),
             Bound("step, of NNX", None, 0.6, when=lambda size: size == "CNN"),
         ),
         unit="x",
