@@ -1,14 +1,9 @@
-"""Computes leaves: each from a key of its own, with one compiled function for equal specs.
-
-A leaf's key depends only on the root key and a 64-bit hash of its path. With 32 bits, two of a hundred
-thousand leaves would more likely than not draw the same numbers.
-"""
+"""Computes leaves: each from a key of its own, with one compiled function for equal specs."""
 
 import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,37 +17,14 @@ from paramtree.core.arrays import join
 from paramtree.core.errors import MismatchError
 from paramtree.core.structure import Path
 from paramtree.initializers.axes import check_rule
+from paramtree.initializers.keys import path_words
 from paramtree.initializers.lift import lift
 from paramtree.initializers.pure import check_pure
 from paramtree.initializers.spec import Spec
 from paramtree.initializers.values import Initializer
 from paramtree.sharding.place import scatter
 
-__all__ = ["check_key", "draw", "path_key", "path_words"]
-
-
-def check_key(key: Any) -> None:
-    """Raises TypeError if ``key`` is not a PRNG key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
-        raise TypeError(
-            f"expected a PRNG key, such as jax.random.key(0), but found {type(key).__name__}. The "
-            "order is pt.init(model, key, *inputs)."
-        )
-
-
-def path_words(path: Path) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Returns the 64-bit hash of a path as two words, uint32[2], the same in every process.
-
-    The segments are joined with "/", which none of them holds, so ("a", "bc") and ("ab", "c") differ.
-    """
-    digest = hashlib.blake2b("/".join(path).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.frombuffer(digest, dtype=">u4").astype(np.uint32)
-
-
-def path_key(key: jax.Array, words: Any) -> jax.Array:
-    """Returns the key of a leaf: both words of its path's hash, folded into the root key."""
-    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+__all__ = ["draw"]
 
 
 @jax.jit

@@ -10,7 +10,8 @@ from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.rules import Rules, resolve
 from paramtree.initializers.axes import check_rule
 from paramtree.initializers.by_name import get
-from paramtree.initializers.draw import check_key, draw
+from paramtree.initializers.draw import draw
+from paramtree.initializers.keys import check_key
 from paramtree.initializers.spec import Spec
 
 __all__ = ["initializers_of", "reinit"]

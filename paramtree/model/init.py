@@ -9,7 +9,8 @@ import jax
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Rules
 from paramtree.core.tree import ParamTree, flatten, unflatten
-from paramtree.initializers.draw import check_key, draw
+from paramtree.initializers.draw import draw
+from paramtree.initializers.keys import check_key
 from paramtree.initializers.reinit import initializers_of
 from paramtree.model.record import record
 from paramtree.sharding.place import spread

@@ -18,7 +18,7 @@ from paramtree.core.errors import MismatchError, ScopeError
 from paramtree.core.pytrees import Opened, open_tree
 from paramtree.core.structure import STATE, Path
 from paramtree.core.tree import ParamTree, located, place_of, unflatten
-from paramtree.initializers.draw import check_key, path_key, path_words
+from paramtree.initializers.keys import check_key, draw_key
 from paramtree.model.run import Run
 from paramtree.model.scope import Cells, Scope, level_of, run_of, with_leaves, write
 from paramtree.model.traces import current_trace, flattened_for, replayed, within
@@ -30,7 +30,7 @@ class _Call:
     """The data that the scopes of one call under ``training`` share."""
 
     __slots__ = ("__weakref__", "closed", "draws", "fixed", "leaves", "place", "slots", "states",
-                 "trace", "written")  # fmt: skip
+                 "trace", "words", "written")  # fmt: skip
 
     def __init__(self, source: Opened, fixed: bool) -> None:
         structure, self.place, self.fixed = source.structure, source.place, fixed
@@ -39,7 +39,7 @@ class _Call:
         self.states = {slot for slot, kind in enumerate(structure.kinds) if kind == STATE}
         self.written: set[int] = set()
         self.closed: dict[int, str] = {}  # state that was read in a function whose trace jax keeps
-        self.draws: Counter[Path] = Counter()
+        self.draws, self.words = Counter[Path](), dict[int, Path]()
         self.trace = current_trace()
 
 
@@ -124,10 +124,9 @@ class Training(Run):
         """Draws a key; for its errors see ``Scope.key``."""
         call = self._call
         if self.key_of_call is None:
-            where = located(path) if path else "the model"
             raise ScopeError(
-                f"{where} draws random numbers, but no key was given: call "
-                "pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
+                f"{located(path) if path else 'the model'} draws random numbers, but no key was given: "
+                "call pt.training(model)(params, x, key=jax.random.key(0)) with a new key each step."
             )
         if kind := self._closing() or replayed(within(call.trace), True):
             raise ScopeError(
@@ -135,7 +134,7 @@ class Training(Run):
                 f"model, which would repeat the same numbers. {_instead(kind, path)}"
             )
         call.draws[path] += 1
-        return jax.random.fold_in(path_key(self.key_of_call, path_words(path)), call.draws[path])
+        return draw_key(self.key_of_call, (*path, str(call.draws[path])), call.words)
 
     def _closing(self) -> str:
         """Returns the transform that keeps the trace of a function which closes over the scope."""

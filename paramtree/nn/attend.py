@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.nn.basic import kept
+
 __all__ = ["attend", "four_axes", "window_of"]
 
 _NAMES = ("batch", "heads", "query", "key")
@@ -130,8 +132,8 @@ def attend(
             logits = jnp.where(allowed, logits, least)
         probabilities = jax.nn.softmax(logits, axis=-1)
         if dropout_key is not None:
-            kept = jax.random.bernoulli(dropout_key, 1 - dropout, probabilities.shape)
-            probabilities = jnp.where(kept, probabilities / (1 - dropout), 0)
+            mask = kept(dropout_key, dropout, probabilities.shape)
+            probabilities = jnp.where(mask, probabilities / (1 - dropout), 0)
         probabilities = probabilities.astype(key.dtype).reshape(
             batch, kv_heads, heads // kv_heads, length, keys
         )

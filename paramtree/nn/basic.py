@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -225,6 +225,21 @@ class Embedding(Layer):
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"
 
 
+def kept(key: Any, rate: float, shape: tuple[int, ...]) -> Any:
+    """Returns a boolean mask, whose entries are false with probability ``rate``.
+
+    Random bits are most of what dropout costs, so each word decides two entries, one by each half: the
+    probability is rounded to a multiple of 2⁻¹⁶, unless that is too coarse.
+    """
+    if not shape or not 1 / 64 <= rate <= 63 / 64:
+        return jax.random.bernoulli(key, 1 - rate, shape)
+    *lead, last = shape
+    words = jax.random.bits(key, (*lead, (last + 1) // 2), jnp.uint32)
+    # Side by side, so that the mask is sharded as the words are.
+    halves = jnp.stack([words >> 16, words & 0xFFFF], -1).reshape(*lead, 2 * words.shape[-1])
+    return halves[..., :last] < round((1 - rate) * 2**16)
+
+
 class Dropout(Layer):
     """Under ``pt.training``, zeros random entries and scales up the others; otherwise the identity.
 
@@ -257,25 +272,11 @@ class Dropout(Layer):
         if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
             raise ValueError(f"{self!r}: axes are out of range for an input of shape {x.shape}.")
         axes = {axis % x.ndim for axis in self.axes}
-        return dropped(x, self.rate, p.key(), [1 if i in axes else n for i, n in enumerate(x.shape)])
+        shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
+        return jnp.where(kept(p.key(), self.rate, shape), x / (1 - self.rate), jnp.zeros_like(x))
 
     def __repr__(self) -> str:
         return f"Dropout(p = {self.rate}, axes={self.axes})"
-
-
-def dropped(x: Any, rate: Any, key: Any, shape: Sequence[int]) -> Any:
-    """Returns x with zeros at a rate and the others scaled up, by a mask of a shape.
-
-    The rate is in [0, 1), or an array: where that is not, all is NaN, as compiled code cannot raise.
-    """
-    if not isinstance(rate, jax.Array):
-        keep = jax.random.bernoulli(key, 1 - rate, tuple(shape))
-        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-    rate = rate.astype(jnp.float32) if rate.dtype.itemsize < 4 else rate  # as the mask is drawn in it
-    kept = jnp.where((rate >= 0) & (rate < 1), 1 - rate, jnp.nan)
-    keep = jax.random.bernoulli(key, kept, tuple(shape))
-    kept = kept.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kept.dtype)
-    return jnp.where(keep, x / kept, jnp.zeros_like(x) / kept)
 
 
 class Flatten(Layer):

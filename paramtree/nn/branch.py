@@ -9,10 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.initializers import Constant
-from paramtree.nn.basic import dropped
 from paramtree.nn.layer import Layer
 
 __all__ = ["DropPath", "LayerScale"]
+
+
+def _dropped(x: Any, rate: Any, key: Any) -> Any:
+    """Returns x with examples zeroed at a rate and the others scaled up.
+
+    The rate is in [0, 1), or an array: where that is not, all is NaN, as compiled code cannot raise.
+    The mask is the same for both.
+    """
+    shape = x.shape[0], *[1] * (x.ndim - 1)
+    if not isinstance(rate, jax.Array):
+        keep = jax.random.bernoulli(key, 1 - rate, shape)
+        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    rate = rate.astype(jnp.float32) if rate.dtype.itemsize < 4 else rate  # as the mask is drawn in it
+    kept = jnp.where((rate >= 0) & (rate < 1), 1 - rate, jnp.nan)
+    keep = jax.random.bernoulli(key, kept, shape)
+    kept = kept.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else kept.dtype)
+    return jnp.where(keep, x / kept, jnp.zeros_like(x) / kept)
 
 
 class DropPath(Layer):
@@ -59,7 +75,7 @@ class DropPath(Layer):
         self._check(rate)
         if not p.training or (not isinstance(rate, jax.Array) and rate == 0):
             return x
-        return dropped(x, rate, p.key(), (x.shape[0], *[1] * (x.ndim - 1)))
+        return _dropped(x, rate, p.key())
 
 
 class LayerScale(Layer):

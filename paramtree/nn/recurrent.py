@@ -20,6 +20,54 @@ from paramtree.nn.cells import Recurrent, State, Step, gru, lstm, simple
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
+def _plain(
+    step: Step, reverse: bool, h2h_weight: Any, i2h: Any, bias: Any, state: State, valid: Any
+) -> tuple[Any, State]:
+    """Returns h after each step, (time, batch, hidden_size), and the final state.
+
+    ``i2h`` and ``bias`` are the summands of every step, (time, batch, rows); no bias is None.
+    """
+    transposed = h2h_weight.T
+
+    def body(old: State, inputs: Any) -> tuple[State, Any]:
+        i2h, bias, valid = inputs
+        h2h = old[0] @ transposed
+        new = step(i2h, h2h if bias is None else h2h + bias, old)
+        if valid is not None:
+            # Invalid steps keep the state. Left to right, the final state is that of the last valid
+            # step; right to left, the initial state is carried to it.
+            new = tuple(jnp.where(valid, a, b) for a, b in zip(new, old, strict=True))
+        return new, new[0]
+
+    final, h = lax.scan(body, state, (i2h, bias, valid), reverse=reverse)
+    return h, final
+
+
+_scan = jax.custom_jvp(_plain, nondiff_argnums=(0, 1))
+
+
+@_scan.defjvp
+def _scan_jvp(step: Step, reverse: bool, primals: Any, tangents: Any) -> Any:
+    """A change of the weights acts as one of the summands: ``h @ change.T``, which is one product.
+
+    So is its transpose. Otherwise each step of the backward scan would add to the weights' gradient.
+    """
+    weight, i2h, bias, state, valid = primals
+    change, i2h_change, bias_change, state_change, _ = tangents
+
+    def of_summands(i2h: Any, bias: Any, state: State) -> Any:
+        return _plain(step, reverse, weight, i2h, bias, state, valid)
+
+    (h, final), linear = jax.linearize(of_summands, i2h, bias, state)
+    first = state[0][None]
+    before = jnp.concatenate([h[1:], first] if reverse else [first, h[:-1]])
+    if bias is None:
+        i2h_change = i2h_change + before @ change.T
+    else:
+        bias_change = bias_change + before @ change.T
+    return (h, final), linear(i2h_change, bias_change, state_change)
+
+
 # Jitted because an eager scan compiles on every call. Its static arguments hold no layer, so all layers
 # of the same type and size share compiled code.
 @functools.partial(jax.jit, static_argnames=("step", "reverse"))
@@ -29,20 +77,13 @@ def _run(
     """Returns the outputs of one layer in one direction, time-major, and its final state."""
     i2h_weight, h2h_weight, i2h_bias, h2h_bias = weights
     i2h = x @ i2h_weight.T + i2h_bias[None, None]  # one product for all steps
-    transposed, bias = h2h_weight.T, h2h_bias[None]
-
-    def body(old: State, inputs: Any) -> tuple[State, Any]:
-        i2h, valid = inputs
-        new = step(i2h, old[0] @ transposed + bias, old)
-        if valid is None:
-            return new, new[0]
-        # Invalid steps keep the state. Left to right, the final state is that of the last valid step;
-        # right to left, the initial state is carried to it.
-        kept = tuple(jnp.where(valid, a, b) for a, b in zip(new, old, strict=True))
-        return kept, jnp.where(valid, new[0], jnp.zeros_like(new[0]))
-
-    final, y = lax.scan(body, state, (i2h, valid), reverse=reverse)
-    return y, final
+    bias = None
+    if step is gru:
+        bias = jnp.broadcast_to(h2h_bias, i2h.shape)
+    else:  # which adds the two
+        i2h = i2h + h2h_bias[None, None]
+    y, final = _scan(step, reverse, h2h_weight, i2h, bias, state, valid)
+    return y if valid is None else jnp.where(valid, y, jnp.zeros_like(y)), final
 
 
 class _Sequence(Recurrent):

@@ -23,7 +23,7 @@ from paramtree.core.rules import (
 )
 from paramtree.core.structure import PARAM, STATE, Path, Stack
 from paramtree.core.tree import ParamTree, flatten, place_of
-from paramtree.initializers.draw import check_key, path_key, path_words
+from paramtree.initializers.keys import check_key, path_key, path_words
 from paramtree.verbs.assemble import Entry, take_apart
 from paramtree.verbs.restructure import editable
 

@@ -15,7 +15,7 @@ from paramtree import initializers as init
 from paramtree import nn
 from paramtree.core.arrays import dtype_of, shape_of
 from paramtree.core.tree import flatten
-from paramtree.initializers.draw import path_words
+from paramtree.initializers.keys import path_words
 
 
 def mlp(p: Any, x: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def test_leaves_that_are_alike_share_one_compiled_function(key: jax.Array) -> No
 def test_keys_come_from_64_bits_of_the_delimited_path() -> None:
     assert path_words(("a", "bc")).tolist() != path_words(("ab", "c")).tolist()
     assert path_words(("dense0", "weight")).tolist() == [4081219357, 4117170533]
-    code = "from paramtree.initializers.draw import path_words; print(path_words(('dense0', 'weight')).tolist())"
+    code = "from paramtree.initializers.keys import path_words; print(path_words(('dense0', 'weight')).tolist())"
     for seed in ("0", "1"):
         run = subprocess.run(
             [sys.executable, "-c", code],

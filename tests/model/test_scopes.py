@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import itertools
 import pickle
 import re
@@ -313,6 +314,36 @@ def test_every_draw_differs_or_raises(name: str, how: str) -> None:
         assert (a != b).any()
     for mask in masks:
         assert 0 < (mask != 0).sum() < 64
+
+
+def test_a_draw_folds_its_path_and_number_in_once() -> None:
+    def model(p: Any) -> Any:
+        return [jax.random.key_data(key) for key in (p.a.key(), p.a.b.key(), p.a.key())]
+
+    def digest(name: str) -> Any:
+        return np.uint32(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()[:4]))
+
+    keys = pt.training(model)(pt.from_tree({"a": {"b": {}}}), key=KEY)[0]
+    for key, name in zip(keys, ("a/1", "a/b/1", "a/2"), strict=True):
+        want = jax.random.fold_in(KEY, digest(name))
+        np.testing.assert_array_equal(key, jax.random.key_data(want))
+    folds = str(
+        jax.make_jaxpr(lambda key: pt.training(model)(pt.from_tree({"a": {"b": {}}}), key=key))(KEY)
+    )
+    assert folds.count("random_fold_in") == 3
+
+
+def test_draws_whose_hashes_collide_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = np.array([2**32 - 1, 0], np.uint32)
+    monkeypatch.setattr("paramtree.initializers.keys.path_words", lambda path: last)
+
+    def model(p: Any) -> Any:
+        return jnp.stack([jax.random.key_data(q.key()) for q in (p.a, p.b, p.a, p.b)])
+
+    params = pt.from_tree({"a": {}, "b": {}})
+    keys = np.asarray(pt.training(model)(params, key=KEY)[0])
+    assert len({key.tobytes() for key in keys}) == 4
+    np.testing.assert_array_equal(keys, jax.jit(pt.training(model))(params, key=KEY)[0])
 
 
 def test_a_draw_in_a_custom_rule_raises_or_differs() -> None:

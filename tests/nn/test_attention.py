@@ -9,6 +9,7 @@ import pytest
 
 import paramtree as pt
 from paramtree import nn
+from paramtree.nn import attend
 from tests.helpers import quick_compilation
 
 __all__ = ["quick_compilation"]
@@ -345,18 +346,18 @@ def test_dropout_zeroes_probabilities(names, monkeypatch):
     kept = RNG.random((B, H, T, T)) < 0.75
     asked = []
 
-    def bernoulli(key, p, shape):
-        asked.append((p, shape))
+    def mask(key, rate, shape):
+        asked.append((rate, shape))
         return jnp.asarray(kept)
 
     same(layer, params, x, given)  # inference
-    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    monkeypatch.setattr(attend, "kept", mask)
 
     def trained(params, x, how):
         return pt.training(layer)(params, x, **how, key=jax.random.key(0))[0]
 
     same(layer, params, x, given, trained, kept=kept)
-    assert set(asked) == {(0.75, (B, H, T, T))}
+    assert set(asked) == {(0.25, (B, H, T, T))}
 
 
 def test_dropout_needs_a_key_and_differs_by_it():

@@ -1468,6 +1468,26 @@ def test_dropout_masks_differ(key):
     assert not any((a == b).all() for a, b in zip(masks, np.asarray(other).reshape(6, -1), strict=True))
 
 
+@pytest.mark.parametrize("rate", [0.001, 1 / 64, 0.1, 0.5, 0.9, 0.999])
+def test_dropout_drops_at_its_rate_and_each_entry_for_itself(rate, key):
+    x = ones(300, 301)  # an odd number, as entries share words in twos
+    mask = np.asarray(dropped(nn.Sequential(nn.Dropout(rate)), x, key)) != 0
+    assert abs(mask.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / mask.size)
+    for one, other in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1])):
+        if 0.05 < rate < 0.95:
+            assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 / 300
+    # The mean over rows and over columns varies as that of independent entries does.
+    for axis, count in ((0, 300), (1, 301)):
+        expected = rate * (1 - rate) / count
+        assert 0.6 < mask.mean(axis).var() / expected < 1.5
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 1), (1, 3)], ids=str)
+def test_dropout_of_any_shape(shape, key):
+    y = np.asarray(dropped(nn.Sequential(nn.Dropout(0.5)), ones(*shape), key))
+    assert y.shape == shape and set(np.unique(y)) <= {0.0, 2.0}
+
+
 def test_the_same_dropout_twice_draws_twice(key):
     x = ones(20, 20)
     net = nn.Sequential(d := nn.Dropout(0.5), d, nn.Sequential(d))

@@ -589,3 +589,25 @@ def test_invalid_lengths(lengths):
         ValueError, match="needs integer lengths, one for each of the 2 sequences, but found"
     ):
         layer(filled(layer, x), x, lengths=jnp.asarray(lengths))
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
+def test_forward_reverse_and_differences_agree(make, key):
+    net, x = make(3, bidirectional=True), jax.random.normal(key, (4, 2, 3))
+    lengths = jnp.array([4, 2], jnp.int32)
+    params = net.init(key, x)
+    flat, back = jax.flatten_util.ravel_pytree(params)
+    flat = 0.5 * jax.random.normal(jax.random.key(2), flat.shape)
+
+    def total(flat):
+        return (net(back(flat), x, lengths=lengths) ** 2).sum()
+
+    change = jax.random.normal(jax.random.key(1), flat.shape)
+    _, along = jax.jvp(total, (flat,), (change,))
+    np.testing.assert_allclose(along, jax.grad(total)(flat) @ change, rtol=1e-4)
+    step = 3e-3
+    difference = (total(flat + step * change) - total(flat - step * change)) / (2 * step)
+    np.testing.assert_allclose(along, difference, rtol=1e-2)
+    curved = jax.jvp(jax.grad(total), (flat,), (change,))[1] @ change
+    again = jax.grad(lambda flat: jax.jvp(total, (flat,), (change,))[1])(flat) @ change
+    np.testing.assert_allclose(curved, again, rtol=1e-3)
