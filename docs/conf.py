@@ -60,12 +60,10 @@ copybutton_prompt_is_regexp = True
 
 def _as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keeps a single asterisk, as in (out, in, *spatial), which reStructuredText takes for emphasis."""
-    for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            parts = re.split(r"(``.*?``)", line)
-            lines[i] = "".join(
-                part if part.startswith("``") else re.sub(r"(?<!\*)\*(?!\*)", r"\\*", part) for part in parts
-            )
+    verbatim = r"(``.*?``|^[ ]*(?:>>>|\.\.\.).*?$)"
+    parts = re.split(verbatim, "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
+    parts[::2] = [re.sub(r"(?<!\*)\*(?!\*)", r"\\*", part) for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")
 
 
 def setup(app: Any) -> None:
