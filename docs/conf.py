@@ -47,6 +47,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Example", "Example"), "Fields"]
 
+# Programs are included in sections, with blank lines at both ends.
+highlight_options = {"default": {"stripnl": True}, "python": {"stripnl": True}}
+
 html_theme = "furo"
 html_title = "paramtree"
 html_static_path = ["_static"]
