@@ -67,7 +67,8 @@ def _as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
         if not line.lstrip().startswith((">>>", "...")):
             parts = re.split(r"(``.*?``)", line)
             lines[i] = "".join(
-                part if part.startswith("``") else re.sub(r"(?<!\*)\*(?!\*)", r"\\*", part) for part in parts
+                part if part.startswith("``") else re.sub(r"(?<!\*)\*(?!\*)", r"\\*", part)
+                for part in parts
             )
 
 

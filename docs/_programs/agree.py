@@ -10,12 +10,23 @@ def agree(pairs, tolerance=2e-5):
     Raises:
       AssertionError: two numbers differ by more than the tolerance.
     """
-    print(f"{'':<28}{'theirs':>11}{'ours':>11}{'largest difference':>20}")
+    print(
+        f"{'':<28}{'theirs':>11}{'ours':>11}{'largest difference':>20}"
+    )
     for what, (theirs, ours) in pairs.items():
         theirs, ours = (
-            np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(side)])
+            np.concatenate(
+                [
+                    np.ravel(np.asarray(leaf, np.float64))
+                    for leaf in jax.tree.leaves(side)
+                ]
+            )
             for side in (theirs, ours)
         )
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance, err_msg=what)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=tolerance, atol=tolerance, err_msg=what
+        )
         largest = np.abs(ours - theirs).max()
-        print(f"{what:<28}{theirs[-1]:>11.6f}{ours[-1]:>11.6f}{largest:>20.1e}")
+        print(
+            f"{what:<28}{theirs[-1]:>11.6f}{ours[-1]:>11.6f}{largest:>20.1e}"
+        )

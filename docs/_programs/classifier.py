@@ -5,10 +5,10 @@ from functools import partial
 
 import jax
 import optax
-from batch import labels, tokens, x
-
 import paramtree as pt
 from paramtree import nn
+
+from batch import labels, tokens, x
 
 
 class Net(nn.Layer):

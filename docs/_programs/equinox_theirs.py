@@ -4,7 +4,8 @@
 import equinox as eqx
 import jax
 import optax
-from batch import labels, tokens, x
+
+from batch import labels, x
 
 
 class Net(eqx.Module):

@@ -25,7 +25,9 @@ def copied_net(params, theirs, state, unused="counter|hidden"):
     """The same, for a model with statistics of shape (1, 16)."""
     tree = pt.from_tree({**theirs, **state})
     tree = pt.drop(tree, f".*_({unused})")
-    flat = pt.map_named(lambda name, v: v.reshape(-1), tree, "norm/.*")
+    flat = pt.map_named(
+        lambda name, v: v.reshape(-1), tree, "norm/.*"
+    )
     return copied(params, flat, FROM_NET)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import haiku as hk
 import jax
 import optax
+
 from batch import labels, tokens, x
 
 

@@ -6,8 +6,9 @@ from functools import partial
 import flax.linen as nn
 import jax
 import optax
-from batch import labels, tokens, x
 from flax import serialization
+
+from batch import labels, tokens, x
 
 
 class Net(nn.Module):

@@ -1,9 +1,8 @@
 """The weights of a Flax NNX model in a tree of paramtree."""
 
 # copy
-from flax import nnx
-
 import paramtree as pt
+from flax import nnx
 
 FROM_NNX = [("(kernel|embedding)$", "weight")]
 FROM_NET = [

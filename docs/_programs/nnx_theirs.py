@@ -1,11 +1,11 @@
 """A classifier in Flax NNX."""
 
 # define
-import jax
 import optax
 import orbax.checkpoint as ocp
-from batch import labels, tokens, x
 from flax import nnx
+
+from batch import labels, x
 
 
 class Net(nnx.Module):
