@@ -39,6 +39,9 @@ nb_execution_timeout = 180
 nb_execution_in_temp = True
 nb_merge_streams = True
 
+# Programs are included in sections, with blank lines at both ends.
+highlight_options = {"default": {"stripnl": True}, "python": {"stripnl": True}}
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
