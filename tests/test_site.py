@@ -32,9 +32,9 @@ def test_the_reference_has_every_public_name() -> None:
         for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text(), re.MULTILINE):
             module = name if kind == "currentmodule" else module
             if kind != "currentmodule":
-                listed.append(f"{module}.{name}".replace("paramtree.inspect.plots", "paramtree.plots"))
+                listed.append(f"{module}.{name}")
     assert len(listed) == len(set(listed))
-    assert set(public()) - set(listed) == set()
+    assert {name.replace("paramtree.inspect.plots", "paramtree.plots") for name in public()} <= set(listed)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=[str(path.relative_to(DOCS)) for path in SOURCES])

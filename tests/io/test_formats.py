@@ -1,4 +1,4 @@
-"""The list of formats: what it says is true, the README says the same, and a new one is a module and an entry."""
+"""The list of formats: what it says is true, the guide says the same, and a new one is a module and an entry."""
 
 import re
 from itertools import combinations
@@ -27,7 +27,7 @@ written = pytest.mark.parametrize("form", WRITTEN, ids=[form.name for form in WR
 
 
 def row(form: Format) -> str:
-    """The row of a format in the README."""
+    """The row of a format in the guide."""
     endings = " ".join(f"`{ending}`" for ending in form.endings)
     what = "read, written" if form.writes else "read"
     needs = f"`paramtree[{form.extra}]`" if form.extra else ""
@@ -35,8 +35,8 @@ def row(form: Format) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
-def test_the_table_of_the_readme_is_the_list() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_table_of_the_guide_is_the_list() -> None:
+    text = (ROOT / "docs" / "guides" / "files.md").read_text()
     head = "| format | endings | | keeps | needs |\n|---|---|---|---|---|\n"
     assert head + "\n".join(map(row, formats.FORMATS)) + "\n\n" in text
 
