@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz lint types data bench bench-smoke bench-command test-matrix clean
+.PHONY: docs demo test test-slow fuzz lint types data bench bench-smoke bench-command test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -27,6 +27,12 @@ lint: $(VENV)/.lint
 
 types: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/mypy
+
+# The site, in docs/_build/html: every block of code in it is run, and a warning is an error. The tests
+# then open it in a browser, if Chromium is installed.
+docs: $(VENV)/.docs $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -j 2 -b html docs docs/_build/html
+	$(BIN)/python -m pytest -m slow tests/test_site.py
 
 # Fashion-MNIST, for examples/fashion_mnist.py. Needs apt and permission to install packages.
 data:
@@ -72,6 +78,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.python
 $(VENV)/.bench: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[bench]'
 	touch $@ $(VENV)/.run
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(JAX) -e '.[docs]'
+	touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[lint]'

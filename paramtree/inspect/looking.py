@@ -63,7 +63,8 @@ class Looking(Run):
     def __init__(self, inner: Any, watcher: Watcher, outer: "Looking | None" = None) -> None:
         self.inner, self.watcher = inner, watcher
         self._outer, self._self = outer, weakref.ref(self)
-        self._inside: Mapping[Path, int] = {}  # the counts of the last iteration that was traced
+        # The counts of the last iteration that was traced, and the paths that it kept, in order.
+        self._inside: tuple[Mapping[Path, int], tuple[Path, ...]] = {}, ()
         self.counts: dict[Path, int] = dict(outer.counts) if outer else {}
         self.index: tuple[tuple[Any, int], ...] = outer.index if outer else ()
         self.made: list[int] = outer.made if outer else [0]
@@ -176,15 +177,16 @@ class Looking(Run):
 
     def outputs(self, scope: Any) -> Any:
         if self._outer:  # jax may trace a body twice, so counts are taken in collect
-            self._outer._inside = self.counts
+            self._outer._inside = self.counts, tuple(scope._run.found)
         return scope._run.inner.outputs(without(scope)), scope._run.found
 
     def collect(self, outputs: Any) -> None:
         inner, found = outputs
         self.inner.collect(inner)
-        self.counts.update(self._inside)
-        for path, value in found.items():
-            self.watcher.keep(self, path, value)
+        counts, order = self._inside
+        self.counts.update(counts)
+        for path in order:  # jax has sorted the dict
+            self.watcher.keep(self, path, found[path])
 
     def around(self, run: Any) -> Any:
         run = Looking(self.inner.around(run), self.watcher, self)

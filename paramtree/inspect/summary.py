@@ -118,7 +118,7 @@ def summary(
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
       params: its parameters, or their shapes from ``pt.abstract``.
-      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or any other input of the model.
+      *inputs: arrays, ``jax.ShapeDtypeStruct`` objects, or any other input of the model.
       trainable: a regular expression that matches full names of parameters, or several; all others
         count as frozen. None trains all.
       flops: whether to count floating-point operations; this takes most of the time, about 10 ms per

@@ -31,7 +31,7 @@ def save_model(
       path: the file to write; an existing one is replaced atomically.
       f: a model, ``f(params, *inputs)``, without static arguments; may be jitted.
       params: its parameters, which become constants of the program.
-      *inputs: arrays or ``jax.ShapeDtypeStruct``s. Use symbolic shapes for sizes that may vary:
+      *inputs: arrays or ``jax.ShapeDtypeStruct`` objects. Use symbolic shapes for sizes that may vary:
         ``jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 20"), "float32")``.
       platforms: the platforms to lower for: "cpu", "cuda", "rocm" or "tpu"; by default the current one.
 

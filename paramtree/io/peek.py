@@ -32,7 +32,7 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".", report: bool = False) 
       report: whether to return a ``pt.LoadReport`` as well, with the format and its metadata.
 
     Returns:
-      A tree of ``jax.ShapeDtypeStruct``s with the dtypes of the file, including 64-bit ones. If the
+      A tree of ``jax.ShapeDtypeStruct`` objects with the dtypes of the file, 64-bit ones too. If the
       names do not form a tree, as ``m.weight`` and ``m.weight.absmax``, it has a single level.
 
     Raises:

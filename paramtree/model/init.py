@@ -25,12 +25,12 @@ def abstract(
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
-      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else that the model takes.
+      *inputs: arrays, ``jax.ShapeDtypeStruct`` objects, or anything else that the model takes.
       ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
       **kwargs: passed on to the model.
 
     Returns:
-      The tree that ``pt.init`` would give, of ``jax.ShapeDtypeStruct``s. Nothing is computed.
+      The tree that ``pt.init`` would give, of ``jax.ShapeDtypeStruct`` objects. Nothing is computed.
 
     Example:
       >>> import paramtree as pt
@@ -64,7 +64,7 @@ def init(
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
       key: a PRNG key, from ``jax.random.key``.
-      *inputs: arrays, ``jax.ShapeDtypeStruct``s, or anything else that the model takes.
+      *inputs: arrays, ``jax.ShapeDtypeStruct`` objects, or anything else that the model takes.
       rules: patterns to initializers, which override those of the layers.
       ties: paths to tie, ``{alias: source}``, as in ``pt.tie``.
       shardings: where to put the leaves: the result of ``pt.shardings`` for ``pt.abstract`` of the

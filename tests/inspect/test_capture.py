@@ -21,6 +21,19 @@ def close(a: Any, b: Any) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_activations_of_copies_and_steps_are_in_the_order_of_the_calls() -> None:
+    block = nn.Residual(nn.LayerNorm(), nn.Dense(8))
+
+    def scanned(p: Any, x: Any) -> Any:
+        return pt.scan(lambda p, h, _: (block(p.block, h), None), p, x, length=2)[0]
+
+    for net in (nn.Repeat(block, 3), nn.Vmap(block, 3, in_axes=None), scanned):
+        params = pt.init(net, KEY, X)
+        names = list(pt.collect(pt.capture(net)(params, X)[1]))
+        order = [i for i, name in enumerate(names) if name.endswith(("norm0_output", "dense0_output"))]
+        assert [names[i].rpartition("_output")[0][-5:] for i in order] == ["norm0", "ense0"], names
+
+
 def test_outputs_and_inputs_by_name() -> None:
     params = pt.init(MLP, KEY, X)
     y, acts = pt.capture(MLP, inputs=True)(params, X)

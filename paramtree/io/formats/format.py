@@ -1,7 +1,8 @@
 """What a file format is: how it is called, recognised, read and written, and what it keeps.
 
 A format is one object. Loading, saving, ``pt.peek``, the command, the table in the README and the tests
-ask the list ``paramtree.io.formats.FORMATS`` and know no format by name; ``docs/formats.md`` adds one.
+ask the list ``paramtree.io.formats.FORMATS`` and know no format by name; ``docs/extending/format.md``
+adds one.
 """
 
 from collections.abc import Mapping
