@@ -29,12 +29,16 @@ def test_the_reference_has_every_public_name() -> None:
     listed: list[str] = []
     for page in (DOCS / "reference").glob("*.md"):
         module = ""
-        for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text(), re.MULTILINE):
+        for kind, name in re.findall(
+            r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text(), re.MULTILINE
+        ):
             module = name if kind == "currentmodule" else module
             if kind != "currentmodule":
                 listed.append(f"{module}.{name}")
     assert len(listed) == len(set(listed))
-    assert {name.replace("paramtree.inspect.plots", "paramtree.plots") for name in public()} <= set(listed)
+    assert {name.replace("paramtree.inspect.plots", "paramtree.plots") for name in public()} <= set(
+        listed
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=[str(path.relative_to(DOCS)) for path in SOURCES])
@@ -81,7 +85,7 @@ def pages() -> dict[str, Page]:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
 
@@ -125,12 +129,17 @@ class TestSite:
         assert broken == []
         assert followed > 1000
 
-    def test_no_page_has_an_error_in_the_console_or_asks_another_host(self, address: str, browser: Any) -> None:
+    def test_no_page_has_an_error_in_the_console_or_asks_another_host(
+        self, address: str, browser: Any
+    ) -> None:
         page, problems = browser.new_page(), []
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(request.url))
-        page.on("request", lambda request: request.url.startswith((address, "data:")) or problems.append(request.url))
+        page.on(
+            "request",
+            lambda request: request.url.startswith((address, "data:")) or problems.append(request.url),
+        )
         for name in pages():
             page.goto(address + name)
         page.close()
@@ -160,9 +169,13 @@ class TestSite:
     ) -> None:
         page = browser.new_page()
         page.goto(f"{address}search.html?q={quote(query)}")
-        page.wait_for_function("document.querySelector('#search-results p.search-summary')?.innerText.match(/found|match/)")
+        page.wait_for_function(
+            "document.querySelector('#search-results p.search-summary')?.innerText.match(/found|match/)"
+        )
         page.wait_for_timeout(500)
-        results = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.getAttribute('href'))")
+        results = page.eval_on_selector_all(
+            "#search-results li a", "all => all.map(a => a.getAttribute('href'))"
+        )
         page.close()
         assert any(answer in link for link in results[:8]), results[:12]
 
