@@ -43,7 +43,9 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
 
 
 def clip(text: str, most: int) -> str:
