@@ -17,6 +17,7 @@ from paramtree.inspect.measure import FIELDS, measure
 from paramtree.inspect.outline import as_tree, lines, outline
 from paramtree.inspect.page import page
 from paramtree.inspect.stats import MEASURES, measurable, measures, sparkline
+from paramtree.verbs.uncollected import uncollected
 
 __all__ = ["View", "show"]
 
@@ -42,7 +43,8 @@ class View:
         return "\n".join(lines(outline(self.tree), TEXT_ROWS, cells))
 
     def _repr_html_(self) -> str:
-        return page(outline(self.tree), self.statistics)
+        with uncollected():
+            return page(outline(self.tree), self.statistics)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))

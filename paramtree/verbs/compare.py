@@ -15,7 +15,7 @@ from paramtree.core.arrays import clip, describe, dtype_of, join, printable, sha
 from paramtree.core.errors import MismatchError, close_names, first_few
 from paramtree.core.pytrees import Container, open_tree
 from paramtree.core.structure import EMPTY, Path
-from paramtree.core.tree import ParamTree, flatten, unflatten
+from paramtree.core.tree import ParamTree, flatten, is_flat, unflatten
 
 __all__ = ["Difference", "Pair", "bare", "check_match", "compare", "differences", "lines", "sides"]
 
@@ -107,6 +107,8 @@ def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
     Raises:
       NameCollisionError: two leaves of one tree have one path.
     """
+    if (pairs := _pairs_alike(a, b)) is not None:
+        return [], pairs
     first, second = _read(a), _read(b)
     spell = _speller(first.entries, second.entries)
     differences, matched = _names(first, second, spell)
@@ -127,6 +129,20 @@ def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
     if not differences and form != other_form:
         differences.append(Difference("", "static", str(form), str(other_form)))
     return sorted(differences, key=lambda difference: WHATS.index(difference.what)), pairs
+
+
+def _pairs_alike(a: Any, b: Any) -> list[Pair] | None:
+    """Returns the leaves of two parameter trees that are equal to jax; None for all others."""
+    if not (type(a) is type(b) is ParamTree and is_flat(a) and is_flat(b)):
+        return None
+    (structure, first), (other, second) = flatten(a), flatten(b)
+    if structure is not other or not all(map(_alike, first, second)):
+        return None
+    names = list(map(join, structure.canonical))
+    every = structure.full.names()
+    if len(set(every)) < len(every) or any(leaf is None for leaf in (*first, *second)):
+        return None
+    return list(map(Pair, names, first, second))
 
 
 def bare(tree: Any) -> Any:
