@@ -153,7 +153,8 @@ def outline(tree: ParamTree) -> Level:
             outer.children.append(found)
         return found
 
-    above, level, start = (), top, join((*place, ""))
+    above: Path = ()
+    level, start = top, join((*place, ""))
     for path, child in zip(structure.paths, structure.slots, strict=True):
         # The deepest level drawn lists all leaves below it by their relative paths.
         here = (path if child == EMPTY else path[:-1])[:DEEPEST]
@@ -264,6 +265,9 @@ def opened(top: Level, most: int | None) -> set[int]:
     return open_ids
 
 
+Drawn = tuple[Level | Leaf | str, str]
+
+
 def lines(
     top: Level, most: int | None = None, measures: Mapping[int, tuple[str, ...]] | None = None
 ) -> Iterator[str]:
@@ -273,7 +277,9 @@ def lines(
     blank = ("",) * len(heading)
     rows: list[tuple[str, ...]] = [("", "", "", "", "", *heading, "")] if heading else []
     cells: dict[Value, Cells] = {}
-    for item, guides in _drawn(top, "", most, open_ids):
+    drawn: list[Drawn] = []
+    _draw(top, "", most, open_ids, drawn)
+    for item, guides in drawn:
         if isinstance(item, Leaf):
             value = item.value
             texts = cells.get(value) or cells.setdefault(value, value.cells())
@@ -295,18 +301,18 @@ def lines(
         yield f"{line.format(*row)}  {row[-1]}".rstrip()
 
 
-def _drawn(
-    level: Level, guides: str, most: int | None, open_ids: Container[int]
-) -> Iterator[tuple[Level | Leaf | str, str]]:
-    """Yields what to draw below a level and the guides to its left; cuts a list after ``most``."""
+def _draw(
+    level: Level, guides: str, most: int | None, open_ids: Container[int], drawn: list[Drawn]
+) -> None:
+    """Adds what to draw below a level and the guides to its left; cuts a list after ``most``."""
     shown: list[Level | Leaf | str] = list(level.children)
     if most is not None and len(shown) > most:
         shown = [*shown[:most], f"... {len(shown) - most:,} more"]
     for i, child in enumerate(shown, start=1):
         here, below = ("└─ ", "   ") if i == len(shown) else ("├─ ", "│  ")
-        yield child, guides + here
+        drawn.append((child, guides + here))
         if isinstance(child, Level) and id(child) in open_ids:
-            yield from _drawn(child, guides + below, most, open_ids)
+            _draw(child, guides + below, most, open_ids, drawn)
 
 
 def _remark(leaf: Leaf) -> str:
