@@ -8,6 +8,7 @@ so is HTML.
 import argparse
 import contextlib
 import html
+import itertools
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ from paramtree.core.rules import compiled
 from paramtree.core.tree import ParamTree
 from paramtree.verbs.assemble import take_apart
 from paramtree.verbs.from_tree import from_tree
+from paramtree.verbs.uncollected import uncollected
 
 __all__ = ["main"]
 
@@ -64,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parsed(argv)
     except SystemExit as stop:  # argparse has printed the help or an error
         return int(stop.code or 0)
+    listing = arguments.convert is None and arguments.diff is None and not arguments.stats
     try:
-        return _run(arguments)
+        with uncollected() if listing else contextlib.nullcontext():
+            return _run(arguments)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
@@ -288,6 +292,7 @@ def _page(arguments: argparse.Namespace, report: Any) -> str:
 
 
 _LONGEST = 4000  # characters of an error, which may quote a name as long as the file
+_AT_ONCE = 1000  # lines printed at once
 _PLAIN = str.maketrans("├└│─", "|`|-")
 
 
@@ -298,12 +303,13 @@ def _print(lines: Iterable[str], spelling: str = "backslashreplace") -> None:
         return
     encoding = out.encoding or "utf-8"
     try:
-        for line in lines:
+        every = iter(lines)
+        while some := list(itertools.islice(every, _AT_ONCE)):
             try:
-                line.encode(encoding)
+                "".join(some).encode(encoding)
             except UnicodeEncodeError:
-                line = line.translate(_PLAIN).encode(encoding, spelling).decode(encoding)
-            print(line, file=out)
+                some = [_spelled(line, encoding, spelling) for line in some]
+            print("\n".join(some), file=out)
         out.flush()
     except OSError as error:
         # Otherwise Python would flush the rest at exit, and fail again.
@@ -311,6 +317,15 @@ def _print(lines: Iterable[str], spelling: str = "backslashreplace") -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise ParamTreeError(f"the output could not be written: {error.strerror}.") from error
+
+
+def _spelled(line: str, encoding: str, spelling: str) -> str:
+    """Returns a line with other characters for those that an encoding lacks."""
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return line.translate(_PLAIN).encode(encoding, spelling).decode(encoding)
+    return line
 
 
 def _fail(message: str, code: int = _ERROR) -> int:

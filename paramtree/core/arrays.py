@@ -13,10 +13,10 @@ def join(path: Sequence[str], sep: str = "_") -> str:
 
 def shape_of(leaf: Any) -> tuple[int, ...] | None:
     """Returns the shape of an array, tracer, number or anything with a shape; else None."""
-    if isinstance(leaf, bool | int | float | complex):
-        return ()
     shape = getattr(leaf, "shape", None)
-    return tuple(shape) if isinstance(shape, tuple) else None
+    if isinstance(shape, tuple):
+        return tuple(shape)
+    return () if isinstance(leaf, bool | int | float | complex) else None
 
 
 def dtype_of(leaf: Any) -> Any:
@@ -43,7 +43,9 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
 
 
 def clip(text: str, most: int) -> str:

@@ -19,6 +19,7 @@ from paramtree.inspect.distance import Distance, comparable, distances
 from paramtree.inspect.measure import absent
 from paramtree.inspect.report import Report, Table, plural
 from paramtree.verbs.compare import Difference, Pair, compare, sides
+from paramtree.verbs.uncollected import uncollected
 
 __all__ = ["Change", "Diff", "check_tolerances", "diff", "measured", "only_shape"]
 
@@ -153,15 +154,16 @@ def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
       (False, False)
     """
     check_tolerances(rtol, atol)
-    differences, pairs = compare(a, b)
-    compared = measured("diff", pairs, rtol, atol)
-    changes = [Change(pair.name, *far, *_shown(pair)) for pair, far in compared if far is not None]
-    return Diff(
-        tuple(difference for difference in differences if difference.what != "container"),
-        tuple(sorted(changes, key=_rank)),
-        len(compared),
-        sum(only_shape(pair) for pair in pairs),
-    )
+    with uncollected():
+        differences, pairs = compare(a, b)
+        compared = measured("diff", pairs, rtol, atol)
+        changes = [Change(pair.name, *far, *_shown(pair)) for pair, far in compared if far is not None]
+        return Diff(
+            tuple(difference for difference in differences if difference.what != "container"),
+            tuple(sorted(changes, key=_rank)),
+            len(compared),
+            sum(map(only_shape, pairs)),
+        )
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
@@ -173,14 +175,18 @@ def check_tolerances(rtol: Any, atol: Any) -> None:
 
 def measured(verb: str, pairs: list[Pair], rtol: Any, atol: Any) -> list[tuple[Pair, Distance | None]]:
     """Returns the comparable pairs with their distances; raises if values are traced or gone."""
-    leaves = [(pair.name, leaf) for pair in pairs for leaf in pair[1:]]
-    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
+    types = {type(leaf) for _, *leaves in pairs for leaf in leaves}
+    if any(issubclass(one, jax.core.Tracer) for one in types):
         raise TypeError(
             f"{verb} compares values, which are unknown while a function is traced. "
             "pt.check_match(a, b) compares structure, shapes and dtypes, and works under jit."
         )
+    # What numpy has is never gone, and asking takes a while.
     gone = [
-        name for name, leaf in leaves if absent(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+        name
+        for name, *leaves in pairs
+        for leaf in leaves
+        if type(leaf) is not np.ndarray and absent(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
     ]
     if gone:
         shown = ", ".join(f"`{short(name)}`" for name in dict.fromkeys(gone))
@@ -195,7 +201,8 @@ def measured(verb: str, pairs: list[Pair], rtol: Any, atol: Any) -> list[tuple[P
 
 def only_shape(pair: Pair) -> bool:
     """Whether one of two leaves is only a shape."""
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in pair[1:])
+    struct = jax.ShapeDtypeStruct
+    return isinstance(pair.first, struct) or isinstance(pair.second, struct)
 
 
 def _rank(change: Change) -> tuple[int, float]:

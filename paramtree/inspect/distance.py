@@ -6,8 +6,10 @@ compiling for each of their many shapes. Large leaves, which have few shapes, an
 several hosts are measured on their devices.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from paramtree.core.arrays import dtype_of, shape_of
 __all__ = ["Distance", "comparable", "distances", "is_key", "numeric"]
 
 BLOCK = 1 << 16  # elements; the intermediate results stay in cache
+SMALL = 1 << 12  # elements up to which leaves are compared many at a time: numpy takes 50 µs for each
 LARGE = 1 << 20  # elements from which a leaf is measured on its device
 
 
@@ -33,7 +36,8 @@ class Distance(NamedTuple):
 
 def comparable(a: Any, b: Any) -> bool:
     """Whether the values of two leaves can be compared element by element."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (a, b)) or shape_of(a) != shape_of(b):
+    struct = jax.ShapeDtypeStruct
+    if isinstance(a, struct) or isinstance(b, struct) or shape_of(a) != shape_of(b):
         return False
     return bool(dtype_of(a) == dtype_of(b)) or (numeric(a) and numeric(b))
 
@@ -43,15 +47,24 @@ def distances(
 ) -> list[Distance | None]:
     """Returns the distance of each pair of comparable leaves; None if equal within the tolerance."""
     results: list[Any] = []
-    for a, b in pairs:
+    small: dict[Any, list[_Flat]] = {}
+    for i, (a, b) in enumerate(pairs):
+        results.append(None)
         if not numeric(a):
-            results.append(_of_objects(a, b))
+            results[i] = _of_objects(a, b)
         elif a is b:
-            results.append(None)
+            continue
         elif _on_host(a, b):
-            results.append(_of_arrays(np.asarray(a), np.asarray(b), rtol, atol))
+            x, y = np.asarray(a), np.asarray(b)
+            if x.size > SMALL:
+                results[i] = _of_arrays(x, y, rtol, atol)
+            elif x.size:
+                small.setdefault((x.dtype, y.dtype), []).append((i, x.reshape(-1), y.reshape(-1)))
         else:  # starts without waiting; the results are fetched together below
-            results.append((a.size, _on_device(a, b, rtol, atol)))
+            results[i] = (a.size, _on_device(a, b, rtol, atol))
+    for group in small.values():
+        for part in _batches(group):
+            _compare_small(part, results, rtol, atol)
     return [_fetched(*result) if type(result) is tuple else result for result in results]
 
 
@@ -60,6 +73,11 @@ def numeric(leaf: Any) -> bool:
     dtype = dtype_of(leaf)
     if dtype is None:
         return isinstance(leaf, bool | int | float | complex) and np.asarray(leaf).dtype != object
+    return _of_numbers(dtype)
+
+
+@functools.lru_cache
+def _of_numbers(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
 
 
@@ -143,6 +161,51 @@ def _of_arrays(x: np.ndarray, y: np.ndarray, rtol: float, atol: float) -> Distan
             apart = math.hypot(apart, _norm(*_scaled(np, off)))
             length = math.hypot(length, _norm(*_scaled(np, sizes)))
         return _distance(differing, x.size, np.max(tops), apart, length) if differing else None
+
+
+_Flat = tuple[int, np.ndarray, np.ndarray]  # the number of a pair, and its two arrays
+
+
+def _batches(group: list[_Flat]) -> Iterator[list[_Flat]]:
+    """Yields parts of a list that have up to a block of elements."""
+    ends = np.cumsum([x.size for _, x, _ in group]) // BLOCK
+    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(group)]
+    for start, stop in itertools.pairwise(cuts):
+        yield group[start:stop]
+
+
+def _compare_small(group: list[_Flat], results: list[Any], rtol: float, atol: float) -> None:
+    """Compares small arrays of the same two dtypes at once, each as ``_of_arrays`` does."""
+    if not group:
+        return
+    x, y, starts, sizes = _joined(group)
+    if x.dtype == y.dtype:
+        changed = np.logical_or.reduceat(x != y, starts)
+        if not changed.any():
+            return
+        if not changed.all():
+            group = list(itertools.compress(group, changed))
+            x, y, starts, sizes = _joined(group)
+    with np.errstate(all="ignore"):
+        far, off, beyond, lengths = _parts(np, x, y, rtol, atol)
+        norms = []
+        for values in (off, lengths):
+            tops = np.maximum.reduceat(values, starts)
+            units = np.where((tops > 0) & np.isfinite(tops), tops, 1)
+            squares = np.add.reduceat((values / np.repeat(units, sizes)) ** 2, starts)
+            norms.append(list(map(_norm, tops.tolist(), squares.tolist())))
+        counts = np.add.reduceat(beyond, starts, dtype=np.int64).tolist()
+        largest = np.maximum.reduceat(far, starts)
+    for pair, count, top, apart, length in zip(group, counts, largest, *norms, strict=True):
+        if count:
+            results[pair[0]] = _distance(count, pair[1].size, top, apart, length)
+
+
+def _joined(group: list[_Flat]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the arrays end to end, where each starts, and their sizes."""
+    _, first, second = zip(*group, strict=True)
+    sizes = np.array([x.size for x in first])
+    return np.concatenate(first), np.concatenate(second), np.cumsum(sizes) - sizes, sizes
 
 
 @jax.jit

@@ -12,15 +12,18 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from paramtree.core.arrays import describe, dtype_of, join, printable, shape_of, short
+from paramtree.core.arrays import describe, join, printable, short
 from paramtree.core.pytrees import open_tree
 from paramtree.core.structure import EMPTY, HOLE, STATE, Path
 from paramtree.core.tree import ParamTree, flatten, is_flat, place_of, unflatten
 from paramtree.inspect.report import bytes_text, plural
 
-__all__ = ["Leaf", "Level", "as_tree", "contents", "lines", "opened", "outline", "title"]
+__all__ = ["Leaf", "Level", "Value", "as_tree", "contents", "lines", "opened", "outline", "title"]
 
 DEEPEST = 100  # levels drawn; browsers fail at a few hundred
+TOOLTIP = 1000  # characters of a full name
+
+Cells = tuple[str, str, str, str]  # of a shape, a dtype, a count and bytes
 
 # The parts of the parametrisations of the library; a star marks state. A tree does not store which of
 # its levels are parameters in parts, so those with just these leaves are called by them.
@@ -33,6 +36,31 @@ _PARTS = {
     ("base*", "skew"): "Orthogonal",
     ("frozen*",): "Frozen",
 }
+_MOST_PARTS = max(map(len, _PARTS))
+_FIRST_PARTS = {parts[0].removesuffix("*") for parts in _PARTS}
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """What is in the place of a leaf, as text; leaves that look the same share one.
+
+    ``leaves`` is how many leaves jax sees there, and ``note`` is any further remark.
+    """
+
+    shape: str = ""
+    dtype: str = ""
+    count: int | None = None
+    nbytes: int = 0
+    leaves: int = 0
+    note: str = ""
+
+    def cells(self) -> Cells:
+        """Returns the shape, the dtype, the count and the bytes as text."""
+        sizes = ("", "") if self.count is None else (f"{self.count:,}", bytes_text(self.nbytes))
+        return self.shape, self.dtype, *sizes
+
+
+_NOTHING = Value()  # in the place of a hole or an alias
 
 
 @dataclass(slots=True)
@@ -40,26 +68,25 @@ class Leaf:
     """One leaf, alias or hole, as it is drawn.
 
     ``name`` is its name within its level, ``full`` the name that rules match. ``tied`` is the full name
-    of the leaf that an alias leads to; an alias has no size. ``leaves`` is how many leaves jax sees in
-    its place, and ``note`` is any further remark.
+    of the leaf that an alias leads to; an alias has no size.
     """
 
     name: str
     full: str
     slot: int
-    shape: str = ""
-    dtype: str = ""
-    count: int | None = None
-    nbytes: int = 0
-    leaves: int = 0
+    value: Value = _NOTHING
     state: bool = False
     tied: str = ""
-    note: str = ""
 
-    def cells(self) -> tuple[str, str, str, str]:
-        """Returns the shape, the dtype, the count and the bytes as text."""
-        sizes = ("", "") if self.count is None else (f"{self.count:,}", bytes_text(self.nbytes))
-        return self.shape, self.dtype, *sizes
+    @property
+    def count(self) -> int | None:
+        """The number of scalars, if it is known."""
+        return self.value.count
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.value.nbytes
 
 
 @dataclass(slots=True)
@@ -80,14 +107,21 @@ class Level:
 
     def add(self, child: "Level | Leaf") -> None:
         """Adds a child to the totals of this level."""
-        self.leaves += child.leaves
-        self.count += child.count or 0
-        self.nbytes += child.nbytes
-        self.state += child.state if isinstance(child, Level) else child.state * (child.count or 0)
-        self.holes += child.holes if isinstance(child, Level) else child.slot == HOLE
-        self.tied += child.tied if isinstance(child, Level) else bool(child.tied)
+        what = child if isinstance(child, Level) else child.value
+        size = what.count or 0
+        self.leaves += what.leaves
+        self.count += size
+        self.nbytes += what.nbytes
+        if isinstance(child, Level):
+            self.state += child.state
+            self.holes += child.holes
+            self.tied += child.tied
+        else:
+            self.state += size if child.state else 0
+            self.holes += child.slot == HOLE
+            self.tied += bool(child.tied)
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> Cells:
         """Returns cells as those of a leaf."""
         sizes = (f"{self.count:,}", bytes_text(self.nbytes)) if self.count else ("", "")
         return "", "", *sizes
@@ -104,63 +138,83 @@ def as_tree(tree: Any) -> ParamTree:
 def outline(tree: ParamTree) -> Level:
     """Returns the outline of a tree; its text is printable, but not escaped for HTML."""
     (structure, leaves), place = flatten(tree), place_of(tree)
-    texts: dict[Any, str] = {}  # of shapes, dtypes and shardings, which repeat in a large tree
+    values: dict[Any, Value] = {}  # what is alike repeats in a large tree
+    names: dict[str, str] = {}  # of segments, likewise
     top = Level("", short(join(place)), 0)
     levels: dict[Path, Level] = {(): top}
+    canonical, kinds = structure.canonical, structure.kinds
+
+    def level_at(above: Path) -> Level:
+        found = levels.get(above)
+        if found is None:
+            outer = level_at(above[:-1])
+            full = short(join(place + above), TOOLTIP)
+            found = levels[above] = Level(short(above[-1]), full, len(above))
+            outer.children.append(found)
+        return found
+
+    above: Path = ()
+    level, start = top, join((*place, ""))
     for path, child in zip(structure.paths, structure.slots, strict=True):
         # The deepest level drawn lists all leaves below it by their relative paths.
-        above = (path if child == EMPTY else path[:-1])[:DEEPEST]
-        for depth in range(len(above) + 1):
-            if above[:depth] not in levels:
-                inner = Level(short(above[depth - 1]), short(join(place + above[:depth])), depth)
-                levels[above[: depth - 1]].children.append(inner)
-                levels[above[:depth]] = inner
+        here = (path if child == EMPTY else path[:-1])[:DEEPEST]
+        if here != above:
+            above, level, start = here, level_at(here), join((*place, *here, ""))
         if child == EMPTY:
             continue
         # In other containers None marks a hole.
         slot = HOLE if child == HOLE or leaves[child] is None else child
-        leaf = Leaf(short("/".join(path[len(above) :])), short(join(place + path)), slot)
-        levels[above].children.append(leaf)
+        last = path[-1] if len(path) == len(above) + 1 else "/".join(path[len(above) :])
+        name = names.get(last) or names.setdefault(last, short(last))
+        full = f"{start}{last}" if last is path[-1] else join(place + path)
+        leaf = Leaf(name, short(full, TOOLTIP), slot)
+        level.children.append(leaf)
         if slot != HOLE:
-            first = structure.canonical[slot]
-            if path == first:
-                leaf.state = structure.kinds[slot] == STATE
-                _fill(leaf, leaves[slot], texts)
+            first = canonical[slot]
+            if path is first or path == first:
+                leaf.state = kinds[slot] == STATE
+                leaf.value = _value(leaves[slot], values)
             else:
                 leaf.tied = short(join(place + first))
-        levels[above].add(leaf)
-    kinds = structure.kinds
+        level.add(leaf)
     for path, inner in reversed(levels.items()):  # children before their parents
         if path:
-            parts = [c for c in inner.children if isinstance(c, Leaf) and c.slot != HOLE]
-            names = (f"{c.name}{'*' if kinds[c.slot] == STATE else ''}" for c in parts)
-            inner.note = _PARTS.get(tuple(names), "") if len(parts) == len(inner.children) else ""
+            inner.note = _parametrization(inner.children)
             levels[path[:-1]].add(inner)
     return top
 
 
-def _fill(leaf: Leaf, value: Any, texts: dict[Any, str]) -> None:
-    shape, dtype = shape_of(value), dtype_of(value)
-    if shape is None or dtype is None:
-        inner = jax.tree.leaves(value)
-        leaf.leaves = len(inner)
+def _parametrization(children: list[Level | Leaf]) -> str:
+    """Returns the name of the parametrisation that some children are the parts of, if they are."""
+    if not 0 < len(children) <= _MOST_PARTS or children[0].name not in _FIRST_PARTS:
+        return ""
+    leaves = [child for child in children if isinstance(child, Leaf) and child.slot != HOLE]
+    parts = tuple(leaf.name + "*" * leaf.state for leaf in leaves)
+    return _PARTS.get(parts, "") if len(parts) == len(children) else ""
+
+
+def _value(leaf: Any, values: dict[Any, Value]) -> Value:
+    """Returns what is in the place of a leaf, from ``values`` if it has its like."""
+    dtype, shape = getattr(leaf, "dtype", None), getattr(leaf, "shape", None)
+    if dtype is None or not isinstance(shape, tuple):
+        inner = jax.tree.leaves(leaf)
         # jax.tree.map may put a container in a leaf's place; describing it would read its arrays.
-        is_leaf = not inner or inner[0] is value
-        container = f"{type(value).__name__} of {plural(len(inner), 'leaf', 'leaves')}"
-        leaf.note = printable(describe(value)) if is_leaf else container
-        return
-    leaf.leaves = 1
-    leaf.shape = texts.get(shape) or texts.setdefault(shape, str(shape))
-    leaf.dtype = texts.get(dtype) or texts.setdefault(dtype, str(dtype))
-    if all(isinstance(size, int) for size in shape):  # jax.export has symbolic sizes
-        leaf.count = math.prod(shape)
-        leaf.nbytes = leaf.count * dtype.itemsize
-    if isinstance(value, jax.core.Tracer):
-        leaf.note = "traced"
-    elif (sharding := getattr(value, "sharding", None)) is not None:
-        if sharding not in texts:
-            texts[sharding] = _sharding_text(sharding)
-        leaf.note = texts[sharding]
+        is_leaf = not inner or inner[0] is leaf
+        container = f"{type(leaf).__name__} of {plural(len(inner), 'leaf', 'leaves')}"
+        return Value(leaves=len(inner), note=printable(describe(leaf)) if is_leaf else container)
+    traced = isinstance(leaf, jax.core.Tracer)
+    sharding = None if traced else getattr(leaf, "sharding", None)
+    key = shape, dtype, sharding, traced
+    value = values.get(key)
+    if value is None:
+        note = "traced" if traced else ""
+        value = values[key] = Value(str(tuple(shape)), str(dtype), leaves=1, note=note)
+        if all(isinstance(size, int) for size in shape):  # jax.export has symbolic sizes
+            value.count = math.prod(shape)
+            value.nbytes = value.count * dtype.itemsize
+        if sharding is not None:
+            value.note = _sharding_text(sharding)
+    return value
 
 
 def _sharding_text(sharding: Any) -> str:
@@ -211,6 +265,9 @@ def opened(top: Level, most: int | None) -> set[int]:
     return open_ids
 
 
+Drawn = tuple[Level | Leaf | str, str]
+
+
 def lines(
     top: Level, most: int | None = None, measures: Mapping[int, tuple[str, ...]] | None = None
 ) -> Iterator[str]:
@@ -219,35 +276,43 @@ def lines(
     heading = measures.get(-1, ())
     blank = ("",) * len(heading)
     rows: list[tuple[str, ...]] = [("", "", "", "", "", *heading, "")] if heading else []
-    for item, guides in _drawn(top, "", most, open_ids):
-        if isinstance(item, str):
-            rows.append((guides + item, "", "", "", "", *blank, ""))
-        elif isinstance(item, Leaf):
+    cells: dict[Value, Cells] = {}
+    drawn: list[Drawn] = []
+    _draw(top, "", most, open_ids, drawn)
+    for item, guides in drawn:
+        if isinstance(item, Leaf):
+            value = item.value
+            texts = cells.get(value) or cells.setdefault(value, value.cells())
             more = blank if item.tied else measures.get(item.slot, blank)
-            rows.append((guides + item.name, *item.cells(), *more, _remark(item)))
-        else:
+            rows.append((guides + item.name, *texts, *more, _remark(item)))
+        elif isinstance(item, Level):
             note = item.note if id(item) in open_ids and item.children else contents(item)
             rows.append((guides + item.name, *item.cells(), *blank, note))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(6 + len(heading))]
+        else:
+            rows.append((guides + item, "", "", "", "", *blank, ""))
     yield title(top)
+    if not rows:
+        return
+    columns = list(zip(*rows, strict=True))[:-1]
+    widths = [max(map(len, set(column))) for column in columns]
+    sides = ["<"] * 3 + [">"] * (len(widths) - 3)
+    line = "  ".join(f"{{:{side}{width or ''}}}" for side, width in zip(sides, widths, strict=True))
     for row in rows:
-        left = (f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=False))
-        right = (f"{cell:>{width}}" for cell, width in zip(row[3:-1], widths[3:], strict=False))
-        yield "  ".join((*left, *right, row[-1])).rstrip()
+        yield f"{line.format(*row)}  {row[-1]}".rstrip()
 
 
-def _drawn(
-    level: Level, guides: str, most: int | None, open_ids: Container[int]
-) -> Iterator[tuple[Level | Leaf | str, str]]:
-    """Yields what to draw below a level and the guides to its left; cuts a list after ``most``."""
+def _draw(
+    level: Level, guides: str, most: int | None, open_ids: Container[int], drawn: list[Drawn]
+) -> None:
+    """Adds what to draw below a level and the guides to its left; cuts a list after ``most``."""
     shown: list[Level | Leaf | str] = list(level.children)
     if most is not None and len(shown) > most:
         shown = [*shown[:most], f"... {len(shown) - most:,} more"]
     for i, child in enumerate(shown, start=1):
         here, below = ("└─ ", "   ") if i == len(shown) else ("├─ ", "│  ")
-        yield child, guides + here
+        drawn.append((child, guides + here))
         if isinstance(child, Level) and id(child) in open_ids:
-            yield from _drawn(child, guides + below, most, open_ids)
+            _draw(child, guides + below, most, open_ids, drawn)
 
 
 def _remark(leaf: Leaf) -> str:
@@ -255,4 +320,5 @@ def _remark(leaf: Leaf) -> str:
         return "hole"
     if leaf.tied:
         return f"= {leaf.tied}"
-    return ", ".join(filter(None, ("state" if leaf.state else "", leaf.note)))
+    note = leaf.value.note
+    return (f"state, {note}" if note else "state") if leaf.state else note

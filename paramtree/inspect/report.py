@@ -12,14 +12,13 @@ from html import escape
 from typing import Any
 
 from paramtree.core.arrays import short
+from paramtree.inspect.style import STYLE
 
 __all__ = ["Report", "Table", "bytes_text", "plural", "some", "with_unit"]
 
 MOST_ROWS = 1000  # rich takes half a millisecond per row
-NOTE = 400  # characters
-
-_RULE = "border-bottom:1px solid rgba(128,128,128,.6);"
-_RULE_ABOVE = "border-top:1px solid rgba(128,128,128,.6);"
+# Characters: of a note, of a tooltip, and from which a cell may be cut.
+NOTE, TOOLTIP, CUT = 400, 1000, 24
 
 
 @dataclass(frozen=True)
@@ -65,32 +64,28 @@ class Table:
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
 
     def html(self) -> str:
-        """Returns the table as self-contained HTML: no script, no style sheet, no network."""
+        """Returns the table as self-contained HTML: no script, no network."""
+        kinds = [' class="pt-number"' if side == "right" else "" for side in self._sides()]
 
-        def row(tag: str, cells: Sequence[str], style: str = "") -> str:
-            parts = (
-                f'<{tag} style="text-align:{side};padding:.15em .7em;white-space:pre;'
-                f'font-variant-numeric:tabular-nums;{style}"><bdi>{escape(short(cell))}</bdi></{tag}>'
-                for cell, side in zip(cells, self._sides(), strict=True)
-            )
+        def row(tag: str, texts: Sequence[str]) -> str:
+            parts = []
+            for text, kind in zip(texts, kinds, strict=True):
+                # The browser cuts a long text.
+                tip = f' title="{escape(short(text, TOOLTIP))}"' if len(text) > CUT else ""
+                parts.append(f"<{tag}{kind}{tip}><bdi>{escape(short(text))}</bdi></{tag}>")
             return f"<tr>{''.join(parts)}</tr>"
 
-        title = f'<div style="font-weight:600">{escape(short(self.title))}</div>' if self.title else ""
+        title = f'<div class="pt-title">{escape(short(self.title))}</div>' if self.title else ""
         table = ""
         if self.rows or self.totals:
-            head = row("th", self.columns, f"font-weight:600;{_RULE}")
-            body = "".join(row("td", cells) for cells in self.rows[:MOST_ROWS])
-            for i, cells in enumerate(self.totals):
-                body += row("td", cells, "font-weight:600;" + (_RULE_ABOVE if i == 0 else ""))
-            table = (
-                '<table style="border-collapse:collapse;border:0;margin:.4em 0">'
-                f"<thead>{head}</thead><tbody>{body}</tbody></table>"
-            )
-        notes = "".join(f"<div>{escape(note)}</div>" for note in self._notes(MOST_ROWS))
-        return (
-            '<div class="paramtree-report" style="overflow-x:auto;font-size:13px">'
-            f"{title}{table}{notes}</div>"
+            body = "\n".join(row("td", texts) for texts in self.rows[:MOST_ROWS])
+            foot = "\n".join(row("td", texts) for texts in self.totals)
+            head = row("th", self.columns)
+            table = f"<table><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
+        notes = "".join(
+            f'<div class="pt-remark">{escape(note)}</div>' for note in self._notes(MOST_ROWS)
         )
+        return f'<div class="paramtree-report">{STYLE}{title}{table}{notes}</div>'
 
     def _sides(self) -> list[Any]:
         return ["right" if column in self.numbers else "left" for column in self.columns]

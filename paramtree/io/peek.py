@@ -1,5 +1,6 @@
 """``pt.peek``: the format and the tree of a file, from its headers alone."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from paramtree.io.problems import LoadReport
 from paramtree.io.source import Source, fail, segments
 from paramtree.io.transforms import natural
 from paramtree.io.wire import logical
+from paramtree.verbs.uncollected import uncollected
 
 __all__ = ["arranged", "items_of", "peek"]
 
 
+@uncollected()
 def peek(path: str | os.PathLike[str], *, sep: str = ".", report: bool = False) -> Any:
     """Returns the tree in a file, with shapes and dtypes in place of the arrays.
 
@@ -52,7 +55,8 @@ def peek(path: str | os.PathLike[str], *, sep: str = ".", report: bool = False) 
     with open_source(os.fspath(path)) as source:
         tree = arranged(source, items_of(source), sep, flat=True)
     structure, items = flatten(tree)
-    shapes = unflatten(structure, [jax.ShapeDtypeStruct(item.shape, item.dtype) for item in items])
+    struct = functools.cache(jax.ShapeDtypeStruct)  # a large file has few distinct shapes
+    shapes = unflatten(structure, [struct(item.shape, item.dtype) for item in items])
     return (shapes, LoadReport.of(source)) if report else shapes
 
 

@@ -5,6 +5,7 @@ The reader of each format checks every claim of a file before it allocates memor
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -123,10 +124,18 @@ def check_name(path: str, name: str) -> None:
 
 def check_shape(path: str, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """Returns the size of an array in bytes. Raises LoadError if no array can have the shape."""
-    # As in numpy, an axis of 0 does not make a huge one valid.
-    size = dtype.itemsize * math.prod(max(n, 1) for n in shape)
-    if len(shape) > 32 or any(n < 0 for n in shape) or size >= 2**62:
+    size = _bytes(shape, dtype.itemsize)
+    if size is None:
         fail(path, where, f"no array can have shape {shortened(str(shape), 80)}.")
+    return size
+
+
+@functools.lru_cache
+def _bytes(shape: tuple[int, ...], itemsize: int) -> int | None:
+    # As in numpy, an axis of 0 does not make a huge one valid.
+    size = itemsize * math.prod(max(n, 1) for n in shape)
+    if len(shape) > 32 or any(n < 0 for n in shape) or size >= 2**62:
+        return None
     return 0 if 0 in shape else size
 
 
@@ -155,7 +164,10 @@ def segments(path: str, name: str, sep: str) -> tuple[str, ...]:
     Raises:
       LoadError: a segment is empty, or there are more than ``DEEPEST``.
     """
-    parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
+    if sep and "/" not in name:
+        parts = name.split(sep)
+    else:
+        parts = [part for text in name.split("/") for part in (text.split(sep) if sep else (text,))]
     if not all(parts) or len(parts) > DEEPEST:
         problem = "is nested too deep" if all(parts) else f"has an empty segment between {sep or '/'!r}"
         fail(path, repr(shortened(name, 80)), f"{problem}. Pass another sep=, or rename= it.")

@@ -83,9 +83,12 @@ def _by_rule(items: Sequence[Item], rules: Sequence[Any], shown: Callable[..., s
             yield from (replace(item, names=(name,)) for name in item.names)
 
 
+_NUMBER = re.compile(r"([0-9]{1,18})")
+
+
 def natural(name: str) -> list[Any]:
     """Returns a sort key that puts ``layer2`` before ``layer10``."""
-    parts = re.split(r"([0-9]{1,18})", name, maxsplit=_NUMBERS)
+    parts = _NUMBER.split(name, maxsplit=_NUMBERS)
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 

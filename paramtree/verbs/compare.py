@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from paramtree.core.arrays import clip, describe, dtype_of, join, printable, shape_of
+from paramtree.core.arrays import clip, describe, join, printable, shape_of
 from paramtree.core.errors import MismatchError, close_names, first_few
 from paramtree.core.pytrees import Container, open_tree
 from paramtree.core.structure import EMPTY, Path
 from paramtree.core.tree import ParamTree, flatten, unflatten
+from paramtree.verbs.alike import Pair, alike, alike_pairs, dtype_name
 
 __all__ = ["Difference", "Pair", "bare", "check_match", "compare", "differences", "lines", "sides"]
 
@@ -45,14 +46,6 @@ class Difference(NamedTuple):
     expected: Any
     found: Any
     close: tuple[str, ...] = ()
-
-
-class Pair(NamedTuple):
-    """Two leaves of one name."""
-
-    name: str
-    first: Any
-    second: Any
 
 
 def check_match(a: Any, b: Any) -> None:
@@ -96,7 +89,7 @@ def differences(a: Any, b: Any) -> list[Difference]:
     """Returns all differences but those of values; none if the trees are equal to jax."""
     treedef: Any  # mypy does not know its type
     (first, treedef), (second, other) = (jax.tree.flatten(tree) for tree in (a, b))
-    if treedef == other and all(map(_alike, first, second)):
+    if treedef == other and all(map(alike, first, second)):
         return []
     return compare(a, b)[0]
 
@@ -107,6 +100,8 @@ def compare(a: Any, b: Any) -> tuple[list[Difference], list[Pair]]:
     Raises:
       NameCollisionError: two leaves of one tree have one path.
     """
+    if (pairs := alike_pairs(a, b)) is not None:
+        return [], pairs
     first, second = _read(a), _read(b)
     spell = _speller(first.entries, second.entries)
     differences, matched = _names(first, second, spell)
@@ -268,25 +263,6 @@ def _read(tree: Any) -> _Contents:
     return _Contents(entries, source.containers or {(): Container(type(tree), (), None)})
 
 
-def _alike(leaf: Any, other: Any) -> bool:
-    """Whether two leaves have one shape and dtype; other objects are always alike."""
-    if leaf is other:
-        return True
-    if shape_of(leaf) != shape_of(other):
-        return False
-    dtype = getattr(leaf, "dtype", None)
-    same = dtype is not None and dtype is getattr(other, "dtype", None)  # most often one object
-    return same or _dtype_name(leaf) == _dtype_name(other)
-
-
-def _dtype_name(leaf: Any) -> str | None:
-    """Returns the name of a leaf's dtype, or of the type of a number; None for other objects."""
-    if shape_of(leaf) is None:
-        return None
-    dtype = dtype_of(leaf)
-    return type(leaf).__name__ if dtype is None else str(dtype)
-
-
 def _speller(*trees: Mapping[Path, Any]) -> _Speller:
     """Returns a function that spells a path as its name, or as a path if two paths share the name."""
     doubled = {
@@ -394,7 +370,7 @@ def _of_leaf(name: str, entry: _Entry, other: _Entry) -> list[Difference]:
     shape, other_shape = shape_of(entry.leaf), shape_of(other.leaf)
     if None not in (shape, other_shape) and shape != other_shape:
         differences.append(Difference(name, "shape", shape, other_shape))
-    dtype, other_dtype = (_dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other))
+    dtype, other_dtype = (dtype_name(x.leaf) or type(x.leaf).__name__ for x in (entry, other))
     if dtype != other_dtype and not shape is other_shape is None:
         differences.append(Difference(name, "dtype", dtype, other_dtype))
     return differences

@@ -1,15 +1,18 @@
 """Any pytree as a parameter tree."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
 
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Rules, resolve
-from paramtree.core.structure import PARAM, STATE
+from paramtree.core.structure import EMPTY, PARAM, STATE, Path, Structure
 from paramtree.core.tree import ParamTree, unflatten
 from paramtree.verbs.assemble import take_apart
 from paramtree.verbs.labels import check_values
 from paramtree.verbs.tie import tie
+from paramtree.verbs.uncollected import uncollected
 
 __all__ = ["from_tree"]
 
@@ -46,6 +49,8 @@ def from_tree(
     """
     if type(tree) is ParamTree:
         result = tree
+    elif (plain := _of_dicts(tree)) is not None:
+        result = plain
     else:
         source = open_tree(tree, counts=None, declared=True)
         if not source.containers and not hasattr(type(tree), "__open__"):
@@ -59,6 +64,45 @@ def from_tree(
     if kinds is not None:
         result = _with_kinds(result, kinds)
     return result if ties is None else tie(result, ties)
+
+
+@uncollected()
+def _of_dicts(tree: Any) -> ParamTree | None:
+    """Returns the tree of nested dicts whose keys are names; None for anything else.
+
+    That is what the walker gives, which takes ten times as long since it can put any pytree together
+    again, and expects ties.
+    """
+    if type(tree) is not dict:
+        return None
+    paths: list[Path] = []
+    slots: list[int] = []
+    leaves: list[Any] = []
+    atoms = {type(None)}  # the types of leaves
+    todo: list[tuple[Path, Iterator[tuple[Any, Any]]]] = [((), iter(tree.items()))]
+    while todo:
+        above, items = todo[-1]
+        for key, value in items:
+            if type(key) is not str or not key or "/" in key:
+                return None
+            kind, path = type(value), (*above, key)
+            if kind is dict and value:
+                todo.append((path, iter(value.items())))
+                break
+            if kind is not dict and kind not in atoms:
+                if isinstance(value, Mapping) or hasattr(kind, "__open__"):
+                    return None
+                if not jax.tree_util.all_leaves([value]):
+                    return None
+                atoms.add(kind)
+            paths.append(path)
+            slots.append(EMPTY if kind is dict else len(leaves))
+            if kind is not dict:
+                leaves.append(value)
+        else:
+            todo.pop()
+    kinds = (PARAM,) * len(leaves)
+    return unflatten(Structure.intern(tuple(paths), tuple(slots), kinds), leaves)
 
 
 def _with_kinds(tree: ParamTree, kinds: Rules) -> ParamTree:

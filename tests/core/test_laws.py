@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import jax
@@ -327,3 +328,23 @@ def test_ten_siblings_stay_in_order() -> None:
         "dense1/weight",
         "dense1/bias",
     ]
+
+
+def keyed(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    keys = st.sampled_from(["a", "b", "a/c", "w_1", 3, ""])
+    return st.recursive(leaves, lambda below: st.dictionaries(keys, below, max_size=4), max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), keyed(st.sampled_from([None, 1, 2.5, "x", (1, 2)]))))
+def test_nested_dicts_are_read_in_one_pass_as_the_walker_reads_them(nested: Any) -> None:
+    from paramtree.core.pytrees import open_tree
+
+    try:
+        source = open_tree(nested, counts=None, declared=True)
+    except pt.ParamTreeError as error:
+        with pytest.raises(type(error), match=re.escape(str(error)[:30])):
+            pt.from_tree(nested)
+        return
+    structure, leaves = flatten(pt.from_tree(nested))
+    assert structure is source.structure
+    assert leaves == source.leaves

@@ -744,3 +744,30 @@ def test_arrays_of_objects_are_compared_one_by_one() -> None:
     assert not pt.diff({"x": one}, {"x": objects(np.ones(2), "a", np.nan, np.ones(1), None)})
     found = pt.diff({"x": one}, {"x": objects(np.zeros(2), "a", np.nan, np.ones(2), 0)})
     assert [(change.differing, change.size) for change in found.changes] == [(3, 5)]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("f4", "f4"), ("i4", "i4"), ("f4", "f8"), ("u1", "?"), ("c8", "c8")], ids=str
+)
+def test_many_small_leaves_have_the_distances_of_the_formulas(dtypes: tuple[str, str]) -> None:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i in range(400):
+        x = np.abs(3 * rng.standard_normal(i % 7)).astype(dtypes[0])
+        y = x.astype(dtypes[1])
+        y = np.roll(y, 1) if i % 3 else y
+        if i % 5 == 0 and x.size and y.dtype.kind == "f":
+            y[0] = np.nan
+        pairs.append((x, y))
+    together = distances(pairs, 1e-6, 1e-6)
+    assert any(together) and not all(together)
+    for (x, y), found in zip(pairs, together, strict=True):
+        a, b = x.astype("c16"), y.astype("c16")
+        off = np.abs(a - b)
+        differing = np.count_nonzero(~(off <= 1e-6 + 1e-6 * np.abs(b)))
+        if not differing:
+            assert found is None
+            continue
+        length = np.linalg.norm(a)
+        relative = np.nan if np.isnan(off).any() else np.linalg.norm(off) / length if length else np.inf
+        np.testing.assert_allclose(found, (differing, x.size, off.max(), relative), rtol=1e-6)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.suite.case import Absent, Bound, Case
+from benchmarks.suite.case import Absent, Bound, Case, Timed
 
 SUM = "a sum"
 
@@ -29,6 +29,49 @@ def our_page(leaves: int) -> dict[str, Callable[[], Any]]:
 
     tree = jax.device_put(wide_tree(leaves))
     return {"HTML": lambda: pt.show(tree)._repr_html_()}
+
+
+def our_diff(leaves: int) -> dict[str, Callable[[], Any]]:
+    import jax
+
+    import paramtree as pt
+
+    tree = wide_tree(leaves)
+    copy, other = (jax.tree.map(lambda leaf, by=by: leaf + by, tree) for by in (0, 1))
+    return {"equal values": lambda: pt.diff(tree, copy), "other values": lambda: pt.diff(tree, other)}
+
+
+def our_tree(leaves: int) -> dict[str, Any]:
+    import itertools
+
+    import paramtree as pt
+
+    nested = wide_tree(leaves).to_dict()
+    leaf = nested["block0"]["layer0"]["bias"]
+    numbers = itertools.count()
+
+    def fresh() -> Any:
+        return {**nested, f"extra{next(numbers)}": leaf}
+
+    # A structure that exists already is found again, and takes as long to describe.
+    return {"from_tree": Timed(pt.from_tree, before=fresh)}
+
+
+def our_listing(tensors: int) -> dict[str, Any]:
+    import contextlib
+    import io
+
+    from benchmarks.command import hollow
+    from benchmarks.suite.cases.files import folder
+    from paramtree import command
+
+    path = str(hollow(folder() / "a.safetensors", tensors, 2**30))
+
+    def listed() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert command.main([path]) == 0
+
+    return {"listing": listed}
 
 
 def treescope_page(leaves: int) -> dict[str, Callable[[], Any]]:
@@ -90,15 +133,53 @@ CASES = [
     Case(
         name="html",
         title="The page of a tree in a notebook",
-        sizes=(100, 10000),
+        sizes=(100, 10000, 100_000),
         contenders={"paramtree": our_page, "treescope": treescope_page},
-        bounds=(Bound("HTML", None, 0.3),),
+        bounds=(
+            Bound("HTML", None, 0.3, when=lambda size: size <= 10_000),
+            Bound("HTML", None, 1.0, when=lambda size: size > 10_000),
+        ),
         rounds=2,
         turns=5,
         slice=0.05,
         seconds=20,
         smoke=(10,),
         packages=("treescope",),
+    ),
+    Case(
+        name="diff",
+        title="Comparing two trees",
+        sizes=(100, 100_000),
+        contenders={"paramtree": our_diff},
+        bounds=(Bound("equal values", None, 1.5), Bound("other values", None, 1.5)),
+        rounds=2,
+        turns=3,
+        seconds=30,
+        smoke=(10,),
+    ),
+    Case(
+        name="from_tree",
+        title="`from_tree` of nested dicts",
+        sizes=(100, 100_000),
+        contenders={"paramtree": our_tree},
+        bounds=(Bound("from_tree", None, 0.5),),
+        rounds=2,
+        turns=3,
+        seconds=30,
+        smoke=(10,),
+    ),
+    Case(
+        name="listing",
+        title="Listing the tensors of a file",
+        sizes=(300, 20_000),
+        contenders={"paramtree": our_listing},
+        bounds=(Bound("listing", None, 0.3),),
+        size="tensors",
+        rounds=2,
+        turns=3,
+        seconds=30,
+        smoke=(10,),
+        note="From opening the file to the last line, in a process that has imported jax.",
     ),
     Case(
         name="statistics",

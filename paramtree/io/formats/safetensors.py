@@ -82,6 +82,7 @@ class Safetensors(Format):
         from safetensors import SafetensorError, safe_open
 
         arrays: dict[str, Stored] = {}
+        dtypes = {code: to_dtype(name) for code, name in _CODES.items()}
         offset = 8 + int.from_bytes(file.read(8), "little")
         # Reopen by descriptor: the path may be another file by now.
         same_file = f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else path
@@ -98,7 +99,7 @@ class Safetensors(Format):
                         continue
                     if code not in _CODES:
                         fail(path, repr(name), f"has dtype {code}, which jax lacks: convert it first.")
-                    dtype = to_dtype(_CODES[code])
+                    dtype = dtypes[code]
                     size = check_array(path, name, shape, dtype)
                     read_all = partial(read_span, path, file, offset, dtype, shape)
                     read_slice = partial(read_part, path, file, offset, dtype, shape)
