@@ -14,9 +14,8 @@ def join(path: Sequence[str], sep: str = "_") -> str:
 def shape_of(leaf: Any) -> tuple[int, ...] | None:
     """Returns the shape of an array, tracer, number or anything with a shape; else None."""
     shape = getattr(leaf, "shape", None)
-    if isinstance(shape, tuple):
-        return tuple(shape)
-    return () if isinstance(leaf, bool | int | float | complex) else None
+    plain = () if isinstance(leaf, bool | int | float | complex) else None
+    return tuple(shape) if isinstance(shape, tuple) else plain
 
 
 def dtype_of(leaf: Any) -> Any:
@@ -43,9 +42,9 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    return (
-        text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    )
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clip(text: str, most: int) -> str:

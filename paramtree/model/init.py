@@ -57,9 +57,8 @@ def init(
 ) -> ParamTree:
     """Returns freshly initialised parameters for a model; sizes are inferred from the inputs.
 
-    The model is traced, not run. Every leaf's key comes from ``key`` and the leaf's path alone, so
-    adding, removing or reordering other layers never changes it. Works under ``jax.jit`` and
-    ``jax.vmap`` too.
+    The model is traced, not run, also under ``jax.jit`` and ``jax.vmap``. Every leaf's key comes from
+    ``key`` and the leaf's path alone, so other layers never change it.
 
     Args:
       f: a model, ``f(scope, *inputs, **kwargs)``.
