@@ -4,6 +4,7 @@ Each has as many parameters of the same sizes in both, computes the same, and dr
 same shapes. What a library does by default, such as its variance in one pass, it does here.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +14,16 @@ VOCABULARY, CLASSES = 256, 10
 
 
 class Net(NamedTuple):
-    """A net of this library, a function that makes NNX's from its ``Rngs``, and a batch."""
+    """A net of this library, a function that makes NNX's from its ``Rngs``, and a batch.
+
+    ``floor`` makes NNX's with convolutions' kernels in the layout of this library.
+    """
 
     ours: Any
     nnx: Callable[[Any], Any]
     x: Any
     y: Any
+    floor: Callable[[Any], Any] | None = None
 
 
 def images(batch: int, side: int, channels: int) -> tuple[Any, Any]:
@@ -204,7 +209,23 @@ def resnet(tiny: bool) -> Net:
                 x = basic_block(channels, strides, given != channels)(p[f"block{i}"], x)
             return nn.Dense(CLASSES)(p.head, nn.GlobalAvgPool2D()(p, x))
 
-    def conv(given: int, channels: int, kernel: int, strides: int, rngs: Any) -> Any:
+    class Turned(nnx.Module):
+        """A convolution whose kernel is (out, in, height, width)."""
+
+        def __init__(self, given: int, channels: int, kernel: int, strides: int, rngs: Any) -> None:
+            shape = channels, given, kernel, kernel
+            init = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+            self.kernel = nnx.Param(init(rngs.params(), shape))
+            self.strides, self.pads = (strides, strides), [(kernel // 2, kernel // 2)] * 2
+
+        def __call__(self, x: Any) -> Any:
+            layout = ("NHWC", "OIHW", "NHWC")
+            kernel = self.kernel[...]
+            return jax.lax.conv_general_dilated(
+                x, kernel, self.strides, self.pads, dimension_numbers=layout
+            )
+
+    def plain(given: int, channels: int, kernel: int, strides: int, rngs: Any) -> Any:
         shape, padding = (kernel, kernel), kernel // 2
         return nnx.Conv(
             given, channels, shape, strides=strides, padding=padding, use_bias=False, rngs=rngs
@@ -214,7 +235,7 @@ def resnet(tiny: bool) -> Net:
         return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
     class Block(nnx.Module):
-        def __init__(self, given: int, channels: int, strides: int, rngs: Any) -> None:
+        def __init__(self, conv: Any, given: int, channels: int, strides: int, rngs: Any) -> None:
             self.conv0 = conv(given, channels, 3, strides, rngs)
             self.conv1 = conv(channels, channels, 3, 1, rngs)
             self.norm0, self.norm1 = norm(channels, rngs), norm(channels, rngs)
@@ -228,9 +249,9 @@ def resnet(tiny: bool) -> Net:
             return jax.nn.relu(y + (self.norm2(self.short(x)) if self.project else x))
 
     class Theirs(nnx.Module):
-        def __init__(self, rngs: Any) -> None:
+        def __init__(self, rngs: Any, conv: Any = plain) -> None:
             self.stem, self.norm = conv(3, base, 3, 1, rngs), norm(base, rngs)
-            self.blocks = nnx.List([Block(*shape, rngs) for shape in shapes])
+            self.blocks = nnx.List([Block(conv, *shape, rngs) for shape in shapes])
             self.head = nnx.Linear(size, CLASSES, rngs=rngs)
 
         def __call__(self, x: Any) -> Any:
@@ -239,7 +260,8 @@ def resnet(tiny: bool) -> Net:
                 x = each(x)
             return self.head(jnp.mean(x, (1, 2)))
 
-    return Net(ResNet(), Theirs, *images(batch, side, 3))
+    floor = functools.partial(Theirs, conv=Turned)
+    return Net(ResNet(), Theirs, *images(batch, side, 3), floor)
 
 
 def cnn(tiny: bool) -> Net:
