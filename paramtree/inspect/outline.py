@@ -29,6 +29,7 @@ Cells = tuple[str, str, str, str]  # of a shape, a dtype, a count and bytes
 # its levels are parameters in parts, so those with just these leaves are called by them.
 _PARTS = {
     ("g", "v"): "WeightNorm",
+    ("v", "gain"): "WeightStandardization",
     ("weight", "u*", "v*"): "SpectralNorm",
     ("base*", "a", "b"): "LoRA",
     ("integers*", "scale*"): "Quantized",

@@ -59,7 +59,7 @@ class WeightStandardization:
     With a gain no normalization is needed: the weight is also divided by the square root of the number
     of weights of an output, and multiplied by a trained gain of each output, as in Brock et al.,
     "Characterizing signal propagation to close the performance gap in unnormalized ResNets", 2021.
-    The parts are then ``weight`` and ``gain``.
+    The parts are then ``v``, the weight, and ``gain``.
 
     Args:
       axis: the axis of the outputs; 1 for transposed convolutions.
@@ -96,11 +96,11 @@ class WeightStandardization:
             return value
         shape = [1] * value.ndim
         shape[self.axis] = value.shape[self.axis]
-        return {"weight": value, "gain": jnp.full(shape, self.gain, value.dtype)}
+        return {"v": value, "gain": jnp.full(shape, self.gain, value.dtype)}
 
     def join(self, parts: Any) -> Any:
         """Returns the standardised value, which is computed in float32 or wider."""
-        value = parts if self.gain is None else parts["weight"]
+        value = parts if self.gain is None else parts["v"]
         wide = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
         axes = tuple(i for i in range(wide.ndim) if i != self.axis % wide.ndim)
         wide = wide - jnp.mean(wide, axes, keepdims=True)

@@ -324,6 +324,7 @@ def test_a_level_says_which_parametrisation_it_belongs_to(copies: tuple[int, ...
     pz = pt.parametrizations
     made = [pz.WeightNorm(), pz.SpectralNorm(), pz.LoRA(2), pz.Quantized(), pz.Masked(jnp.abs)]
     made += [pz.Orthogonal(), pz.Frozen(), pz.Positive(), pz.Cast("float16")]
+    made += [pz.WeightStandardization(gain=1.0)]
     assert {type(one).__name__ for one in made} == {n for n in vars(pz) if n[0].isupper()}
     x = jnp.ones((2, 3))
     for one in made:
