@@ -43,9 +43,7 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    return (
-        text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    )
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clip(text: str, most: int) -> str:
@@ -65,4 +63,5 @@ def short(name: str, most: int = 100) -> str:
       >>> short("red\x1b[31m"), short("w" * 1000, 20)
       ('red\\x1b[31m', 'wwwwwwww... (1000 characters)')
     """
-    return printable(clip(name, most))
+    text = clip(name, most)
+    return text if text.isprintable() else printable(text)
