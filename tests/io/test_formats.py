@@ -1,6 +1,8 @@
 """The list of formats: what it says is true, the guide says the same, and a new one is a module and an entry."""
 
+import itertools
 import re
+import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -92,9 +94,13 @@ def test_what_a_format_keeps_comes_back(tmp_path: Path, form: Format, name: str)
 
 
 @written
-def test_equal_trees_give_equal_files(tmp_path: Path, form: Format) -> None:
+def test_equal_trees_give_equal_files(
+    tmp_path: Path, form: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = (time.struct_time((2020, 1, day, 0, 0, 0, 0, 0, 0)) for day in itertools.count(1))
     texts = {"metadata": dict.fromkeys("abcdefgh", 'ä\n\x01"/')} if "metadata" in form.keeps else {}
     files = [tmp_path / f"{i}{form.endings[0]}" for i in range(5)]
+    monkeypatch.setattr(time, "localtime", lambda *_: next(days))
     if form.name == "orbax":  # a folder, in which files are named at random
         return
     for file in files:

@@ -42,7 +42,7 @@ class Npz(Format):
                 with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                     npy.write_array(member, to_host(array), allow_pickle=False)
             if content.layout:
-                file.writestr(_LAYOUT, content.layout)
+                file.writestr(zipfile.ZipInfo(_LAYOUT), content.layout)  # without the time of day
 
     def read(self, path: str, file: BufferedReader) -> Source:
         arrays: dict[str, Stored] = {}
