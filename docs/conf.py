@@ -53,6 +53,7 @@ napoleon_custom_sections = [("Example", "Example"), "Fields"]
 html_theme = "furo"
 html_title = "paramtree"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False

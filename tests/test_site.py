@@ -120,7 +120,7 @@ class TestSite:
             for link in page.links:
                 if re.match(r"[a-z]+:|//", link):
                     continue
-                target, anchor = urldefrag(unquote(urljoin(name, link)))
+                target, anchor = urldefrag(unquote(urljoin(name, re.sub(r"\?[^#]*", "", link))))
                 target = target or name
                 followed += 1
                 exists = target in found or (SITE / target).is_file()
@@ -134,6 +134,7 @@ class TestSite:
     ) -> None:
         page, problems = browser.new_page(), []
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("response", lambda answer: answer.status >= 400 and problems.append(answer.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(request.url))
         page.on(
@@ -159,7 +160,7 @@ class TestSite:
             "Repeat mask rank": "cookbook",
             "initializer axes": "guides/initialising",
             "level pytree node prefix": "design/limits",
-            "weight decay": "guides/freezing",
+            "weight decay": "guides/training",
             "LoRA": "guides/reparametrising",
             "checkpoint": "guides/files",
         }.items(),
