@@ -14,8 +14,9 @@ def join(path: Sequence[str], sep: str = "_") -> str:
 def shape_of(leaf: Any) -> tuple[int, ...] | None:
     """Returns the shape of an array, tracer, number or anything with a shape; else None."""
     shape = getattr(leaf, "shape", None)
-    plain = () if isinstance(leaf, bool | int | float | complex) else None
-    return tuple(shape) if isinstance(shape, tuple) else plain
+    if isinstance(shape, tuple):
+        return tuple(shape)
+    return () if isinstance(leaf, bool | int | float | complex) else None
 
 
 def dtype_of(leaf: Any) -> Any:
@@ -42,9 +43,8 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(escaped)
 
 
 def clip(text: str, most: int) -> str:
