@@ -97,9 +97,10 @@ def arranged(
             return unflatten(layout.structure, items)
         kinds = dict(zip(layout.names, layout.structure.kinds, strict=True))
     names = [(name, label) for label, item in enumerate(items) for name in item.names]
-    # A transform may have combined several arrays.
-    origins = [(item.origin, *item.origin.split(", ")) for item in items]
-    all_kinds = [next((kinds[o] for o in several if o in kinds), PARAM) for several in origins]
+    all_kinds = [PARAM] * len(items)
+    if kinds:  # a transform may have combined several arrays
+        origins = [(item.origin, *item.origin.split(", ")) for item in items]
+        all_kinds = [next((kinds[o] for o in several if o in kinds), PARAM) for several in origins]
     try:
         entries = [(segments(source.path, name, sep), label) for name, label in names]
         structure, order = build(entries, all_kinds)

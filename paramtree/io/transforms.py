@@ -88,8 +88,9 @@ _NUMBER = re.compile(r"([0-9]{1,18})")
 
 def natural(name: str) -> list[Any]:
     """Returns a sort key that puts ``layer2`` before ``layer10``."""
-    parts = _NUMBER.split(name, maxsplit=_NUMBERS)
-    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
+    parts: list[Any] = _NUMBER.split(name, maxsplit=_NUMBERS)  # text and numbers by turns
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def _results(result: Any, matches: Sequence[tuple[re.Match[str], str]], item: Item) -> list[Item]:
