@@ -136,7 +136,8 @@ class TestSite:
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("response", lambda answer: answer.status >= 400 and problems.append(answer.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("requestfailed", lambda request: problems.append(request.url))
+        # The next page aborts what is still under way, such as the icon.
+        page.on("requestfailed", lambda r: r.failure != "net::ERR_ABORTED" and problems.append(r.url))
         page.on(
             "request",
             lambda request: request.url.startswith((address, "data:")) or problems.append(request.url),
