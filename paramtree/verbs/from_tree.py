@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from paramtree.core.arrays import join
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Rules, resolve
 from paramtree.core.structure import EMPTY, PARAM, STATE, Path, Structure
@@ -36,6 +37,7 @@ def from_tree(
       RuleError: a key is empty or has an empty segment, or the kinds or ties do not fit.
       MismatchError: two leaves to tie differ in shape, dtype, kind or stack.
       TypeError: it is a single leaf, which has no name.
+      ValueError: a dict holds itself.
 
     Example:
       >>> from_tree({"mlp/~/linear_0": {"w": 1.5, "b": 2.5}, "heads": [3, 4]})
@@ -80,6 +82,7 @@ def _of_dicts(tree: Any) -> ParamTree | None:
     leaves: list[Any] = []
     atoms = {type(None)}  # the types of leaves
     todo: list[tuple[Path, Iterator[tuple[Any, Any]]]] = [((), iter(tree.items()))]
+    around = [id(tree)]  # the dicts that hold what is read
     while todo:
         above, items = todo[-1]
         for key, value in items:
@@ -87,6 +90,9 @@ def _of_dicts(tree: Any) -> ParamTree | None:
                 return None
             kind, path = type(value), (*above, key)
             if kind is dict and value:
+                if id(value) in around:
+                    raise ValueError(f"the dict at `{join(path, '/')}` holds itself, which has no end.")
+                around.append(id(value))
                 todo.append((path, iter(value.items())))
                 break
             if kind is not dict and kind not in atoms:
@@ -101,6 +107,7 @@ def _of_dicts(tree: Any) -> ParamTree | None:
                 leaves.append(value)
         else:
             todo.pop()
+            around.pop()
     kinds = (PARAM,) * len(leaves)
     return unflatten(Structure.intern(tuple(paths), tuple(slots), kinds), leaves)
 

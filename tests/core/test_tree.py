@@ -175,6 +175,15 @@ def test_structures_die_with_their_trees() -> None:
     assert found() is None
 
 
+def test_from_tree_of_a_dict_that_holds_itself_ends() -> None:
+    cyclic: dict[str, Any] = {"a": {"w": 1.0}}
+    cyclic["a"]["b"] = cyclic
+    with pytest.raises(ValueError, match="the dict at `a/b` holds itself, which has no end"):
+        pt.from_tree(cyclic)
+    shared = {"w": 1.0}  # twice, but not in itself
+    assert list(pt.collect(pt.from_tree({"a": shared, "b": shared}))) == ["a_w", "b_w"]
+
+
 def test_from_tree_takes_containers_in_their_own_order() -> None:
     import collections
     import dataclasses
