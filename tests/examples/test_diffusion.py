@@ -13,7 +13,6 @@ import pytest
 
 import paramtree as pt
 from examples import diffusion as example
-from examples import fashion_mnist
 from tests.helpers import lenient, quick_compilation
 
 pytestmark = pytest.mark.slow
@@ -30,12 +29,6 @@ LEFT = np.asarray(example.schedule()[1])[:, None, None, None]
 def lenient_optax() -> Iterator[None]:
     with lenient(example):
         yield
-
-
-@pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "not-installed")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 
 import paramtree as pt
 from examples import fashion_cnn as example
-from examples import fashion_mnist
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +46,6 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     return Setting()
-
-
-@pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "not-installed")
 
 
 def fails(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:

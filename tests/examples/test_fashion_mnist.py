@@ -29,12 +29,6 @@ def data() -> example.Data:
     return example.load_data()
 
 
-@pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(example, "DEBIAN", tmp_path / "not-installed")
-
-
 def fails(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         example.main(args)

@@ -12,7 +12,6 @@ import optax  # type: ignore[import-untyped]
 import pytest
 
 import paramtree as pt
-from examples import fashion_mnist
 from examples import resnet as example
 from tests.helpers import lenient, quick_compilation
 
@@ -29,12 +28,6 @@ Y = np.arange(16, dtype=np.int32) % 5
 def lenient_optax() -> Iterator[None]:
     with lenient(example):
         yield
-
-
-@pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "not-installed")
 
 
 @pytest.fixture(scope="module")

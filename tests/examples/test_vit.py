@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import paramtree as pt
-from examples import fashion_mnist
 from examples import vit as example
 from tests.helpers import lenient, quick_compilation
 
@@ -29,12 +28,6 @@ TINY = ["--width", "16", "--depth", "2", "--heads", "2", "--patch", "4"]
 def lenient_optax() -> Iterator[None]:
     with lenient(example):
         yield
-
-
-@pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "not-installed")
 
 
 @pytest.fixture(scope="module")
