@@ -43,8 +43,9 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if text.isprintable() else "".join(escaped)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clip(text: str, most: int) -> str:
@@ -64,4 +65,4 @@ def short(name: str, most: int = 100) -> str:
       >>> short("red\x1b[31m"), short("w" * 1000, 20)
       ('red\\x1b[31m', 'wwwwwwww... (1000 characters)')
     """
-    return printable(clip(name, most))
+    return name if len(name) <= most and name.isprintable() else printable(clip(name, most))

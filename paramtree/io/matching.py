@@ -24,7 +24,7 @@ _PARALLEL = "module."  # what PyTorch's DataParallel puts before every name
 Rename = Sequence[tuple[Any, str | None]] | Callable[[str], str | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take three times as long to make
 class Item:
     """An array on its way into a tree.
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ __all__ = [
 # without known shapes, a file may expand to twice its size and this many bytes.
 _SLACK = 2**18
 _PAGE = 4096  # bytes: a disk reads no less
+_PLAIN = re.compile(r"\w[\w.]*").fullmatch  # what most names are
 _CHUNK = 2**22  # bytes read at once when only some of them are wanted
 
 Slices = tuple[slice, ...]  # one for each dimension
@@ -118,7 +120,7 @@ def shortened(text: str, most: int) -> str:
 
 def check_name(path: str, name: str) -> None:
     """Raises LoadError for a name with segments that are empty, or that lead out of a folder."""
-    if CLIMBS.search(name):
+    if not _PLAIN(name) and CLIMBS.search(name):
         fail(path, repr(shortened(name, 80)), "is not a valid name: a segment is empty, '.' or '..'.")
 
 
