@@ -15,7 +15,7 @@ def shape_of(leaf: Any) -> tuple[int, ...] | None:
     """Returns the shape of an array, tracer, number or anything with a shape; else None."""
     shape = getattr(leaf, "shape", None)
     if isinstance(shape, tuple):
-        return tuple(shape)
+        return shape if type(shape) is tuple else tuple(shape)
     return () if isinstance(leaf, bool | int | float | complex) else None
 
 
@@ -43,9 +43,8 @@ def printable(text: str) -> str:
       >>> printable("red\x1b[31m")
       'red\\x1b[31m'
     """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(escaped)
 
 
 def clip(text: str, most: int) -> str:

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paramtree.core.arrays import describe, dtype_of, shape_of, short
+from paramtree.core.arrays import describe, dtype_of, short
 from paramtree.core.errors import ParamTreeError
 from paramtree.inspect.distance import Distance, comparable, distances
-from paramtree.inspect.measure import absent
 from paramtree.inspect.report import Report, Table, plural
 from paramtree.verbs.compare import Difference, Pair, compare, sides
 from paramtree.verbs.uncollected import uncollected
@@ -91,7 +90,7 @@ class Diff(Report):
             )
             for change in self.changes
         ]
-        filled = [any(column) for column in zip(*rows, strict=True)]
+        filled = [any(row[i] for row in rows) for i in range(len(columns))]
         note = f"Values were not compared for {_leaves(self.shapes_only)} with only a shape."
         return Table(
             self._title(),
@@ -157,7 +156,7 @@ def diff(a: Any, b: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Diff:
     with uncollected():
         differences, pairs = compare(a, b)
         compared = measured("diff", pairs, rtol, atol)
-        changes = [Change(pair.name, *far, *_shown(pair)) for pair, far in compared if far is not None]
+        changes = [Change(pair.name, *far, *_shown(pair, far.size)) for pair, far in compared if far]
         return Diff(
             tuple(difference for difference in differences if difference.what != "container"),
             tuple(sorted(changes, key=_rank)),
@@ -181,14 +180,8 @@ def measured(verb: str, pairs: list[Pair], rtol: Any, atol: Any) -> list[tuple[P
             f"{verb} compares values, which are unknown while a function is traced. "
             "pt.check_match(a, b) compares structure, shapes and dtypes, and works under jit."
         )
-    # What numpy has is never gone, and asking takes a while.
-    gone = [
-        name
-        for name, *leaves in pairs
-        for leaf in leaves
-        if type(leaf) is not np.ndarray and absent(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
-    if gone:
+    arrays = {one for one in types if issubclass(one, jax.Array)}
+    if gone := [name for name, *pair in pairs for x in pair if type(x) in arrays and x.is_deleted()]:
         shown = ", ".join(f"`{short(name)}`" for name in dict.fromkeys(gone))
         raise ParamTreeError(
             f"{verb}: the values of {shown} are gone: they were donated to a jitted function or "
@@ -211,10 +204,9 @@ def _rank(change: Change) -> tuple[int, float]:
     return 2, -change.relative
 
 
-def _shown(pair: Pair) -> tuple[str | None, str | None]:
+def _shown(pair: Pair, size: int) -> tuple[str | None, str | None]:
     """Returns the values of two single-element leaves as text; None for larger leaves."""
-    single = math.prod(shape_of(pair.first) or ()) == 1
-    return (_value(pair.first), _value(pair.second)) if single else (None, None)
+    return (_value(pair.first), _value(pair.second)) if size == 1 else (None, None)
 
 
 def _value(leaf: Any) -> str | None:

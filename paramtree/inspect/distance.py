@@ -6,10 +6,11 @@ compiling for each of their many shapes. Large leaves, which have few shapes, an
 several hosts are measured on their devices.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paramtree.core.arrays import dtype_of, shape_of
+from paramtree.verbs.alike import alike
 
 __all__ = ["Distance", "comparable", "distances", "is_key", "numeric"]
 
@@ -37,9 +39,12 @@ class Distance(NamedTuple):
 def comparable(a: Any, b: Any) -> bool:
     """Whether the values of two leaves can be compared element by element."""
     struct = jax.ShapeDtypeStruct
-    if isinstance(a, struct) or isinstance(b, struct) or shape_of(a) != shape_of(b):
+    if isinstance(a, struct) or isinstance(b, struct):
         return False
-    return bool(dtype_of(a) == dtype_of(b)) or (numeric(a) and numeric(b))
+    if alike(a, b):
+        return True
+    same = shape_of(a) == shape_of(b)
+    return same and (bool(dtype_of(a) == dtype_of(b)) or (numeric(a) and numeric(b)))
 
 
 def distances(
@@ -50,16 +55,18 @@ def distances(
     small: dict[Any, list[_Flat]] = {}
     for i, (a, b) in enumerate(pairs):
         results.append(None)
+        if a is b:
+            continue
         if not numeric(a):
             results[i] = _of_objects(a, b)
-        elif a is b:
-            continue
         elif _on_host(a, b):
-            x, y = np.asarray(a), np.asarray(b)
-            if x.size > SMALL:
-                results[i] = _of_arrays(x, y, rtol, atol)
-            elif x.size:
-                small.setdefault((x.dtype, y.dtype), []).append((i, x.reshape(-1), y.reshape(-1)))
+            x = a if hasattr(a, "dtype") else np.asarray(a)
+            y = b if hasattr(b, "dtype") else np.asarray(b)
+            size = x.size
+            if size > SMALL:
+                results[i] = _of_arrays(np.asarray(x), np.asarray(y), rtol, atol)
+            elif size:
+                small.setdefault((x.dtype, y.dtype), []).append((i, x, y, size))
         else:  # starts without waiting; the results are fetched together below
             results[i] = (a.size, _on_device(a, b, rtol, atol))
     for group in small.values():
@@ -89,12 +96,13 @@ def is_key(leaf: Any) -> bool:
 
 def _on_host(a: Any, b: Any) -> bool:
     """Whether numpy compares two leaves."""
-    if not (isinstance(a, jax.Array) and isinstance(b, jax.Array)):
+    placed, other = getattr(a, "sharding", None), getattr(b, "sharding", None)
+    if placed is None or other is None:
         return True  # jax would truncate numpy's float64 to float32
-    devices: Any = a.sharding.device_set
-    if devices != b.sharding.device_set:
+    devices = placed.device_set
+    if devices != other.device_set:
         return True
-    if not a.is_fully_addressable:
+    if not placed.is_fully_addressable:
         return False
     return a.size < LARGE or all(device.platform == "cpu" for device in devices)
 
@@ -163,12 +171,12 @@ def _of_arrays(x: np.ndarray, y: np.ndarray, rtol: float, atol: float) -> Distan
         return _distance(differing, x.size, np.max(tops), apart, length) if differing else None
 
 
-_Flat = tuple[int, np.ndarray, np.ndarray]  # the number of a pair, and its two arrays
+_Flat = tuple[int, Any, Any, int]  # the number of a pair, its two arrays, and their size
 
 
 def _batches(group: list[_Flat]) -> Iterator[list[_Flat]]:
     """Yields parts of a list that have up to a block of elements."""
-    ends = np.cumsum([x.size for _, x, _ in group]) // BLOCK
+    ends = np.cumsum([size for *_, size in group]) // BLOCK
     cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(group)]
     for start, stop in itertools.pairwise(cuts):
         yield group[start:stop]
@@ -198,14 +206,24 @@ def _compare_small(group: list[_Flat], results: list[Any], rtol: float, atol: fl
         largest = np.maximum.reduceat(far, starts)
     for pair, count, top, apart, length in zip(group, counts, largest, *norms, strict=True):
         if count:
-            results[pair[0]] = _distance(count, pair[1].size, top, apart, length)
+            results[pair[0]] = _distance(count, pair[3], top, apart, length)
 
 
 def _joined(group: list[_Flat]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the arrays end to end, where each starts, and their sizes."""
-    _, first, second = zip(*group, strict=True)
-    sizes = np.array([x.size for x in first])
-    return np.concatenate(first), np.concatenate(second), np.cumsum(sizes) - sizes, sizes
+    _, first, second, each = zip(*group, strict=True)
+    sizes = np.array(each)
+    return _end_to_end(first), _end_to_end(second), np.cumsum(sizes) - sizes, sizes
+
+
+def _end_to_end(arrays: Sequence[Any]) -> np.ndarray:
+    """Returns the elements of arrays of one dtype, whatever their shapes."""
+    dtype = arrays[0].dtype
+    if dtype.kind in "biufc":
+        # Their buffers are read in a third of the time that numpy takes to make jax arrays its own.
+        with contextlib.suppress(BufferError, TypeError, ValueError, RuntimeError):
+            return np.frombuffer(b"".join(arrays), dtype)
+    return np.concatenate(arrays, axis=None)  # not in host memory, or not in order
 
 
 @jax.jit

@@ -14,6 +14,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import paramtree as pt
 from paramtree.core.tree import flatten, unflatten
@@ -771,3 +774,51 @@ def test_many_small_leaves_have_the_distances_of_the_formulas(dtypes: tuple[str,
         length = np.linalg.norm(a)
         relative = np.nan if np.isnan(off).any() else np.linalg.norm(off) / length if length else np.inf
         np.testing.assert_allclose(found, (differing, x.size, off.max(), relative), rtol=1e-6)
+
+
+def in_memory(kind: str, x: np.ndarray) -> Any:
+    """The values of an array, kept in another way."""
+    match kind:
+        case "jax":
+            return jnp.asarray(x)
+        case "strided":
+            return np.repeat(x, 2, axis=-1)[..., ::2]
+        case "columns first":
+            return np.asfortranarray(x)
+        case "swapped bytes" if x.dtype.kind in "fc":
+            return x.astype(x.dtype.newbyteorder())
+        case "sharded":
+            mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+            return jax.device_put(x, NamedSharding(mesh, P(None, "x")))
+        case "transposed by the compiler":
+            layout = Layout(major_to_minor=(1, 0))
+            return jax.device_put(x, Format(layout, SingleDeviceSharding(jax.devices()[0])))
+    return x
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int8", "int4", "bool", "complex64", "float8_e4m3fn"]
+)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "numpy",
+        "jax",
+        "strided",
+        "columns first",
+        "swapped bytes",
+        "sharded",
+        "transposed by the compiler",
+    ],
+)
+def test_small_leaves_are_read_however_they_are_kept(kind: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    first = [rng.integers(0, 2, (3, 4)).astype(jnp.dtype(dtype)) for _ in range(5)]
+    second = [rng.integers(0, 2, (3, 4)).astype(jnp.dtype(dtype)) for _ in range(4)] + [first[4]]
+    expected = [distance_module._of_arrays(x, y, 0.0, 0.0) for x, y in zip(first, second, strict=True)]
+    for other in ("numpy", kind):
+        pairs = [(in_memory(kind, x), in_memory(other, y)) for x, y in zip(first, second, strict=True)]
+        found = distances(pairs)
+        assert found[4] is None and found[0] is not None
+        for one, want in zip(found[:4], expected[:4], strict=True):
+            np.testing.assert_allclose(one, want, rtol=1e-6)

@@ -5,7 +5,6 @@ the package's own reader would map the file and copy from there.
 """
 
 import json
-import math
 import os
 import re
 from functools import partial
