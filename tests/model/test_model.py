@@ -258,7 +258,12 @@ INSIDE = [in_scan, in_cond, in_while, in_vmap, in_vmap_as_argument, in_jit, in_c
 
 @pytest.mark.parametrize("model", INSIDE)
 @pytest.mark.parametrize(
-    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"]
+    "wrap",
+    [
+        pytest.param(lambda f: f, id="plain"),
+        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint, id="checkpoint"),
+    ],
 )
 def test_models_may_use_transforms(model: Any, wrap: Any, key: jax.Array) -> None:
     with jax.check_tracer_leaks():

@@ -120,7 +120,13 @@ RUNS: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("within", WITHIN)
+RARE = pytest.mark.slow  # each is another way through code that the others go through, too
+
+
+@pytest.mark.parametrize(
+    "within",
+    [pytest.param(w, marks=RARE) if w in ("checkpoint", "Vmap", "grad") else w for w in WITHIN],
+)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_verb_on_a_scope_keeps_its_run(layer: str, within: str) -> None:
     """The programs are the same, equation for equation, or an error says what to write."""
