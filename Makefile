@@ -11,7 +11,7 @@ demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=20
 
 # Complete programs, notebooks, browsers, killed processes and damaged files.
 test-slow: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""Settings for every test: no silent promotion of dtypes or ranks, a CPU of eight devices, quick compiling."""
+"""Settings for every test: strict promotion of dtypes and ranks, eight devices, quick compiling."""
 
 import os
 from importlib.metadata import version
@@ -7,8 +7,8 @@ import jax
 import pytest
 from hypothesis import settings
 
-# Most of the time goes into compiling small functions, which takes a third of it without optimisation.
-# XLA_FLAGS in the environment win, even if they are empty: what trains at length runs faster with those.
+# Tests compile many small functions: without optimisation that takes a third of the time. XLA_FLAGS in
+# the environment win, even if they are empty.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
          "--xla_cpu_parallel_codegen_split_count=1"]  # fmt: skip
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
