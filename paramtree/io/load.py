@@ -115,7 +115,7 @@ def load(
         the slices that its devices hold.
       mismatched: "keep" keeps the value of ``like`` where the file has another shape, such as a new
         head; the report lists these leaves.
-      progress: whether to show a progress bar; None does on a terminal, with rich, after a second.
+      progress: whether to show a progress bar; None does on a terminal, after a second.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy
