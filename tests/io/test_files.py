@@ -680,6 +680,9 @@ def test_a_sharded_tree_over_devices(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+# Exported models
+
+
 def test_without_flatbuffers_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -690,9 +693,6 @@ def test_without_flatbuffers_it_says_what_to_install(
     with pytest.raises(pt.ParamTreeError, match=message):
         pt.load_model(tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
-
-
-# Exported models
 
 
 def test_a_model_runs_where_this_library_is_not(tmp_path: Path) -> None:
