@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: docs demo test test-slow fuzz lint types data bench bench-smoke bench-command test-matrix clean
+.PHONY: docs demo test test-slow fuzz lint types data bench bench-smoke bench-command dist test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -25,8 +25,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
+# The library, the examples, and a user's program that says which types are known.
 types: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed_program.py
 
 # The site, in docs/_build/html: every block of code in it is run, and a warning is an error. The tests
 # then open it in a browser, if Chromium is installed.
@@ -52,6 +54,16 @@ bench-smoke: $(VENV)/.bench
 # Time and memory to list the names in a file of 1 GB.
 bench-command: $(VENV)/.test
 	$(BIN)/python benchmarks/command.py
+
+# The files of a release, in dist/. The wheel is built from the sdist and is then used alone, without
+# the extras and without this folder.
+dist: $(VENV)/.dist
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --quiet --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	$(BIN)/python tests/check_dist.py dist .venv-dist/bin/python
 
 # The oldest supported jax, and the newest for each installed Python.
 test-matrix:
@@ -87,5 +99,9 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[lint]'
 	touch $@
 
+$(VENV)/.dist: pyproject.toml $(VENV)/.python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dist]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

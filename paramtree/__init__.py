@@ -12,20 +12,22 @@ from paramtree.core.tree import ParamTree as ParamTree
 if TYPE_CHECKING:
     from paramtree.api import *  # noqa: F403  # one list of names, for type checkers as for users
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):  # Python probes for protocols
-        raise AttributeError(name)
-    api = importlib.import_module("paramtree.api")  # an import statement would ask this function
-    if not hasattr(api, name):
-        from paramtree.core.errors import suggest
+if not TYPE_CHECKING:  # for which a name that is not in the list is an error
 
-        hint = suggest(name, __dir__())
-        raise AttributeError(f"module 'paramtree' has no attribute {name!r}.{hint}")
-    value = globals()[name] = getattr(api, name)
-    return value
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):  # Python probes for protocols
+            raise AttributeError(name)
+        api = importlib.import_module("paramtree.api")  # an import statement would ask this function
+        if not hasattr(api, name):
+            from paramtree.core.errors import suggest
+
+            hint = suggest(name, __dir__())
+            raise AttributeError(f"module 'paramtree' has no attribute {name!r}.{hint}")
+        value = globals()[name] = getattr(api, name)
+        return value
 
 
 def __dir__() -> list[str]:

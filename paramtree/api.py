@@ -46,6 +46,7 @@ from paramtree.parametrizations.expand import expand as expand
 from paramtree.parametrizations.fold import fold as fold
 from paramtree.parametrizations.reparametrize import reparametrize as reparametrize
 from paramtree.sharding.shardings import shardings as shardings
+from paramtree.typing import Scope as Scope
 from paramtree.verbs.cast import cast as cast
 from paramtree.verbs.collect import collect as collect
 from paramtree.verbs.compare import check_match as check_match

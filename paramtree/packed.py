@@ -9,7 +9,7 @@ transpose of a split is one concatenation, so the gradient comes out packed as w
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from paramtree.core.structure import Path, Structure
 from paramtree.core.tree import ParamTree, flatten, unflatten
 from paramtree.model.scope import Scope
 from paramtree.model.traces import current_trace
+from paramtree.typing import Read, T
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -88,7 +89,7 @@ def _layout(structure: Structure, like: Likeness, max_bytes: int) -> Layout:
     return structure.cached(key, lambda: Layout(structure, like, max_bytes))
 
 
-class Packed:
+class Packed(Read):
     """A tree whose small leaves share buffers, made by ``pt.pack``; a pytree of its own.
 
     It reads like the tree it was made from. As a pytree its leaves are the buffers and the large
@@ -324,8 +325,7 @@ def _lead(structure: Structure, leaves: Sequence[Any], sources: Sequence[Packed]
         have, expected = shape_of(leaf) or (), shapes.get(slot) or ()
         size = len(have) - len(expected)
         leads.add(have[:size] if size >= 0 and have[size:] == expected else None)
-    lead = leads.pop() if len(leads) == 1 else None
-    return lead or ()
+    return (leads.pop() if len(leads) == 1 else None) or ()
 
 
 def _of_values(structure: Structure, values: Sequence[Any], source: Packed) -> Packed:
@@ -365,19 +365,19 @@ def _joined(pieces: Sequence[Any], dtype: Any, lead: tuple[int, ...]) -> Any:
     sizes = [math.prod(piece.shape[len(lead) :]) for piece in pieces]
     if all(isinstance(piece, jax.ShapeDtypeStruct) for piece in pieces):
         return jax.ShapeDtypeStruct((*lead, sum(sizes)), dtype)
-    shapes = [(*lead, size) for size in sizes]
+    shaped = [(piece, (*lead, size)) for piece, size in zip(pieces, sizes, strict=True)]
     if not any(isinstance(piece, jax.core.Tracer) for piece in pieces):
         # On the host: compiled, joining hundreds of arrays takes XLA seconds.
-        host = [
-            np.reshape(np.asarray(piece), shape) for piece, shape in zip(pieces, shapes, strict=True)
-        ]
+        host = [np.reshape(np.asarray(piece), shape) for piece, shape in shaped]
         return jnp.asarray(np.concatenate(host, axis=-1), dtype)
-    traced = [
-        jnp.reshape(jnp.asarray(p, dtype), shape) for p, shape in zip(pieces, shapes, strict=True)
-    ]
+    traced = [jnp.reshape(jnp.asarray(piece, dtype), shape) for piece, shape in shaped]
     return jnp.concatenate(traced, axis=-1)
 
 
+@overload
+def unpack(tree: Packed) -> ParamTree: ...
+@overload
+def unpack(tree: T) -> T: ...
 def unpack(tree: Any) -> Any:
     """Returns the tree with every leaf an array of its own; a tree that is not packed is unchanged.
 

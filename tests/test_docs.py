@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,43 @@ def test_importing_loads_jax_and_paramtree_only() -> None:
     assert new <= {"paramtree", "jax"}  # older versions of jax load jax.export only when asked to
 
 
+# The packages that the library imports, and the files that may; numpy and ml_dtypes are jax's own.
+USED = {
+    "chex": {"testing.py"},
+    "etils": {"orbax.py"},
+    "matplotlib": {"picture.py", "plots.py"},
+    "optax": {"plan.py"},
+    "orbax": {"orbax.py", "processes.py"},
+    "rich": {"progress.py", "report.py"},
+    "safetensors": {"safetensors.py"},
+    "treescope": {"show.py"},
+}
+
+
+def test_other_packages_are_imported_where_they_are_used_only() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "paramtree").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for package in {name.split(".")[0] for name in names}:
+                if package not in sys.stdlib_module_names | {"jax", "ml_dtypes", "numpy", "paramtree"}:
+                    found.setdefault(package, set()).add(path.name)
+    assert found == USED
+
+
+def test_every_dependency_is_justified() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+    packages = {re.split(r"[^\w-]", name)[0] for name in [*project["dependencies"], *extras]}
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
+    rows = {
+        name for row in re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE) for name in row.split(", ")
+    }
+    assert packages - {"paramtree"} == rows - {"package"}
+
+
 def test_any_room_can_be_imported_first() -> None:
     rooms = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -103,7 +141,7 @@ def test_any_room_can_be_imported_first() -> None:
 
 
 ROOMS = [
-    {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
+    {"typing"}, {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
     {"packed", "testing", "command"}, {"api", "__main__", "__init__"},
 ]  # fmt: skip
 FILES = sorted((ROOT / "paramtree").rglob("*.py"))
@@ -167,4 +205,11 @@ def test_a_misspelt_public_name_is_suggested() -> None:
 
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", pt.__version__)
+    changes = re.findall(
+        r"^## (\d\S*)(?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert changes[0][0] == pt.__version__  # what comes next is under "Unreleased"
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {pt.__version__}\ndate-released: {changes[0][1]}\n" in citation
+    assert f" to {pt.__version__.rpartition('.')[0]}\n" in (ROOT / "docs" / "upgrading.md").read_text()
     assert jax.__version_info__ >= (0, 7)

@@ -7,7 +7,7 @@ of leaves costs less than on a nested dict. Reading a sub-tree cuts it out of th
 Only this module reads the fields of a tree. Everything else calls ``flatten`` and ``unflatten``.
 """
 
-from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import paramtree
 from paramtree.core.arrays import describe, join, printable
 from paramtree.core.errors import ImmutableError, MissingError, first_few, suggest
 from paramtree.core.structure import EMPTY, HOLE, STATE, Path, Structure
+from paramtree.typing import Read
 
 __all__ = ["RESERVED", "ParamTree", "flatten", "is_flat", "located", "place_of", "unflatten"]
 
@@ -28,7 +29,7 @@ _OF_SCOPES = frozenset(("param", "state", "training"))
 RESERVED = _OF_SCOPES | {"items", "keys", "values", "to_dict"}  # children read by item only
 
 
-class _Fields:
+class _Fields(Read):
     """The fields of a tree, still assignable.
 
     A tree forbids assignment, and ``object.__setattr__`` would take longer than all the rest of
@@ -224,7 +225,7 @@ class ParamTree(_Fields):
         return unflatten, (self._structure, tuple(self._leaves), self._place)
 
 
-def unflatten(structure: Structure, leaves: Sequence[Any], place: Path = ()) -> ParamTree:
+def unflatten(structure: Structure, leaves: Iterable[Any], place: Path = ()) -> ParamTree:
     """Returns the tree of a structure and its leaves; ``place`` is its path in messages."""
     tree: Any = _Fields()
     tree._leaves = leaves if type(leaves) is tuple else tuple(leaves)
@@ -271,7 +272,6 @@ def _flatten_with_keys(tree: ParamTree) -> tuple[list[tuple[DictKey, Any]], Stru
     return list(zip(keys, tree._leaves, strict=True)), structure
 
 
-_unflatten: Any = unflatten
 jax.tree_util.register_pytree_with_keys(
-    ParamTree, _flatten_with_keys, _unflatten, lambda tree: (tree._leaves, tree._structure)
+    ParamTree, _flatten_with_keys, unflatten, lambda tree: (tree._leaves, tree._structure)
 )

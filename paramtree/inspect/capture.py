@@ -18,6 +18,7 @@ from paramtree.inspect.looking import Looking, Watcher, looked_at, without
 from paramtree.model.run import INFERENCE
 from paramtree.model.scope import Scope, level_of, run_of
 from paramtree.model.traces import within
+from paramtree.typing import P, R
 from paramtree.verbs.from_tree import from_tree
 
 __all__ = ["capture", "intervene"]
@@ -188,8 +189,8 @@ class Captured:
 
 
 def capture(
-    f: Callable[..., Any], pattern: Patterns = ".*", inputs: bool = False
-) -> Callable[..., Any]:
+    f: Callable[P, R], pattern: Patterns = ".*", inputs: bool = False
+) -> Callable[P, tuple[R, ParamTree]]:
     """Returns a model that returns activations too: ``(params, *inputs) -> (output, activations)``.
 
     The activations are a tree of the outputs of the layers whose names match, as ``path/output``. A
@@ -222,7 +223,8 @@ def capture(
     for one in patterns:
         if not callable(one):
             compiled(one)  # raises if it is no pattern
-    return Captured(f, patterns, inputs)
+    captured: Any = Captured(f, patterns, inputs)
+    return captured
 
 
 class Intervened:
@@ -252,7 +254,7 @@ class Intervened:
         return hash(self._identity())
 
 
-def intervene(f: Callable[..., Any], rules: Mapping[Any, Any]) -> Callable[..., Any]:
+def intervene(f: Callable[P, R], rules: Mapping[Any, Any]) -> Callable[P, R]:
     """Returns a model in which the outputs of some layers, or sown values, are replaced on the way.
 
     The gradient with respect to an activation is that of ``jax.grad`` with respect to what is added to
@@ -282,4 +284,5 @@ def intervene(f: Callable[..., Any], rules: Mapping[Any, Any]) -> Callable[..., 
     for one in rules:
         if not callable(one):
             compiled(one)  # raises if it is no pattern
-    return Intervened(f, rules)
+    intervened: Any = Intervened(f, rules)
+    return intervened

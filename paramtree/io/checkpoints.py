@@ -12,21 +12,23 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 
 from paramtree.core.errors import LoadError, ParamTreeError
+from paramtree.core.tree import ParamTree
 from paramtree.io.background import Task
 from paramtree.io.checksums import Checksums
 from paramtree.io.folders import discard, hidden, numbered, publish, remove_unfinished, tidy
 from paramtree.io.formats import orbax
-from paramtree.io.load import load
+from paramtree.io.load import LoadOptions, load
 from paramtree.io.locks import Lock
 from paramtree.io.orbax_items import DEFAULT, METRICS, is_finished, is_leftover
 from paramtree.io.processes import agree, is_first, meet
 from paramtree.io.save import content_of
 from paramtree.io.source import fail
+from paramtree.typing import T
 
 __all__ = ["Checkpoints"]
 
@@ -140,6 +142,12 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    @overload
+    def load(
+        self, like: None = None, *, step: int | str | None = None, **options: Unpack[LoadOptions]
+    ) -> ParamTree: ...
+    @overload
+    def load(self, like: T, *, step: int | str | None = None, **options: Unpack[LoadOptions]) -> T: ...
     def load(self, like: Any = None, *, step: int | str | None = None, **options: Any) -> Any:
         """Returns a saved run.
 

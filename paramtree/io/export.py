@@ -1,5 +1,6 @@
 """Exporting a model with its parameters as one StableHLO program, which runs without paramtree."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.export
 
-from paramtree.core.errors import LoadError
+from paramtree.core.errors import LoadError, ParamTreeError
 from paramtree.core.structure import Structure
 from paramtree.core.tree import ParamTree
 from paramtree.io.atomic import replacing
@@ -36,6 +37,7 @@ def save_model(
       platforms: the platforms to lower for: "cpu", "cuda", "rocm" or "tpu"; by default the current one.
 
     Raises:
+      ParamTreeError: flatbuffers is not installed.
       Exception: whatever jax raises while tracing the model.
 
     Example:
@@ -46,6 +48,7 @@ def save_model(
       >>> load_model(file)(x).shape
       (2, 3)
     """
+    _check_installed()
     exported = jax.export.export(jax.jit(lambda *args: f(params, *args)), platforms=platforms)(*inputs)
     data = exported.serialize()
     with replacing(os.fspath(path)) as new, open(new, "wb") as file:
@@ -61,6 +64,7 @@ def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
       path: the file.
 
     Raises:
+      ParamTreeError: flatbuffers is not installed.
       LoadError: the file is not an exported program, or was written by a newer jax.
 
     Example:
@@ -72,6 +76,7 @@ def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
       >>> load_model(file)(jnp.ones(2))
       Array([2., 2.], dtype=float32)
     """
+    _check_installed()
     with open(path, "rb") as file:
         data = bytearray(file.read())
     try:
@@ -79,6 +84,14 @@ def load_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
     except Exception as error:  # flatbuffers and jax raise many types
         problem = f"is not an exported model that this jax can run: {error}"
         raise LoadError(f"{os.fspath(path)}: {problem}") from error
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ParamTreeError(
+            "jax writes and reads programs with flatbuffers, which is not installed: "
+            "pip install 'paramtree[export]'"
+        )
 
 
 def _to_bytes(structure: Structure) -> bytes:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 
@@ -23,10 +23,45 @@ from paramtree.io.source import Source, segments
 from paramtree.io.transforms import transform_all
 from paramtree.io.wire import decode
 from paramtree.sharding.place import spread
+from paramtree.typing import T
 
-__all__ = ["load", "load_part"]
+__all__ = ["LoadOptions", "load", "load_part"]
 
 
+class LoadOptions(TypedDict, total=False):
+    """The options of ``pt.load`` that its result's type does not depend on."""
+
+    rename: Rename | None
+    transform: Rules | None
+    strict: bool
+    allow_missing: bool | Pattern
+    ignore_extra: bool | Pattern
+    cast_dtype: bool
+    sep: str
+    shardings: Any
+    mismatched: str
+    progress: bool | None
+
+
+Path = str | os.PathLike[str]
+
+
+@overload
+def load(
+    path: Path, like: None = None, *, report: Literal[False] = False, **options: Unpack[LoadOptions]
+) -> ParamTree: ...
+@overload
+def load(
+    path: Path, like: None = None, *, report: Literal[True], **options: Unpack[LoadOptions]
+) -> tuple[ParamTree, LoadReport]: ...
+@overload
+def load(
+    path: Path, like: T, *, report: Literal[False] = False, **options: Unpack[LoadOptions]
+) -> T: ...
+@overload
+def load(
+    path: Path, like: T, *, report: Literal[True], **options: Unpack[LoadOptions]
+) -> tuple[T, LoadReport]: ...
 def load(
     path: str | os.PathLike[str],
     like: Any = None,
@@ -80,7 +115,7 @@ def load(
         the slices that its devices hold.
       mismatched: "keep" keeps the value of ``like`` where the file has another shape, such as a new
         head; the report lists these leaves.
-      progress: whether to show a progress bar; None does on a terminal, with rich, after a second.
+      progress: whether to show a progress bar; None does on a terminal, after a second.
 
     Returns:
       The tree; with ``report=True`` the tree and a ``pt.LoadReport``. Leaves are jax arrays, or numpy

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -21,6 +21,14 @@ from paramtree.verbs.uncollected import uncollected
 __all__ = ["arranged", "items_of", "peek"]
 
 
+@overload
+def peek(
+    path: str | os.PathLike[str], *, sep: str = ".", report: Literal[False] = False
+) -> ParamTree: ...
+@overload
+def peek(
+    path: str | os.PathLike[str], *, sep: str = ".", report: Literal[True]
+) -> tuple[ParamTree, LoadReport]: ...
 @uncollected()
 def peek(path: str | os.PathLike[str], *, sep: str = ".", report: bool = False) -> Any:
     """Returns the tree in a file, with shapes and dtypes in place of the arrays.

@@ -2,13 +2,10 @@
 
 import contextlib
 import glob
-import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-
-from paramtree.core.errors import ParamTreeError
 
 __all__ = ["progress", "written"]
 
@@ -27,11 +24,8 @@ def progress(
       what: what is done, such as "loading model.npz".
       total: how many bytes there are.
       shown: True shows a bar from the beginning; None after a second if the standard error is a
-        terminal and rich is installed; False never.
+        terminal; False never.
       more: returns how many bytes are done that were not yet counted.
-
-    Raises:
-      ParamTreeError: ``shown`` is True, and rich is not installed.
 
     Example:
       >>> with progress("loading", 10, shown=False) as count:
@@ -39,9 +33,7 @@ def progress(
     """
     delay = _AFTER if shown is None else 0.0
     if shown is None:
-        shown = sys.stderr is not None and sys.stderr.isatty() and _has_rich()
-    if shown and not _has_rich():
-        raise ParamTreeError("progress=True needs rich: pip install 'paramtree[progress]'.")
+        shown = sys.stderr is not None and sys.stderr.isatty()
     done = 0
 
     def count(size: int) -> None:
@@ -61,10 +53,6 @@ def progress(
     finally:
         ended.set()
         drawing.join()
-
-
-def _has_rich() -> bool:
-    return importlib.util.find_spec("rich") is not None
 
 
 def _draw(what: str, total: int, done: Callable[[], int], ended: threading.Event, delay: float) -> None:

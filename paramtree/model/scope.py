@@ -182,18 +182,7 @@ class Scope(ParamTree):
 
     @_Method
     def update(self, name: str, value: Any) -> None:
-        """Writes new state; the call returns it in its tree.
-
-        Args:
-          name: a state, or a level; "" is the level of the scope itself.
-          value: an array of the same shape and dtype; for a level, the tree that ``pt.training`` of a
-            layer has returned for it, whose state is written.
-
-        Raises:
-          MissingError: the state was not declared.
-          MismatchError: the value has another shape or dtype.
-          ScopeError: the model is not in training, or the write is inside a jax transform in the model.
-        """
+        """Writes new state, or that of a level; ``pt.Scope`` says how."""
         path = (*place_of(self), *name.split("/")) if name else place_of(self)
         old = self if not name else self._tree[name] if self._run.training else None
         if isinstance(value, ParamTree) and (old is None or isinstance(old, ParamTree)):

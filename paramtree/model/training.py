@@ -22,6 +22,7 @@ from paramtree.initializers.keys import check_key, draw_key
 from paramtree.model.run import Run
 from paramtree.model.scope import Cells, Scope, level_of, run_of, with_leaves, write
 from paramtree.model.traces import current_trace, flattened_for, replayed, within
+from paramtree.typing import InTraining, R
 
 __all__ = ["TrainingModel", "training"]
 
@@ -56,7 +57,7 @@ class Training(Run):
         self._closed = closed  # the transform in which it was closed over before that
 
     def update(self, path: Path, value: Any, like: Any) -> Any:
-        """Writes state; for its errors see ``Scope.update``."""
+        """Writes state; for its errors see ``pt.Scope``."""
         call, name = self._call, join(path)
         slot = call.slots.get(path, -1)
         if slot < 0 or (call.fixed and slot not in call.states):
@@ -244,7 +245,7 @@ class TrainingModel:
         return output, source.restore(call.leaves)
 
 
-def training(f: Callable[..., Any]) -> Callable[..., Any]:
+def training(f: Callable[..., R]) -> InTraining[R]:
     """Returns a model in training: ``(params, *inputs, key=None) -> (output, params)``.
 
     In training, layers may draw random numbers, from keys that depend on ``key`` and their paths, and
@@ -271,4 +272,5 @@ def training(f: Callable[..., Any]) -> Callable[..., Any]:
       >>> sorted({float(v) for v in y} | {0.0, 2.0}), net(params, jnp.ones(2))
       ([0.0, 2.0], Array([1., 1.], dtype=float32))
     """
-    return TrainingModel(f)
+    model: Any = TrainingModel(f)
+    return model

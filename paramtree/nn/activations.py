@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from paramtree.initializers import Constant, Initializer, get
 from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["ELU", "GELU", "SELU", "LeakyReLU", "PReLU", "SiLU", "Swish"]
 
@@ -33,7 +34,7 @@ class LeakyReLU(Layer):
         if not self.alpha >= 0:
             raise ValueError(f"LeakyReLU: alpha must be non-negative, but found {self.alpha!r}.")
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return jax.nn.leaky_relu(x, self.alpha)
 
     def __repr__(self) -> str:
@@ -71,7 +72,7 @@ class PReLU(Layer):
         object.__setattr__(self, "alpha_initializer", get(self.alpha_initializer))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         shape = [1] * x.ndim
         if self.in_channels > 1:
             if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.in_channels:
@@ -104,7 +105,7 @@ class ELU(Layer):
 
     alpha: float = 1.0
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return jax.nn.elu(x, self.alpha)
 
 
@@ -118,7 +119,7 @@ class SELU(Layer):
       '-1.1113'
     """
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return jax.nn.selu(x)
 
     def __repr__(self) -> str:
@@ -150,7 +151,7 @@ class GELU(Layer):
                 f"GELU: approximation must be 'erf' or 'tanh', but found {self.approximation!r}."
             )
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return jax.nn.gelu(x, approximate=self.approximation == "tanh")
 
 
@@ -169,7 +170,7 @@ class Swish(Layer):
 
     beta: float = 1.0
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return x * jax.nn.sigmoid(self.beta * x)
 
 
@@ -183,7 +184,7 @@ class SiLU(Layer):
       '-0.2689'
     """
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return jax.nn.silu(x)
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
@@ -14,6 +15,7 @@ from paramtree.nn.decoding import check_counting, writes
 from paramtree.nn.layer import Layer
 from paramtree.nn.norm import RMSNorm
 from paramtree.nn.rotary import check_rotary, is_number, rotate, rotated_size
+from paramtree.typing import Scope
 
 __all__ = ["MultiHeadAttention"]
 
@@ -198,14 +200,14 @@ class MultiHeadAttention(Layer):
 
     def __call__(
         self,
-        p: Any,
+        p: Scope,
         x: Any,
         memory: Any = None,
         mask: Any = None,
         padding_mask: Any = None,
         bias: Any = None,
         positions: Any = None,
-    ) -> Any:
+    ) -> jax.Array:
         source = x if memory is None else memory
         if x.ndim != 3 or source.ndim != 3 or x.shape[0] != source.shape[0]:
             raise ValueError(

@@ -13,6 +13,7 @@ from paramtree.core.errors import suggest
 from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["Activation", "Dense", "Dropout", "Embedding", "Flatten"]
 
@@ -95,7 +96,7 @@ class Activation(Layer):
     def __post_init__(self) -> None:
         as_activation(self.activation)
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return as_activation(self.activation)(x)
 
     @property
@@ -153,7 +154,7 @@ class Dense(Layer):
         object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
         if self.flatten and x.ndim > 2:
@@ -161,7 +162,7 @@ class Dense(Layer):
         size = x.shape[-1]
         if self.in_units and size != self.in_units:
             raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
-        weight = p.param("weight", (self.units, size), self.weight_initializer, self.dtype)
+        weight = p.param("weight", (self.units, size), self.weight_initializer or Uniform(), self.dtype)
         y = x @ weight.T
         if self.use_bias:
             bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
@@ -214,12 +215,14 @@ class Embedding(Layer):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
         x = _as_index(x)
-        return jnp.take(p.param("weight", shape, self.weight_initializer, self.dtype), x, axis=0)
+        return jnp.take(
+            p.param("weight", shape, self.weight_initializer or Uniform(), self.dtype), x, axis=0
+        )
 
     def __repr__(self) -> str:
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"
@@ -266,7 +269,7 @@ class Dropout(Layer):
             raise ValueError(f"Dropout: rate must be in [0, 1), but found {self.rate!r}.")
         object.__setattr__(self, "axes", tuple(self.axes))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         if not p.training or self.rate == 0:
             return x
         if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
@@ -287,7 +290,7 @@ class Flatten(Layer):
       (2, 12)
     """
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return _flat(x)
 
     def __repr__(self) -> str:

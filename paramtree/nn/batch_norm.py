@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from paramtree.initializers import Initializer
 from paramtree.nn.norm import Norm, broadcast_along, moments_of, widened
+from paramtree.typing import Scope
 
 __all__ = ["BatchNorm"]
 
@@ -79,7 +80,7 @@ class BatchNorm(Norm):
         if isinstance(self.axis_name, list):
             object.__setattr__(self, "axis_name", tuple(self.axis_name))
 
-    def __call__(self, p: Any, x: Any) -> jax.Array:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         channels = x.shape[axis]
         gamma, beta = self._gamma_beta(p, channels)

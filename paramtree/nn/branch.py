@@ -10,6 +10,7 @@ import numpy as np
 
 from paramtree.initializers import Constant
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["DropPath", "LayerScale"]
 
@@ -68,7 +69,7 @@ class DropPath(Layer):
         if np.ndim(rate) or (not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1):
             raise ValueError(f"DropPath: rate must be in [0, 1), but found {rate!r}.")
 
-    def __call__(self, p: Any, x: Any, rate: Any = None) -> Any:
+    def __call__(self, p: Any, x: Any, rate: Any = None) -> jax.Array:
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs a first axis of examples, but found a scalar.")
         rate = self.rate if rate is None else rate
@@ -107,7 +108,7 @@ class LayerScale(Layer):
             raise ValueError(f"LayerScale: value must be a finite number, but found {self.value!r}.")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
         gamma = p.param("gamma", x.shape[-1:], Constant(self.value), self.dtype)

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope, T
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "Recurrent", "State", "Step", "gru", "lstm", "simple"]
 
@@ -119,6 +120,10 @@ class Recurrent(Layer):
 
 
 class _Cell(Recurrent):
+    @overload
+    def __call__(self, p: Scope, x: Any, state: None = None) -> tuple[jax.Array, Any]: ...
+    @overload
+    def __call__(self, p: Scope, x: Any, state: T) -> tuple[jax.Array, T]: ...
     def __call__(self: Any, p: Any, x: Any, state: Any = None) -> Any:
         self._check(x)
         batch, size = x.shape

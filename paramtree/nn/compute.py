@@ -11,6 +11,7 @@ from paramtree.core.pytrees import open_tree
 from paramtree.core.tree import ParamTree
 from paramtree.nn.call import dealt, keywords_of
 from paramtree.nn.layer import Layer, as_layer
+from paramtree.typing import Scope
 from paramtree.verbs.cast import cast
 from paramtree.verbs.split import merge, partition
 
@@ -74,7 +75,7 @@ class Compute(Layer):
         """That of the layer, so that names stay as they are."""
         return self.layer.alias if isinstance(self.layer, Layer) else "compute"
 
-    def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, *inputs: Any, **kwargs: Any) -> Any:
         dealt(self, [self.layer], kwargs)
         params, state = partition(p, kind="param")
         dtype = self.compute_dtype

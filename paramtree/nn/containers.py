@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from paramtree.model.scope import child, run_of
 from paramtree.nn.call import dealt
 from paramtree.nn.layer import Layer, Sequential
+from paramtree.typing import Scope
 
 __all__ = ["Parallel", "Residual"]
 
@@ -36,7 +38,7 @@ class Residual(Sequential):
     ) -> None:
         super().__init__(*layers, **named)  # inherited anyway, but type checkers do not know
 
-    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, x: Any, **kwargs: Any) -> jax.Array:
         y = super().__call__(p, x, **kwargs)
         if y.shape != x.shape:
             raise ValueError(
@@ -80,7 +82,7 @@ class Parallel(Sequential):
         super().__init__(*layers, **named)
         object.__setattr__(self, "axis", axis)
 
-    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, x: Any, **kwargs: Any) -> Any:
         if self.shared:
             run_of(p).tie(p, dict(self.shared))
         own = zip(self.names, self.layers, dealt(self, self.layers, kwargs), strict=True)

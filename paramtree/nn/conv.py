@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -12,6 +13,7 @@ from paramtree.initializers import Initializer, Uniform, get
 from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import Activation, as_activation, check_integers
 from paramtree.nn.spatial import Padding, Sizes, Spatial, shown_padding
+from paramtree.typing import Scope
 
 __all__ = ["Conv1D", "Conv2D", "Conv3D"]
 
@@ -54,7 +56,7 @@ class Convolution(Spatial):
         """Returns the number of output channels and of groups for a number of input channels."""
         return self.channels, self.groups
 
-    def __call__(self: Any, p: Any, x: Any) -> Any:
+    def __call__(self: Any, p: Scope, x: Any) -> jax.Array:
         sizes = self._sizes(x)
         axis = self.layout.index("C")
         size = x.shape[axis]

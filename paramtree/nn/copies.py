@@ -18,6 +18,7 @@ from paramtree.core.tree import ParamTree, flatten, place_of, unflatten
 from paramtree.model.scope import level_of, run_of
 from paramtree.nn.call import dealt, keywords_of
 from paramtree.nn.layer import Layer, as_layer
+from paramtree.typing import Scope
 
 __all__ = ["Repeat", "Vmap"]
 
@@ -144,7 +145,7 @@ class Repeat(_Copies):
         object.__setattr__(self, "by_copy", tuple(pairs))
         dealt(self, [self.block], dict(pairs))
 
-    def __call__(self, p: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = run_of(p)
         dealt(self, [self.block], kwargs)
         if twice := [name for name, _ in self.by_copy if name in kwargs]:
@@ -260,7 +261,7 @@ class Vmap(_Copies):
             if isinstance(axes := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(axes))
 
-    def __call__(self, p: Any, *inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, *inputs: Any, **kwargs: Any) -> Any:
         run = run_of(p)
         dealt(self, [self.block], kwargs)
         if run.recording:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, overload
 
 from paramtree.core.arrays import join
 from paramtree.core.errors import ScopeError
@@ -12,6 +12,7 @@ from paramtree.core.tree import ParamTree, located, place_of
 from paramtree.model.run import Run
 from paramtree.model.scope import Scope, run_of
 from paramtree.model.training import training
+from paramtree.typing import InTraining, P, R, Stateful
 
 __all__ = ["check_counting", "decoding", "writes"]
 
@@ -171,7 +172,13 @@ class DecodingModel:
         return outputs
 
 
-def decoding(f: Callable[..., Any]) -> Callable[..., Any]:
+@overload
+def decoding(f: Callable[Concatenate[Any, P], R]) -> Stateful[P, R]: ...
+@overload
+def decoding(  # type: ignore[overload-cannot-match]  # it can: `def f(p, **kwargs)`
+    f: Callable[..., R],
+) -> InTraining[R]: ...
+def decoding(f: Callable[..., Any]) -> Any:
     """Returns a model that decodes: ``(params, *inputs) -> (output, params)``.
 
     The model runs as for inference: dropout is off, and batch normalization uses its running

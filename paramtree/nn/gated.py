@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
@@ -10,6 +11,7 @@ from paramtree.initializers.axes import of_weight
 from paramtree.model.scope import child
 from paramtree.nn.basic import Activation, Dense, as_activation, check_integers
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["GatedMLP"]
 
@@ -59,7 +61,7 @@ class GatedMLP(Layer):
         object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
         object.__setattr__(self, "bias_initializer", get(self.bias_initializer))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         if x.ndim == 0:
             raise ValueError(f"{self!r} needs at least one dimension, but found a scalar.")
         gate = self._dense(p, "gate", x, self.hidden, self.activation)

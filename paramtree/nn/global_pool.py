@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from paramtree.nn.pool import Pooling
@@ -28,13 +29,13 @@ class _GlobalPool(Pooling):
 
 
 class _GlobalMaxPool(_GlobalPool):
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         self._sizes(x)
         return jnp.max(x, self._axes, keepdims=True)
 
 
 class _GlobalAvgPool(_GlobalPool):
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         self._check_floating(x)
         self._sizes(x)
         return jnp.mean(x, self._axes, keepdims=True)

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform, overload
 
 import jax
 import numpy as np
@@ -21,15 +21,7 @@ from paramtree.core.tree import ParamTree
 from paramtree.model.init import init
 from paramtree.model.scope import child, run_of
 from paramtree.nn.call import called, dealt, keywords_of
-
-if TYPE_CHECKING:
-    from typing_extensions import dataclass_transform
-else:
-
-    def dataclass_transform(**_: Any) -> Any:
-        """Does nothing at run time; the standard library has it from Python 3.11 on."""
-        return lambda cls: cls
-
+from paramtree.typing import Scope
 
 __all__ = ["Lambda", "Layer", "Sequential", "as_layer"]
 
@@ -63,11 +55,13 @@ class LayerType(abc.ABCMeta):
         }
         cls._fields: dict[str, Any] | None = namespace.get("_fields")
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        cls._complete()
-        layer = super().__call__(*args, **kwargs)
-        _check_fields(layer)
-        return layer
+    if not TYPE_CHECKING:  # for which a class is called with its fields
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            cls._complete()
+            layer = super().__call__(*args, **kwargs)
+            _check_fields(layer)
+            return layer
 
     def _complete(cls) -> None:
         if "_completed" in cls.__dict__:
@@ -276,7 +270,7 @@ class Sequential(Layer):
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "shared", tuple(_shared(self, "", {})))
 
-    def __call__(self, p: Any, x: Any, **kwargs: Any) -> Any:
+    def __call__(self, p: Scope, x: Any, **kwargs: Any) -> Any:
         if self.shared:
             run_of(p).tie(p, dict(self.shared))
         own = dealt(self, self.layers, kwargs)
@@ -287,7 +281,11 @@ class Sequential(Layer):
     def _inner_keywords(self) -> frozenset[str] | None:
         return keywords_of(*self.layers)
 
-    def __getitem__(self, key: int | str | slice) -> Any:
+    @overload
+    def __getitem__(self, key: int | str) -> Layer: ...
+    @overload
+    def __getitem__(self, key: slice) -> "Sequential": ...
+    def __getitem__(self, key: int | str | slice) -> Layer:
         if isinstance(key, slice):
             # Children keep their names, so a slice runs on the parameters of the full net.
             net = object.__new__(Sequential)

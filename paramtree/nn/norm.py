@@ -17,6 +17,7 @@ from jax import lax
 from paramtree.initializers import Initializer, get
 from paramtree.nn.basic import check_integers
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -158,7 +159,7 @@ class LayerNorm(_AxisNorm):
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
-    def __call__(self, p: Any, x: Any) -> jax.Array:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         return self._normalized(p, x, axis, [axis])
 
@@ -189,7 +190,7 @@ class InstanceNorm(_AxisNorm):
     _dims: ClassVar[int] = 3
     scale: bool = False
 
-    def __call__(self, p: Any, x: Any) -> jax.Array:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         return self._normalized(p, x, axis, [i for i in range(1, x.ndim) if i != axis])
 
@@ -236,7 +237,7 @@ class GroupNorm(Norm):
         if not self.num_groups:
             raise ValueError("GroupNorm: num_groups must be positive, but found 0.")
 
-    def __call__(self, p: Any, x: Any) -> jax.Array:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         channels = x.shape[axis]
         if channels % self.num_groups:
@@ -277,7 +278,7 @@ class RMSNorm(Norm):
     in_channels: int = 0
     dtype: Any = "float32"
 
-    def __call__(self, p: Any, x: Any) -> jax.Array:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         axis = self._axis(p, x)
         gamma = p.param("gamma", (x.shape[axis],), self.gamma_initializer, self.dtype)
         wide = widened(x)

@@ -87,7 +87,7 @@ class _Pool(Pooling):
 
 
 class _MaxPool(_Pool):
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         x, geometry = jnp.asarray(x), self._geometry(x)
         lowest = np.array(-math.inf if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
         if jnp.issubdtype(x.dtype, jnp.integer):
@@ -120,7 +120,7 @@ def _compared(x: Any, lowest: Any, geometry: tuple[tuple[int, ...], ...]) -> Any
 class _AvgPool(_Pool):
     count_include_pad: bool = True
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         x, geometry = jnp.asarray(x), self._geometry(x)
         self._check_floating(x)
         # Half-precision sums stop growing at a few hundred, so sum in single precision.

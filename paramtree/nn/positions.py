@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from paramtree.initializers import Initializer, Uniform, get
@@ -10,6 +11,7 @@ from paramtree.initializers.axes import of_weight
 from paramtree.nn.basic import check_integers
 from paramtree.nn.decoding import check_counting
 from paramtree.nn.layer import Layer
+from paramtree.typing import Scope
 
 __all__ = ["ClassToken", "LearnedPositions", "SinusoidalPositions"]
 
@@ -83,10 +85,12 @@ class LearnedPositions(Layer):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "weight_initializer", of_weight(self.weight_initializer or Uniform()))
 
-    def __call__(self, p: Any, x: Any, positions: Any = None) -> Any:
+    def __call__(self, p: Scope, x: Any, positions: Any = None) -> jax.Array:
         _check(self, x)
         length, size = x.shape[1:]
-        weight = p.param("weight", (self.length, size), self.weight_initializer, self.dtype)
+        weight = p.param(
+            "weight", (self.length, size), self.weight_initializer or Uniform(), self.dtype
+        )
         places = _positions(self, p, x, positions)
         if positions is None:
             if length > self.length:
@@ -136,7 +140,7 @@ class SinusoidalPositions(Layer):
                 f"SinusoidalPositions: base must be a finite number above 1, but found {self.base!r}."
             )
 
-    def __call__(self, p: Any, x: Any, positions: Any = None) -> Any:
+    def __call__(self, p: Any, x: Any, positions: Any = None) -> jax.Array:
         _check(self, x)
         size = x.shape[2]
         places = _positions(self, p, x, positions).astype(jnp.float32)
@@ -180,10 +184,10 @@ class ClassToken(Layer):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "token_initializer", get(self.token_initializer or Uniform()))
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         _check(self, x)
         batch, _, size = x.shape
-        token = p.param("token", (1, size), self.token_initializer, self.dtype)
+        token = p.param("token", (1, size), self.token_initializer or Uniform(), self.dtype)
         return jnp.concatenate([jnp.broadcast_to(token[None], (batch, 1, size)), x], 1)
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ Their rows are the gates in sequence, as in PyTorch and cuDNN.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from paramtree.initializers import Initializer
 from paramtree.nn.basic import Dropout, as_activation, check_integers
 from paramtree.nn.cells import Recurrent, State, Step, gru, lstm, simple
+from paramtree.typing import Scope, T
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -100,6 +101,10 @@ class _Sequence(Recurrent):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{name}: dropout must be in [0, 1), but found {self.dropout!r}.")
 
+    @overload
+    def __call__(self, p: Scope, x: Any, state: None = None, *, lengths: Any = None) -> jax.Array: ...
+    @overload
+    def __call__(self, p: Scope, x: Any, state: T, *, lengths: Any = None) -> tuple[jax.Array, T]: ...
     def __call__(self: Any, p: Any, x: Any, state: Any = None, *, lengths: Any = None) -> Any:
         self._check(x)
         if self.layout == "NTC":

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from paramtree.nn.spatial import Sizes, Spatial
+from paramtree.typing import Scope
 
 __all__ = ["Bilinear", "Upsample"]
 
@@ -51,7 +52,7 @@ class Upsample(_Resize):
         self._check_layout()
         self._spread("scale")
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Any, x: Any) -> jax.Array:
         return self._resized(x, self.mode)
 
     def __repr__(self) -> str:
@@ -87,7 +88,7 @@ class Bilinear(_Resize):
         self._check_layout()
         self._spread("scale")
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         return self._resized(x, "bilinear")
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,7 +45,7 @@ def check_rotary(name: str, base: Any, fraction: Any, scaling: Any) -> None:
 
 def rotate(
     x: Any, positions: Any, base: float = 10_000.0, fraction: float = 1.0, scaling: Any = None
-) -> Any:
+) -> jax.Array:
     """Returns x with rotary position embeddings applied.
 
     The dot product of two rotated vectors depends only on their distance. Su et al., "RoFormer:

@@ -4,7 +4,7 @@ The body of a scan is traced once, so it has a run of its own, with a key and st
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -15,17 +15,20 @@ from paramtree.model.scope import level_of, run_of, with_leaves
 
 __all__ = ["scan"]
 
+C = TypeVar("C")
+Y = TypeVar("Y")
+
 
 def scan(
-    body: Callable[..., Any],
+    body: Callable[[Any, C, Any], tuple[C, Y]],
     p: Any,
-    carry: Any,
+    carry: C,
     xs: Any = None,
     length: int | None = None,
     *,
     reverse: bool = False,
     unroll: int = 1,
-) -> tuple[Any, Any]:
+) -> tuple[C, Y]:
     """Scans a model over a leading axis, as ``jax.lax.scan`` does, with shared parameters.
 
     Every step draws keys of its own, and state that a step writes is what the next one reads; the last

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from paramtree.initializers import Initializer
 from paramtree.model.scope import child
 from paramtree.nn import conv
 from paramtree.nn.basic import check_integers
 from paramtree.nn.spatial import Padding, Sizes
+from paramtree.typing import Scope
 
 __all__ = [
     "DepthwiseConv1D",
@@ -63,7 +66,7 @@ class _Separable(conv.Direct):
     def _check_counts(self) -> None:
         check_integers(self, 1, "channels", "depth_multiplier")
 
-    def __call__(self, p: Any, x: Any) -> Any:
+    def __call__(self, p: Scope, x: Any) -> jax.Array:
         rank = len(self._axes)
         shared = {"layout": self.layout, "dtype": self.dtype}
         shared["weight_initializer"] = self.weight_initializer

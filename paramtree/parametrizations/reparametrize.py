@@ -17,6 +17,7 @@ from paramtree.model.scope import run_of
 from paramtree.model.training import TrainingModel, training
 from paramtree.parametrizations.expand import check_rules, expand_levels, over_stack, state_parts
 from paramtree.parametrizations.fold import Folded, folded
+from paramtree.typing import P, R
 
 __all__ = ["reparametrize"]
 
@@ -161,7 +162,7 @@ def _read_abstractly(parametrization: Any, leaf: Any, stack: Any) -> Any:
         return leaf
 
 
-def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
+def reparametrize(f: Callable[P, R], rules: Rules) -> Callable[P, R]:
     """Returns a model that reads the parameters that match through a parametrisation.
 
     What ``f`` reads as ``dense0.weight`` is computed from what its parametrisation stores, in every
@@ -201,9 +202,10 @@ def reparametrize(f: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
         raise TypeError(f"reparametrize takes a model first, but found {type(f).__name__}.")
     # Outside of these transforms the parameters would not be parametrised in what training returns.
     if isinstance(f, TrainingModel):
-        return training(reparametrize(f.f, rules))
-    if hasattr(type(f), "__over__"):
+        model: Any = training(reparametrize(f.f, rules))
+    elif hasattr(type(f), "__over__"):
         kind: Any = type(f)
-        around: Callable[..., Any] = kind.__over__(f, lambda inner: reparametrize(inner, rules))
-        return around
-    return Reparametrized(f, tuple(rules.items()))
+        model = kind.__over__(f, lambda inner: reparametrize(inner, rules))
+    else:
+        model = Reparametrized(f, tuple(rules.items()))
+    return model

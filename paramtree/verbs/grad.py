@@ -1,7 +1,7 @@
 """Gradients by name: leaves that are not selected cost no backward pass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,20 @@ from paramtree.core.errors import RuleError
 from paramtree.core.pytrees import open_tree
 from paramtree.core.rules import Patterns, select_slots, slots_of
 from paramtree.core.structure import PARAM
+from paramtree.typing import Gradient, GradientAndAux, P, R, Stateful
 from paramtree.verbs.split import merge
 
 __all__ = ["grad", "value_and_grad"]
 
 
+@overload
+def value_and_grad(
+    fn: Callable[Concatenate[Any, P], R], wrt: Patterns = None, has_aux: bool = False
+) -> Stateful[P, R]: ...
+@overload
+def value_and_grad(  # type: ignore[overload-cannot-match]  # it can: `def f(p, **kwargs)`
+    fn: Callable[..., R], wrt: Patterns = None, has_aux: bool = False
+) -> Callable[..., tuple[R, Any]]: ...
 def value_and_grad(
     fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False
 ) -> Callable[..., Any]:
@@ -56,6 +65,16 @@ def value_and_grad(
     return value_and_gradient
 
 
+@overload
+def grad(
+    fn: Callable[Concatenate[Any, P], Any], wrt: Patterns = None, has_aux: Literal[False] = False
+) -> Gradient[P]: ...
+@overload
+def grad(
+    fn: Callable[Concatenate[Any, P], tuple[Any, R]], wrt: Patterns = None, *, has_aux: Literal[True]
+) -> GradientAndAux[P, R]: ...
+@overload
+def grad(fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False) -> Callable[..., Any]: ...
 def grad(fn: Callable[..., Any], wrt: Patterns = None, has_aux: bool = False) -> Callable[..., Any]:
     """Returns a function for the gradient alone, of ``fn`` with respect to its first argument.
 

@@ -683,6 +683,18 @@ def test_a_sharded_tree_over_devices(tmp_path: Path) -> None:
 # Exported models
 
 
+def test_without_flatbuffers_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = r"flatbuffers, which is not installed: pip install 'paramtree\[export\]'"
+    with pytest.raises(pt.ParamTreeError, match=message):
+        pt.save_model(tmp_path / "net", nn.Dense(2), pt.from_tree({}), 1.0)
+    with pytest.raises(pt.ParamTreeError, match=message):
+        pt.load_model(tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_runs_where_this_library_is_not(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Dense(5, activation="relu"), nn.Dense(3))
     params = pt.init(net, jax.random.key(0), jnp.ones((2, 4)))

@@ -55,16 +55,6 @@ def test_nothing_appears_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     slow(None, None, 0.0)  # a process without a standard error
 
 
-def test_without_rich_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, terminal: Terminal
-) -> None:
-    monkeypatch.setattr(module, "_has_rich", lambda: False)
-    slow(terminal, None)
-    assert terminal.getvalue() == ""
-    with pytest.raises(pt.ParamTreeError, match=r"needs rich: pip install 'paramtree\[progress\]'"):
-        slow(terminal, True)
-
-
 def test_an_error_ends_the_bar(terminal: Terminal) -> None:
     def interrupted() -> None:
         with contextlib.redirect_stderr(terminal), progress("saving", 10, True):
