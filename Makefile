@@ -5,7 +5,7 @@ JAX ?= jax
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: docs demo test test-slow fuzz lint types data bench bench-smoke bench-command dist test-matrix clean
+.PHONY: docs demo test test-slow fuzz mutations lint types data bench bench-smoke bench-command dist test-matrix clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -20,6 +20,10 @@ test-slow: $(VENV)/.test
 # 200,000 damaged files of each format; the tests read a few thousand.
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/io/fuzz_files.py --format all --inputs 200000
+
+# Twenty small faults, put into a copy one at a time: which test finds each. ONLY=7 puts in one.
+mutations: $(VENV)/.test
+	$(BIN)/python tests/mutations.py $(if $(ONLY),--only $(ONLY))
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check

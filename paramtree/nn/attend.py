@@ -103,9 +103,12 @@ def attend(
       dropout_key: a PRNG key.
       implementation: that of ``jax.nn.dot_product_attention``.
     """
-    # Both ways promote dtypes, which strict promotion would forbid.
+    # jax's gradient in 16 bits promotes dtypes when it is lowered, where strict promotion forbids it.
+    strict = jax.config.jax_numpy_dtype_promotion == "strict"  # type: ignore[attr-defined]
+    forbidden = strict and query.dtype.itemsize < 4 and implementation != "cudnn"
+    # Both ways promote dtypes when they are traced.
     with jax.numpy_dtype_promotion("standard"):
-        if not softcap and dropout_key is None:
+        if not softcap and dropout_key is None and not forbidden:
             return jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=window, implementation=implementation,

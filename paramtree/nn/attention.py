@@ -73,7 +73,8 @@ class MultiHeadAttention(Layer):
       rotary_scaling: the scaling of ``rotate``: None, ``("linear", factor)``, ``("ntk", factor)``,
         ``("yarn", factor, original_length)`` or ``("yarn_hf", factor, original_length)``.
       cache_dtype: the dtype of the cache; that of the keys if None.
-      implementation: that of ``jax.nn.dot_product_attention``: None, "xla" or "cudnn".
+      implementation: that of ``jax.nn.dot_product_attention``: None, "xla" or "cudnn". A layer with
+        "cudnn" is initialised on any machine, and called where there is cuDNN.
 
     Returns:
       When called with ``(p, x, memory=None, mask=None, padding_mask=None, bias=None,
@@ -254,7 +255,8 @@ class MultiHeadAttention(Layer):
         y = attend(
             query, key, value, mask, bias, causal=causal, window=window, scale=self.scale,
             softcap=self.softcap, dropout=self.dropout, dropout_key=p.key() if drops else None,
-            implementation=self.implementation,
+            # Only shapes count while recording, and jax traces "cudnn" on a machine with cuDNN alone.
+            implementation=None if recording else self.implementation,
         )  # fmt: skip
         return self._dense(p, "out", y.reshape(*x.shape[:2], self.num_heads * size), units)
 

@@ -1,6 +1,8 @@
 """The structure knows stacks: each copy is initialised, split, loaded and found as itself."""
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import jax
@@ -199,6 +201,8 @@ def test_stacks_survive_files_and_verbs(tmp_path: Any) -> None:
         pt.drop(pt.insert(params, {"more": jnp.ones(2)}), "more"),
         pt.untie(pt.tie(params, {})),
         pt.from_tree({"p": params}).p,
+        pickle.loads(pickle.dumps(params)),
+        copy.deepcopy(params),
         jax.jit(lambda t: jax.tree.map(lambda x: x, t))(params),
     ):
         assert flatten(again)[0] is flatten(params)[0]

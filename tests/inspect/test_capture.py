@@ -52,6 +52,21 @@ def test_outputs_and_inputs_by_name() -> None:
         pt.capture(MLP, "dens1")(params, X)
 
 
+def test_all_inputs_of_a_layer_are_kept() -> None:
+    class Sum(nn.Layer):
+        def __call__(self, p: Any, x: Any, y: Any) -> Any:
+            return x + p.param("scale", (), pt.initializers.One()) * y
+
+    def model(p: Any, x: Any) -> Any:
+        return Sum()(p.sum, x, 2 * x)
+
+    _, acts = pt.capture(model, "sum", inputs=True)(pt.init(model, KEY, X), X)
+    assert len(acts.sum.input) == 2
+    close(acts.sum.input[0], X)
+    close(acts.sum.input[1], 2 * X)
+    close(acts.sum.output, 3 * X)
+
+
 def test_a_second_call_has_a_number() -> None:
     def model(p: Any, x: Any) -> Any:
         layer = nn.Dense(8)

@@ -283,6 +283,18 @@ def test_settings_that_standardise_nothing(settings: Any, text: str) -> None:
         par.WeightStandardization(**settings)
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6.0, 3.0), (1.0, 0.5)])
+def test_lora_scales_the_change_by_alpha_over_the_rank(alpha: float | None, scale: float) -> None:
+    net, rules = nn.Dense(3), {"weight": par.LoRA(2, alpha)}
+    params = pt.expand(pt.init(net, KEY, X), rules, KEY)
+    params = pt.replace(params, {"weight/b": jax.random.normal(KEY, (3, 2))})
+    base, a, b = (np.asarray(params.weight[name]) for name in ("base", "a", "b"))
+    weight = base + scale * (b @ a)
+    np.testing.assert_allclose(pt.fold(params, rules).weight, weight, rtol=1e-5, atol=1e-6)
+    want = np.asarray(X) @ weight.T + np.asarray(params.bias)
+    np.testing.assert_allclose(pt.reparametrize(net, rules)(params, X), want, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_pruned_stays_zero_while_the_rest_trains() -> None:
     net, rules = MODELS["MLP"], {".*weight": par.Masked(lambda w: jnp.abs(w) > 0.3)}
     params = pt.expand(pt.init(net, KEY, X, rules={".*weight": init.Normal(0.5)}), rules)
