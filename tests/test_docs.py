@@ -103,7 +103,7 @@ def test_any_room_can_be_imported_first() -> None:
 
 
 ROOMS = [
-    {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
+    {"compat"}, {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
     {"packed", "testing", "command"}, {"api", "__main__", "__init__"},
 ]  # fmt: skip
 FILES = sorted((ROOT / "paramtree").rglob("*.py"))
@@ -167,4 +167,4 @@ def test_a_misspelt_public_name_is_suggested() -> None:
 
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", pt.__version__)
-    assert jax.__version_info__ >= (0, 7)
+    assert jax.__version_info__ >= (0, 8, 1)

@@ -607,8 +607,7 @@ def test_what_is_compiled_ahead_is_what_is_called(place: Any, make: Any) -> None
         first = list(compiled)
         again = pt.init(net, make(1), X, **options)
     finally:
-        # Older versions of jax cannot unregister one.
-        getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(listen)
+        jax.monitoring.unregister_event_duration_listener(listen)
     # Two shapes of weights; biases are filled on the host where they are whole.
     assert len([name for name in first if "_compute" in name]) == (2 if place is None else 3), first
     assert compiled == first
@@ -632,8 +631,6 @@ def test_a_mesh_whose_axes_are_in_the_types() -> None:
     found = pt.init(DEEP, jax.random.key(0), DEEP_X, shardings=placed)
     assert lies(found, placed)
     assert equal(found, pt.init(DEEP, jax.random.key(0), DEEP_X))
-    if not hasattr(jax, "set_mesh"):
-        pytest.skip("this jax has no set_mesh")
     with jax.set_mesh(explicit):
         inside = jax.jit(lambda key: pt.init(DEEP, key, DEEP_X, shardings=placed))(jax.random.key(0))
     pairs = zip(jax.tree.leaves(inside), jax.tree.leaves(placed), strict=True)
