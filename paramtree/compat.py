@@ -4,7 +4,6 @@ import functools
 import warnings
 from typing import Any
 
-import jax
 
 __all__ = ["take_current_trace"]
 
@@ -21,6 +20,8 @@ def take_current_trace() -> Any:
     if hasattr(jax.extend.core, "take_current_trace"):
         return jax.extend.core.take_current_trace
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "jax.core.take_current_trace is deprecated", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "jax.core.take_current_trace is deprecated", DeprecationWarning
+        )
         core: Any = jax.core
         return core.take_current_trace
