@@ -4,7 +4,6 @@ import functools
 import warnings
 from typing import Any
 
-
 __all__ = ["take_current_trace"]
 
 

@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,4 +168,8 @@ def test_a_misspelt_public_name_is_suggested() -> None:
 
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", pt.__version__)
-    assert jax.__version_info__ >= (0, 8, 1)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = re.search(r"jax>=([\d.]+)", " ".join(project["dependencies"]))
+    assert oldest
+    assert jax.__version_info__ >= tuple(map(int, oldest[1].split(".")))
+    assert f"jax {oldest[1]} or newer" in (ROOT / "docs" / "start" / "install.md").read_text()
