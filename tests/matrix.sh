@@ -6,7 +6,7 @@
 #   tests/matrix.sh         the whole suite, on every Python that is found
 #   tests/matrix.sh brief   a chosen part, of about a minute, on the oldest and the newest
 #
-# What is not installed is skipped, and it is said; where nothing ran, that is an error.
+# A Python that is not installed is skipped, and it is said. That nothing ran is an error.
 set -eu
 cd "$(dirname "$0")/.."
 make=${MAKE:-make}
@@ -66,5 +66,5 @@ done
 if [ -n "$newest" ]; then
   run "$newest" "$(find_python "$newest")" jax
 fi
-echo "passed:${ran:- nothing}; skipped, as not installed:${skipped:- nothing}"
+echo "passed:${ran:- nothing}; skipped, as there is no such Python or no jaxlib for it:${skipped:- nothing}"
 [ -n "$ran" ]
