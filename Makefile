@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 WORKERS ?= 2
+TESTS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs demo test test-slow fuzz mutations lint types data bench bench-smoke bench-command dist test-matrix clean
+.PHONY: docs demo test test-slow fuzz mutations lint types data bench bench-smoke bench-command dist test-matrix test-versions clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=20
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=20 $(TESTS)
 
 # Complete programs, notebooks, browsers, killed processes and damaged files.
 test-slow: $(VENV)/.test
@@ -69,9 +70,13 @@ dist: $(VENV)/.dist
 	.venv-dist/bin/pip install --quiet --disable-pip-version-check dist/*.whl
 	$(BIN)/python tests/check_dist.py dist .venv-dist/bin/python
 
-# The oldest supported jax, and the newest for each installed Python.
+# The whole suite with the oldest versions that are supported, and with the newest for each installed
+# Python; and a chosen part of it on the oldest and the newest only.
 test-matrix:
-	PYTHON="$(PYTHON)" sh tests/matrix.sh
+	PYTHON="$(PYTHON)" MAKE="$(MAKE)" sh tests/matrix.sh
+
+test-versions:
+	PYTHON="$(PYTHON)" MAKE="$(MAKE)" sh tests/matrix.sh brief
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -21,10 +21,7 @@ def quick_compilation() -> Iterator[None]:
 
 def x64() -> Any:
     """Returns a context manager that enables jax's 64-bit types."""
-    enable = getattr(jax, "enable_x64", None)
-    if enable is None:
-        from jax.experimental import enable_x64 as enable
-    return enable(True)
+    return jax.enable_x64(True)
 
 
 @contextlib.contextmanager

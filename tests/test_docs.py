@@ -141,7 +141,7 @@ def test_any_room_can_be_imported_first() -> None:
 
 
 ROOMS = [
-    {"typing"}, {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
+    {"typing", "compat"}, {"core"}, {"verbs"}, {"sharding"}, {"initializers"}, {"model"}, {"nn", "parametrizations"}, {"io"}, {"inspect"},
     {"packed", "testing", "command"}, {"api", "__main__", "__init__"},
 ]  # fmt: skip
 FILES = sorted((ROOT / "paramtree").rglob("*.py"))
@@ -212,4 +212,8 @@ def test_the_version_is_one() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {pt.__version__}\ndate-released: {changes[0][1]}\n" in citation
     assert f" to {pt.__version__.rpartition('.')[0]}\n" in (ROOT / "docs" / "upgrading.md").read_text()
-    assert jax.__version_info__ >= (0, 7)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = re.search(r"jax>=([\d.]+)", " ".join(project["dependencies"]))
+    assert oldest
+    assert jax.__version_info__ >= tuple(map(int, oldest[1].split(".")))
+    assert f"jax {oldest[1]} or newer" in (ROOT / "docs" / "start" / "install.md").read_text()

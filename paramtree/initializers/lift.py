@@ -44,7 +44,9 @@ class _Scaled:
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any, factor: Any) -> jax.Array:
         if self.distribution == "normal":
-            return jax.random.normal(key, shape, dtype) * factor
+            # jax's initializer, as from 0.12 on it scales within the draw, which rounds differently.
+            value: jax.Array = jax.nn.initializers.normal(factor)(key, shape, dtype)
+            return value
         if self.distribution == "uniform":
             return jax.random.uniform(key, shape, dtype, -1) * factor
         return jax.random.truncated_normal(key, -2, 2, shape, dtype) * factor

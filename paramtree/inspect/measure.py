@@ -7,7 +7,6 @@ becomes part of that function.
 """
 
 import contextlib
-import importlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -62,7 +61,7 @@ def _rows(leaves: list[Any], bins: int) -> list[tuple[Any, Any]]:
         for i in sorted(set(range(len(leaves))) - set(pooled)):
             # A file may hold 64-bit arrays, where 1e300 is not infinite.
             wide = isinstance(leaves[i], np.ndarray) and leaves[i].dtype.itemsize >= 8
-            with _wide_types() if wide else contextlib.nullcontext():
+            with jax.enable_x64(True) if wide else contextlib.nullcontext():
                 chunked = _chunked(leaves[i])
                 rows[i] = _of_leaf(leaves[i], bins=bins, chunked=chunked, fast=chunked)
         for i in pooled:
@@ -72,13 +71,6 @@ def _rows(leaves: list[Any], bins: int) -> list[tuple[Any, Any]]:
 
 def _waited(leaf: Any, bins: int) -> Any:
     return jax.block_until_ready(_of_leaf(leaf, bins=bins, chunked=True, fast=True))
-
-
-def _wide_types() -> Any:
-    """Returns a context in which jax computes with 64 bits."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    return importlib.import_module("jax.experimental").enable_x64()  # jax before 0.8
 
 
 def _chunked(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paramtree.core.arrays import describe, shape_of
@@ -171,9 +171,10 @@ def plan(
 def _mesh(axes: dict[str, int]) -> Any:
     """Returns a mesh of this process's devices, or an abstract mesh if they are too few."""
     sizes, devices = tuple(axes.values()), jax.devices()
+    types = (AxisType.Auto,) * len(sizes)  # the compiler places what the rules leave open
     if math.prod(sizes) > len(devices):
-        return AbstractMesh(sizes, tuple(axes))
-    return Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), tuple(axes))
+        return AbstractMesh(sizes, tuple(axes), axis_types=types)
+    return Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), tuple(axes), axis_types=types)
 
 
 def _input_sharding(leaf: Any, mesh: Any, spec: Any, uneven: str) -> Any:

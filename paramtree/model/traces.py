@@ -5,11 +5,12 @@ once for all its iterations, so all would draw one key. ``jit`` and ``checkpoint
 function, so what a second call would draw or write is lost, unless the scope is an argument.
 """
 
-import functools
 import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
+
+from paramtree.compat import take_current_trace
 
 __all__ = ["current_trace", "flattened_for", "replayed", "within"]
 
@@ -20,17 +21,9 @@ _WORDS = {"BatchTrace": "vmap", "JVPTrace": "grad", "LinearizeTrace": "grad", "J
 _FLATTENING = tuple(f"jax._src.{name}" for name in ("tree_util", "flattree", "api_util", "util"))
 
 
-@functools.cache
-def _take() -> Any:
-    import jax.extend  # not at import: only some runs need it
-
-    core: Any = jax.extend.core if hasattr(jax.extend.core, "take_current_trace") else jax.core
-    return core.take_current_trace
-
-
 def current_trace() -> Any:
     """Returns a weak reference to jax's current trace."""
-    with _take()() as trace:
+    with take_current_trace()() as trace:
         return weakref.ref(trace)
 
 

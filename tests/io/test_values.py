@@ -178,7 +178,7 @@ def test_a_cast_that_loses_values_names_them(
     like = {"good": jnp.ones(2, "float16"), "bad": jnp.zeros(2, dtype)}
     options: dict[str, Any] = {}
     if sharded:
-        mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+        mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
         options["shardings"] = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     expected = f"`bad` has . of . values that {dtype} cannot hold, such as .*{worst}"
     with pytest.raises(pt.LoadError, match=expected) as error:

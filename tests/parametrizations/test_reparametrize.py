@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -415,7 +416,7 @@ def test_parts_have_names_like_all_leaves() -> None:
     assert half.dense1.weight.v.dtype == jnp.bfloat16 and half.dense1.weight.g.dtype == jnp.float32
     drawn = pt.reinit(params, KEY, {"dense0_weight_b": pt.initializers.One()})
     assert np.all(drawn.dense0.weight.b == 1) and not np.array_equal(model(drawn, X), model(params, X))
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Explicit,), devices=jax.devices()[:2])
     shardings = pt.shardings(params, mesh, {"dense0_weight_a": P(None, "x"), ".*": P()})
     placed = jax.device_put(params, shardings)
     assert not placed.dense0.weight.a.sharding.is_fully_replicated

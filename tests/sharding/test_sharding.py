@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import math
 import re
 import warnings
 import weakref
@@ -512,10 +513,13 @@ INITIALIZERS = {
 DEEP_X = jnp.ones((2, 16))
 
 
-def largest_on_a_device(seen: set[int]) -> int:
-    """Returns the bytes of the largest buffer of any device among arrays that are not in ``seen``."""
+def largest_on_a_device(before: list[Any]) -> int:
+    """Returns the bytes of the largest buffer of any device among arrays that are not in ``before``."""
+    seen = set(map(id, before))  # which the list keeps alive, else another array may have an id again
     arrays = [a for a in jax.live_arrays() if id(a) not in seen and not a.is_deleted()]
-    return max((s.data.nbytes for a in arrays for s in a.addressable_shards), default=0)
+    # Not from addressable_shards: with jax 0.8, an array whose shards were listed is never freed.
+    parts = [a.nbytes // a.size * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays if a.size]
+    return max(parts, default=0)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -523,8 +527,13 @@ def test_values_do_not_depend_on_the_mesh(shape: tuple[int, int]) -> None:
     wanted = pt.init(DEEP, jax.random.key(0), DEEP_X, rules=INITIALIZERS)
     placed = pt.shardings(pt.abstract(DEEP, DEEP_X), mesh(*shape), DEEP_RULES)
     found = pt.init(DEEP, jax.random.key(0), DEEP_X, rules=INITIALIZERS, shardings=placed)
-    assert equal(pt.select(found, "(?!out_weight).*"), pt.select(wanted, "(?!out_weight).*"))
     np.testing.assert_allclose(found.out.weight, wanted.out.weight, atol=1e-6)
+    rest = "(?!out_weight).*"
+    for a, b in zip(
+        jax.tree.leaves(pt.select(found, rest)), jax.tree.leaves(pt.select(wanted, rest)), strict=True
+    ):
+        # One bit, since XLA computes the end of a part that is no whole vector in another way.
+        np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), maxulp=1)
     assert lies(found, placed)
 
 
@@ -549,7 +558,7 @@ def test_no_leaf_is_whole_on_one_device_while_it_is_made(monkeypatch: pytest.Mon
     net, x = nn.Sequential(nn.Dense(256), blocks=nn.Repeat(nn.Dense(256), 4)), jnp.ones((2, 256))
     rules = {"blocks_weight": P(None, "data", "model"), "dense0_weight": P("model", "data"), ".*": None}
     placed = pt.shardings(pt.abstract(net, x), mesh(), rules)
-    seen = {id(a) for a in jax.live_arrays()}
+    before = jax.live_arrays()
     sizes, temporary = [], []
 
     def counted(compute: Any, place: Any) -> Any:
@@ -557,7 +566,7 @@ def test_no_leaf_is_whole_on_one_device_while_it_is_made(monkeypatch: pytest.Mon
 
         def call(*args: Any) -> Any:
             value = jax.block_until_ready(made(*args))
-            sizes.append(largest_on_a_device(seen))
+            sizes.append(largest_on_a_device(before))
             memory: Any = made.lower(*args).compile().memory_analysis()
             temporary.append((memory.temp_size_in_bytes, value.nbytes))
             return value
@@ -607,8 +616,7 @@ def test_what_is_compiled_ahead_is_what_is_called(place: Any, make: Any) -> None
         first = list(compiled)
         again = pt.init(net, make(1), X, **options)
     finally:
-        # Older versions of jax cannot unregister one.
-        getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(listen)
+        jax.monitoring.unregister_event_duration_listener(listen)
     # Two shapes of weights; biases are filled on the host where they are whole.
     assert len([name for name in first if "_compute" in name]) == (2 if place is None else 3), first
     assert compiled == first
@@ -632,8 +640,6 @@ def test_a_mesh_whose_axes_are_in_the_types() -> None:
     found = pt.init(DEEP, jax.random.key(0), DEEP_X, shardings=placed)
     assert lies(found, placed)
     assert equal(found, pt.init(DEEP, jax.random.key(0), DEEP_X))
-    if not hasattr(jax, "set_mesh"):
-        pytest.skip("this jax has no set_mesh")
     with jax.set_mesh(explicit):
         inside = jax.jit(lambda key: pt.init(DEEP, key, DEEP_X, shardings=placed))(jax.random.key(0))
     pairs = zip(jax.tree.leaves(inside), jax.tree.leaves(placed), strict=True)
@@ -720,7 +726,7 @@ def test_only_the_parts_are_read_and_none_is_whole(
         "_fill",
         lambda path, readinto, span: (read.append(len(span)), fill(path, readinto, span)),
     )
-    seen = {id(a) for a in jax.live_arrays()}
+    before = jax.live_arrays()
     for where, rules, pieces in (
         (half, {"a": P("x"), "b": P("x")}, 2 + 2),
         (other, {"a": P(None, "x"), "b": None}, 4 * 1024 + 1),
@@ -729,7 +735,7 @@ def test_only_the_parts_are_read_and_none_is_whole(
         found = pt.load(file, shardings=pt.shardings(pt.peek(file), where, rules))
         assert sum(read) == 1024 * 2048 * 4 + 64 and len(read) == pieces
         assert equal(found, tree)
-        assert largest_on_a_device(seen) == 1024 * 2048 * 4 // where.size
+        assert largest_on_a_device(before) == 1024 * 2048 * 4 // where.size
         del found
 
 
