@@ -6,7 +6,7 @@ WORKERS ?= 2
 TESTS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs demo test test-slow fuzz mutations lint types data bench bench-smoke bench-command dist test-matrix test-versions clean
+.PHONY: docs demo test test-slow test-figures fuzz mutations lint types data bench bench-smoke bench-command dist test-matrix test-versions clean
 
 demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
@@ -16,7 +16,12 @@ test: $(VENV)/.test
 
 # Complete programs, notebooks, browsers, killed processes and damaged files.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not figures" --durations=20
+
+# The figures that the examples state, by training them in full: half an hour, before a release. One at
+# a time, as each takes all cores, and compiled with the optimisations that other tests do without.
+test-figures: $(VENV)/.test
+	XLA_FLAGS= $(BIN)/python -m pytest -m figures
 
 # 200,000 damaged files of each format; the tests read a few thousand.
 fuzz: $(VENV)/.test

@@ -8,7 +8,7 @@ import pytest
 
 from examples import diffusion, fashion_mnist, resnet, vit
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.figures
 
 
 @pytest.fixture(autouse=True)

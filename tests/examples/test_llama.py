@@ -30,6 +30,7 @@ def params() -> pt.ParamTree:
     return jax.tree.map(lambda leaf: 5 * leaf, params)  # far from uniform, so no two logits are equal
 
 
+@pytest.mark.figures
 def test_it_reaches_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     stated = re.search(r"falls below ([\d.]+) nats", example.__doc__)
     result = example.main([])

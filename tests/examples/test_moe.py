@@ -55,6 +55,7 @@ def mixed(params: pt.ParamTree, capacity: int) -> Any:
     return y.reshape(X.shape)
 
 
+@pytest.mark.figures
 def test_it_reaches_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     loss = float(re.search(r"falls below ([\d.]+) nats", example.__doc__).group(1))
     low, high = map(int, re.search(r"from (\d+) to (\d+) % of", example.__doc__).groups())

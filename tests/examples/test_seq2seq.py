@@ -31,6 +31,7 @@ def params() -> pt.ParamTree:
     return jax.tree.map(lambda leaf: 4 * leaf, params)  # far from uniform, so no two logits are equal
 
 
+@pytest.mark.figures
 def test_it_reaches_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     stated = int(re.search(r"more than\s+(\d+) % of 1000", example.__doc__).group(1))
     result = example.main([])
