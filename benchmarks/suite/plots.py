@@ -12,7 +12,7 @@ LABELS = {"s": "seconds", "bytes": "bytes"}
 
 
 def draw_together(case: Case, rounds: Rounds, panels: list[str], path: Path) -> None:
-    """Draws the metrics of the one contender as lines, some in each panel, and what linear growth is."""
+    """Draws the metrics of the one contender as lines, some in each panel, and linear growth."""
     from matplotlib import pyplot
 
     [name] = case.contenders
@@ -89,9 +89,7 @@ def draw(
                 labels = [f"{name}, {size}" if len(sizes) > 1 else name for size, _ in points]
                 axis.barh(labels, middle, xerr=[low, high], color=color)
         if lines:
-            axis.set(
-                xscale="log", yscale="log", xlabel=case.size, ylabel=LABELS.get(unit, unit)
-            )
+            axis.set(xscale="log", yscale="log", xlabel=case.size, ylabel=LABELS.get(unit, unit))
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
