@@ -73,6 +73,8 @@ class Case:
       alone: whether processes run one after the other, for metrics that the set-up measures.
       cached: whether XLA may reuse what an earlier process compiled.
       limit: the timeout of a process in seconds.
+      units: the units of metrics that have another.
+      together: whether the many metrics of a single contender share a table, and panels of the plot.
       note: text below the heading.
     """
 
@@ -92,7 +94,13 @@ class Case:
     alone: bool = False
     cached: bool = False
     limit: float = 300
+    units: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
     note: str = ""
+
+    def unit_of(self, metric: str) -> str:
+        """Returns the unit of a metric."""
+        return self.units.get(metric, self.unit)
 
 
 def load() -> dict[str, Case]:

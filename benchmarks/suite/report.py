@@ -19,9 +19,9 @@ class Spread:
     most: float
 
 
-def typical(case: Case, values: Iterable[float]) -> float:
+def typical(unit: str, values: Iterable[float]) -> float:
     """Returns the minimum of times, as other load only adds to them, and the median of other values."""
-    return min(values) if case.unit == "s" else statistics.median(values)
+    return min(values) if unit == "s" else statistics.median(values)
 
 
 def turns(rounds: Rounds, number: int, size: Size, name: str, metric: str) -> list[float]:
@@ -32,8 +32,9 @@ def turns(rounds: Rounds, number: int, size: Size, name: str, metric: str) -> li
 def value(case: Case, rounds: Rounds, size: Size, name: str, metric: str) -> Spread | None:
     """Returns the statistic of a contender's metric, or None if it was not measured."""
     by_round = (turns(rounds, number, size, name, metric) for number in range(len(rounds)))
-    values = [typical(case, taken) for taken in by_round if taken]
-    return Spread(typical(case, values), min(values), max(values)) if values else None
+    unit = case.unit_of(metric)
+    values = [typical(unit, taken) for taken in by_round if taken]
+    return Spread(typical(unit, values), min(values), max(values)) if values else None
 
 
 def ratio(
@@ -131,7 +132,7 @@ def verdicts(case: Case, rounds: Rounds) -> list[Verdict]:
             else:
                 reference, base = bound.reference, bound.base
                 spread = ratio(case, rounds, bound.metric, size, bound.ours, reference, base)
-            checked.append(Verdict(bound, size, spread, case.unit))
+            checked.append(Verdict(bound, size, spread, case.unit_of(bound.metric)))
     return checked
 
 
@@ -146,6 +147,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
+def together(case: Case, rounds: Rounds, sizes: list[Size]) -> str:
+    """Returns a table with a row for each metric of the one contender, and a column for each size."""
+    [name] = case.contenders
+    rows = []
+    for metric in metrics(case, rounds):
+        unit = case.unit_of(metric)
+        spreads = [value(case, rounds, size, name, metric) for size in sizes]
+        rows.append([metric, *(shown(spread.typical, unit) if spread else "" for spread in spreads)])
+    return table(["", *(f"{size} {case.size}" for size in sizes)], rows)
+
+
 def section(case: Case, result: dict[str, Any], plotted: bool, ratios: bool = True) -> str:
     """Returns the section of a case."""
     rounds: Rounds = result["rounds"]
@@ -155,7 +167,9 @@ def section(case: Case, result: dict[str, Any], plotted: bool, ratios: bool = Tr
     if plotted:
         parts.append(f"![{case.title}](plots/{case.name}.svg)")
     sizes = list(dict.fromkeys(size for by_size in rounds for size in by_size))
-    for metric in metrics(case, rounds):
+    if case.together:
+        parts.append(together(case, rounds, sizes))
+    for metric in () if case.together else metrics(case, rounds):
         rows = []
         for size in sizes:
             for name in case.contenders:
@@ -163,8 +177,9 @@ def section(case: Case, result: dict[str, Any], plotted: bool, ratios: bool = Tr
                 if spread is None:
                     continue
                 against = ratio(case, rounds, metric, size, name, "paramtree")
-                low_high = f"{shown(spread.least, case.unit)} to {shown(spread.most, case.unit)}"
-                cells = [size, name, shown(spread.typical, case.unit), low_high]
+                unit = case.unit_of(metric)
+                low_high = f"{shown(spread.least, unit)} to {shown(spread.most, unit)}"
+                cells = [size, name, shown(spread.typical, unit), low_high]
                 if ratios:
                     cells.append(
                         "" if against is None or name == "paramtree" else f"{against.typical:.2f}"

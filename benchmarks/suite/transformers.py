@@ -40,14 +40,14 @@ def ours(blocks: int, width: int = WIDTH, repeat: bool = False) -> Any:
     return nn.Repeat(block(), blocks) if repeat else nn.Sequential(*[block() for _ in range(blocks)])
 
 
-def by_hand(blocks: int) -> Callable[[Any, Any], Any]:
+def by_hand(blocks: int, scan: bool = False) -> Callable[[Any, Any], Any]:
     """Returns a function of a nested dict, with the names and arithmetic of ``ours``."""
     import jax
     import jax.numpy as jnp
     from jax import lax
 
     def dense(p: Any, x: Any) -> Any:
-        return x @ p["weight"].T + p["bias"][None, None]
+        return jnp.inner(x, p["weight"]) + p["bias"][None, None]
 
     def norm(p: Any, x: Any) -> Any:
         square = jnp.mean(lax.square(x), -1, keepdims=True)
@@ -58,19 +58,24 @@ def by_hand(blocks: int) -> Callable[[Any, Any], Any]:
         query, key, value = (dense(p[name], x).reshape(heads) for name in ("query", "key", "value"))
         return dense(p["out"], jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
+    def block(p: Any, x: Any) -> Any:
+        first, second = p["residual0"], p["residual1"]
+        x = x + attend(first["attend"], norm(first["norm"], x))
+        y = jax.nn.gelu(dense(second["widen"], norm(second["norm"], x)), approximate=False)
+        return x + dense(second["narrow"], y)
+
     def model(p: Any, x: Any) -> Any:
+        if scan:
+            return lax.scan(lambda x, p: (block(p, x), None), x, p)[0]
         for i in range(blocks):
-            first, second = p[f"sequential{i}"]["residual0"], p[f"sequential{i}"]["residual1"]
-            x = x + attend(first["attend"], norm(first["norm"], x))
-            y = jax.nn.gelu(dense(second["widen"], norm(second["norm"], x)), approximate=False)
-            x = x + dense(second["narrow"], y)
+            x = block(p[f"sequential{i}"], x)
         return x
 
     return model
 
 
-def linen(blocks: int, width: int = WIDTH) -> Any:
-    """Returns a Flax Linen module."""
+def linen(blocks: int, width: int = WIDTH, scan: bool = False) -> Any:
+    """Returns a Flax Linen module; ``scan`` runs the blocks by its ``nn.scan``."""
     from flax import linen as nn
 
     class Block(nn.Module):
@@ -80,7 +85,18 @@ def linen(blocks: int, width: int = WIDTH) -> Any:
             y = nn.gelu(nn.Dense(WIDER * width)(nn.RMSNorm()(x)), approximate=False)
             return x + nn.Dense(width)(y)
 
-    return nn.Sequential([Block() for _ in range(blocks)])
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            return Block()(x), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            axes, split = {"params": 0}, {"params": True}
+            return nn.scan(Step, variable_axes=axes, split_rngs=split, length=blocks)()(x, None)[0]
+
+    return Scanned() if scan else nn.Sequential([Block() for _ in range(blocks)])
 
 
 def nnx(blocks: int, width: int = WIDTH) -> Callable[[Any], Any]:

@@ -51,6 +51,8 @@ def _open(path: str) -> Source:
             except FileNotFoundError:
                 index = os.path.realpath(path) + INDEX  # what max_shard_size has written
                 if not os.path.exists(index):
+                    if os.path.exists(path):  # another process has saved it as one file meanwhile
+                        raise _Replaced from None
                     raise
                 source = _open_index(index, files)
         # The source closes what was opened for it.

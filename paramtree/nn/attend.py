@@ -1,6 +1,7 @@
 """The attention of queries to keys, and the masks and biases that it takes."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,6 +73,11 @@ def window_of(window: int, causal: bool) -> tuple[int, int] | None:
     return (window - 1, 0 if causal else window - 1) if window else None
 
 
+# A model has many layers of attention of the same shapes: under jit they are traced once, not each.
+@partial(
+    jax.jit,
+    static_argnames=("causal", "window", "scale", "softcap", "dropout", "implementation"),
+)
 def attend(
     query: Any,
     key: Any,

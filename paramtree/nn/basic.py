@@ -163,7 +163,8 @@ class Dense(Layer):
         if self.in_units and size != self.in_units:
             raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
         weight = p.param("weight", (self.units, size), self.weight_initializer or Uniform(), self.dtype)
-        y = x @ weight.T
+        # x @ weight.T, without a copy of the weight for the gradient in a scan.
+        y = jnp.inner(x, weight)
         if self.use_bias:
             bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
             if y.ndim > 1:  # the same as jnp.expand_dims, but much faster to trace

@@ -133,7 +133,8 @@ class _Cell(Recurrent):
             zeros = self.begin_state(batch, dtype)
             state = tuple(zeros) if len(zeros) > 1 else zeros[0]
         old = tuple(self._arrays(state, batch, dtype))
-        i2h, h2h = x @ i2h_weight.T + i2h_bias[None], old[0] @ h2h_weight.T + h2h_bias[None]
+        i2h = jnp.inner(x, i2h_weight) + i2h_bias[None]
+        h2h = jnp.inner(old[0], h2h_weight) + h2h_bias[None]
         new = self._step(i2h, h2h, old)
         return new[0], jax.tree.unflatten(jax.tree.structure(state), new)
 

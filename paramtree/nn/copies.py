@@ -106,13 +106,17 @@ class Repeat(_Copies):
       by_copy: keyword arguments of the block with a value for each copy, a mapping of names to ``n``
         numbers, or to an array of numbers with a first axis of size ``n``. The block gets its value as
         an array, traced, so it is no setting that decides what is computed, such as a window.
+      unroll: how many copies one iteration of the loop computes, as in ``jax.lax.scan``; True, or ``n``
+        and more, for all of them, without a loop. The parameters and values are the same. A step takes
+        less time, and compiling takes more. It says nothing about a tree whose copies have names.
 
     Returns:
       When called with ``(p, x, *args, **kwargs)``: the output of the last copy. All copies get the same
       keyword arguments.
 
     Raises:
-      ValueError: ``n`` is not a positive integer, or ``by_copy`` does not hold ``n`` numbers.
+      ValueError: ``n`` or ``unroll`` is not a positive integer, or ``by_copy`` does not hold ``n``
+        numbers.
       TypeError: ``block`` is not callable, or does not take what is in ``by_copy``, or when called:
         ``p`` is not a scope, or ``block`` does not take a keyword argument.
       MismatchError: when called: the block changes the shape or dtype of its input, a leaf has no
@@ -137,6 +141,7 @@ class Repeat(_Copies):
     remat: bool | Callable[..., Any] = False
     in_axes: int | tuple[int | None, ...] | None = None
     by_copy: Any = ()  # kept as pairs of a name and a tuple, in the order of the names
+    unroll: int | bool = 1  # kept as a number from 1 to n, since True equals 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,6 +149,13 @@ class Repeat(_Copies):
         pairs = [(name, _by_copy(name, table[name], self.n)) for name in sorted(table)]
         object.__setattr__(self, "by_copy", tuple(pairs))
         dealt(self, [self.block], dict(pairs))
+        if not isinstance(self.unroll, int) or (self.unroll < 1 and self.unroll is not False):
+            raise ValueError(
+                "Repeat: unroll must be a positive integer, or True for all copies, but found "
+                f"{self.unroll!r}."
+            )
+        unroll = {True: self.n, False: 1}[self.unroll] if isinstance(self.unroll, bool) else self.unroll
+        object.__setattr__(self, "unroll", min(unroll, self.n))
 
     def __call__(self, p: Scope, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = run_of(p)
@@ -171,7 +183,8 @@ class Repeat(_Copies):
             y, results = body(entry[0], x, *_together(shared, entry[1]), **entry[2])
             return self._checked(x, y), results
 
-        y, results = jax.lax.scan(self._remat(step), x, (stacked, own, named), length=self.n)
+        entries = stacked, own, named
+        y, results = jax.lax.scan(self._remat(step), x, entries, length=self.n, unroll=self.unroll)
         run.absorb(p, results[0])
         run.collect(results[1])
         return y
@@ -206,8 +219,9 @@ class Repeat(_Copies):
         if not self.remat:
             return body
         policy = self.remat if callable(self.remat) else None
-        # Inside a scan the compiler cannot merge the recomputation with the first computation.
-        return jax.checkpoint(body, prevent_cse=False, policy=policy)
+        # Between loops the compiler cannot merge the recomputation with the first computation; unrolled
+        # copies may be outside of the loops.
+        return jax.checkpoint(body, prevent_cse=self.unroll > 1, policy=policy)
 
     def _checked(self, x: Any, y: Any) -> Any:
         after, before = (jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), v) for v in (y, x))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from paramtree.core.arrays import describe, join, shape_of
+from paramtree.core.arrays import describe, dtype_of, join, shape_of
 from paramtree.core.errors import RuleError, first_few
 from paramtree.core.rules import Rules, compiled, no_match, pattern_text, sep_of
 from paramtree.core.structure import PARAM, STATE, Path, Stack
@@ -69,6 +69,7 @@ def folded(
     """
     draft = take_apart(tree)
     groups = _groups(draft)
+    stacks = {entry.path: entry.stack for entry in draft.entries}
     gone: dict[Path, Any] = {}  # the path of each parameter, to the labels of its parts
     values: dict[Any, Any] = {}
     used: set[int] = set()
@@ -80,7 +81,7 @@ def folded(
         single = [*known] == [""]
         if any(path[:-1] in gone for path in paths) or (single and (known[""] == STATE or not parts)):
             continue  # a part of a parameter, a state or a hole
-        one = Folded((*draft.place, *paths[0]), None, parts, _stack_of(draft, paths[0], labels))
+        one = Folded((*draft.place, *paths[0]), None, parts, stacks[_first_of(paths[0], labels)])
         for i, (pattern, parametrization) in enumerate(rules.items()):
             one = one._replace(parametrization=parametrization)
             form = i, one.stack, *((n, k, *_form(parts.get(n))) for n, k in known.items())
@@ -173,9 +174,10 @@ def _groups(draft: Draft) -> dict[Any, list[Path]]:
     return {**groups, **single}
 
 
-def _stack_of(draft: Draft, path: Path, labels: Any) -> Stack:
-    wanted = {(*path, name) if name else path for name, _ in labels}
-    return next(entry.stack for entry in draft.entries if entry.path in wanted)
+def _first_of(path: Path, labels: Any) -> Path:
+    """Returns the path of the first part of a parameter."""
+    name = labels[0][0]
+    return (*path, name) if name else path
 
 
 def _joined(one: Folded, how: str = "join") -> Callable[[Any], Any]:
@@ -192,7 +194,9 @@ def _problem(one: Folded, kinds: Mapping[str, str]) -> str:
         shape = shape_of(part)
         if shape is None or list(shape[: len(sizes)]) != sizes:
             return f"{name or 'the leaf'} is {describe(part)}"
-        shapes[name] = jax.ShapeDtypeStruct(shape[len(sizes) :], part.dtype)
+        shapes[name] = jax.ShapeDtypeStruct(
+            shape[len(sizes) :], dtype_of(part) or jnp.result_type(part)
+        )
     if kinds and len(shapes) < len(kinds):
         return "parts are left out of the tree"
     parametrization, names = one.parametrization, ", ".join(filter(None, one.parts)) or "one array"

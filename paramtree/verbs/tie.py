@@ -213,8 +213,16 @@ def _point(structure: Structure, alias: Path, source: Path, target: dict[Path, l
 
 def _below(structure: Structure, path: Path) -> dict[Path, None]:
     """Returns the paths of the leaves at or below a path, relative to it, in order."""
-    depth = len(path)
-    return {entry[depth:]: None for entry, _ in structure.entries() if entry[:depth] == path}
+
+    def make() -> dict[Path, dict[Path, None]]:  # of all levels at once: a search for each is quadratic
+        below: dict[Path, dict[Path, None]] = {}
+        for entry, _ in structure.entries():
+            for depth in range(1, len(entry) + 1):
+                below.setdefault(entry[:depth], {})[entry[depth:]] = None
+        return below
+
+    found: dict[Path, dict[Path, None]] = structure.cached("below", make).get(path, {})
+    return found
 
 
 def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int]) -> Path:

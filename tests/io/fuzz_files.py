@@ -627,14 +627,16 @@ def header_entry(rng: random.Random, file: bytes, others: list[bytes]) -> bytes:
     elif what == 4:
         pairs[i] = (name, entry | {"dtype": rng.choice(CODES)})
     elif what == 5:
-        begin, end = entry.get("data_offsets", [0, 0])[:2] or [0, 0]
+        old = entry.get("data_offsets")
+        begin, end = old[:2] if isinstance(old, list) and len(old) > 1 else (0, 0)
         number = rng.choice([*INTS, len(parsed.data)])
         offsets = rng.choice(
             [[end, begin], [number, end], [begin, number], [begin, end + 4], [begin - 4, end]]
         )
         pairs[i] = (name, entry | {"data_offsets": offsets})
     elif what == 6:
-        shape = list(entry.get("shape", []))
+        old = entry.get("shape")
+        shape = list(old) if isinstance(old, list) else []
         choices = [shape[::-1], [*shape, 1], [1] * rng.choice([31, 32, 33, 70]) + shape, [0, *shape]]
         choices += [[rng.choice(INTS), *shape], [0, rng.choice(INTS)], [rng.choice(INTS)], []]
         pairs[i] = (name, entry | {"shape": rng.choice(choices)})

@@ -42,7 +42,7 @@ def run(code: str, seconds: float = 100) -> list[str]:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     program = BEGIN + textwrap.dedent(code) + END
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(

@@ -115,9 +115,71 @@ def most_memory(make: Make, how: str = "") -> Callable[[int], Any]:
     return contender
 
 
+def llama(repeat: bool, tiny: bool) -> Any:
+    """Returns a net of 32 blocks with Llama's layers, of seven billion parameters unless tiny."""
+    from paramtree import nn
+
+    width, heads, hidden, vocabulary = (64, 4, 128, 512) if tiny else (4096, 32, 11008, 32000)
+    attend = nn.MultiHeadAttention(heads, causal=True, rotary=True, use_bias=False)
+
+    def block() -> Any:
+        return nn.Sequential(
+            nn.Residual(norm=nn.RMSNorm(), attend=attend),
+            nn.Residual(norm=nn.RMSNorm(), mlp=nn.GatedMLP(hidden)),
+        )
+
+    blocks = nn.Repeat(block(), 32) if repeat else nn.Sequential(*[block() for _ in range(32)])
+    return nn.Sequential(
+        embed=nn.Embedding(vocabulary, width),
+        blocks=blocks,
+        norm=nn.RMSNorm(),
+        head=nn.Dense(vocabulary, use_bias=False, flatten=False),
+    )
+
+
+def from_shapes(repeat: bool) -> Callable[[str], dict[str, float]]:
+    """Returns a contender that lowers a sharded initialisation from shapes, or runs a tiny one."""
+
+    def contender(size: str) -> dict[str, float]:
+        if "jax" in sys.modules:  # in a smoke run, contenders share a process
+            raise Absent("the number of devices must be set before jax is loaded")
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, PartitionSpec
+
+        import paramtree as pt
+
+        net, tokens = llama(repeat, size == "tiny"), jax.ShapeDtypeStruct((1, 16), "int32")
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        split = (None, "devices") if repeat else ("devices",)
+        key = jax.random.key(0)
+        start = time.perf_counter()
+        # Those of the blocks in a Repeat have an axis of copies in front.
+        rules = {
+            ".*gamma": PartitionSpec(),
+            "blocks_.*": PartitionSpec(*split),
+            ".*": PartitionSpec("devices"),
+        }
+        places = pt.shardings(pt.abstract(net, tokens), mesh, rules)
+        found = time.perf_counter()
+        if size == "tiny":
+            jax.block_until_ready(pt.init(net, key, tokens, shardings=places))
+            return {"first value": time.perf_counter() - start}
+        init = jax.jit(lambda key: pt.init(net, key, tokens), out_shardings=places)
+        traced = init.trace(key)
+        middle = time.perf_counter()
+        traced.lower()
+        end = time.perf_counter()
+        return {"shardings": found - start, "trace": middle - found, "lower": end - middle}
+
+    return contender
+
+
 WIDE = 512
 TOLD = "half of it is tracing the model for its shapes, which NNX and Equinox get as arguments"
 KEPT = "about 35 MB of it are temporaries that malloc keeps, whatever the size of the model"
+LOOPS = "XLA keeps a loop's output until all of it has been copied out; in portions it keeps them all"
 EAGER = tuple(PEERS)
 MOST = {"Linen": 24, "Haiku": 24}  # blocks; these two are slower
 JITTED = ("Linen jitted", "Equinox jitted")
@@ -165,6 +227,7 @@ CASES = [
         bounds=(
             Bound("peak", None, 1.1, why=KEPT),
             Bound("peak", None, 1.1, ours="paramtree sharded"),
+            Bound("peak", None, 1.2, ours="paramtree jitted", why=LOOPS),
         ),
         unit="x",
         size="blocks",
@@ -180,6 +243,27 @@ CASES = [
             "leaves over eight CPU devices. Jitted: similar leaves are made in one loop, so that "
             "compilation takes a tenth of the time; XLA keeps the loop's output until all of it has "
             "been copied out, which doubles the memory."
+        ),
+    ),
+    Case(
+        name="init_sharded",
+        title="A sharded initialisation of seven billion parameters from shapes",
+        sizes=("7B", "tiny"),
+        contenders={"paramtree": from_shapes(False), "paramtree Repeat": from_shapes(True)},
+        bounds=(
+            Bound("lower", None, 5.0, when=lambda size: size == "7B"),
+            Bound("lower", None, 5.0, ours="paramtree Repeat", when=lambda size: size == "7B"),
+        ),
+        size="",
+        rounds=2,
+        seconds=30,
+        smoke=("tiny",),
+        alone=True,
+        note=(
+            "32 blocks with Llama's layers, 6.7 billion parameters, on eight CPU devices. From shapes: "
+            "`pt.abstract` and `pt.shardings`, then `jax.jit(init, out_shardings=)` is traced and "
+            "lowered; nothing is allocated. Tiny: the same net of 64 units, until all values are there, "
+            "with compilation."
         ),
     ),
 ]
