@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if status not in (0, 1, 2) or (status and not test):
                 sys.exit(f"the tests of fault {n} did not run:\n{output}")
             survived += not status
-            finders[test.split("[")[0]] = None
+            finders[test] = None
             result = (
                 f"found by {test}" if status else f"NOT FOUND by {', '.join(MUTATIONS[n - 1].tests)}"
             )
