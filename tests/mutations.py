@@ -82,7 +82,7 @@ MUTATIONS = (
         "paramtree/model/training.py",
         "(*path, str(call.draws[path]))",
         '(*path, "1")',
-        ("tests/model/test_scopes.py::test_every_draw_differs_or_raises",),
+        ("tests/model/test_scopes.py::test_every_draw_differs_or_raises[twice-eager]",),
     ),
     Mutation(
         "all copies of a layer draw the same numbers",
@@ -158,7 +158,9 @@ MUTATIONS = (
         "paramtree/io/restack.py",
         "bounds[axis] = slice(i, i + 1)",
         "bounds[axis] = slice(0, 1)",
-        ("tests/core/test_stacks.py::test_a_file_of_any_form_loads_into_any_form",),
+        (
+            "tests/core/test_stacks.py::test_a_file_of_any_form_loads_into_any_form[stacked-outer-nested]",
+        ),
     ),
     Mutation(
         "a saved PRNG key is one of another implementation",
@@ -244,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if status not in (0, 1, 2) or (status and not test):
                 sys.exit(f"the tests of fault {n} did not run:\n{output}")
             survived += not status
-            finders[test.split("[")[0]] = None
+            finders[test] = None
             result = (
                 f"found by {test}" if status else f"NOT FOUND by {', '.join(MUTATIONS[n - 1].tests)}"
             )

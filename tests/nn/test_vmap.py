@@ -135,7 +135,7 @@ def test_in_repeat_and_repeat_in_it() -> None:
 
 def test_repeat_with_an_input_for_each_copy() -> None:
     def block(p: Any, x: Any, rate: Any, shared: Any) -> Any:
-        return x + rate * shared * nn.Dense(8)(p.dense, x)
+        return x + rate * nn.Dense(8)(p.dense, x) - shared
 
     net = nn.Repeat(block, 3, in_axes=(0, None))
     rates = jnp.array([0.0, 0.5, 1.0])
@@ -143,7 +143,7 @@ def test_repeat_with_an_input_for_each_copy() -> None:
     want = X
     for i in range(3):
         leaves = pt.from_tree({"weight": params.dense.weight[i], "bias": params.dense.bias[i]})
-        want = want + rates[i] * 2.0 * nn.Dense(8)(leaves, want)
+        want = want + rates[i] * nn.Dense(8)(leaves, want) - 2.0
     np.testing.assert_allclose(net(params, X, rates, 2.0), want, rtol=1e-5, atol=1e-6)
     with pytest.raises(pt.MismatchError, match="argument 0 has .* 3 copies"):
         net(params, X, rates[:2], 2.0)
