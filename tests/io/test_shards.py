@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import paramtree as pt
+from paramtree.io import opening
 from paramtree.io.formats import FORMATS
 from tests.catalogue import CATALOGUE
 
@@ -154,6 +155,7 @@ import os, sys, warnings
 warnings.simplefilter("ignore")
 import numpy as np
 import paramtree as pt
+from paramtree.io import opening
 
 def generation(number):
     size = 3 + number % 3
@@ -255,3 +257,19 @@ def test_two_writers_leave_a_whole_model_at_every_moment(tmp_path: Path) -> None
             numbers.add(whole(file))
         assert [writer.wait() for writer in writers] == [0, 0]
     assert whole(file) in (1025, 2025) and len(numbers) > 5
+
+
+def test_a_model_saved_as_one_file_between_two_looks_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pt.save(tmp_path / "m.safetensors", plain())
+    look, looks = opening._open_file, []
+
+    def late(*args: Any) -> Any:
+        looks.append(args)
+        if len(looks) == 1:
+            raise FileNotFoundError  # it was an index and its shards a moment ago
+        return look(*args)
+
+    monkeypatch.setattr(opening, "_open_file", late)
+    assert same(pt.load(tmp_path / "m.safetensors", like=plain()), plain()) and len(looks) == 2
