@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.compat import mask_for_window
 from paramtree.nn.basic import kept
 
 __all__ = ["attend", "four_axes", "window_of"]
@@ -106,6 +107,7 @@ def attend(
     # Both ways promote dtypes, which strict promotion would forbid.
     with jax.numpy_dtype_promotion("standard"):
         if not softcap and dropout_key is None:
+            mask = mask_for_window(mask, window, causal)
             return jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=window, implementation=implementation,
