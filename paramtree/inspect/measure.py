@@ -98,7 +98,9 @@ def _of_leaf(leaf: Any, *, bins: int, chunked: bool, fast: bool = False) -> tupl
     finite = (x.size - nan - inf).astype(shift.dtype)  # if 0, the divisions give NaN
     offset = total / finite
     mean = shift + offset
-    std = jnp.sqrt(jnp.maximum(square / finite - offset * offset, 0))
+    variance = square / finite - offset * offset
+    # Not a maximum, which jaxlib 0.8.1 folds to 0 where the variance of an empty array is NaN.
+    std = jnp.sqrt(jnp.where(variance < 0, 0, variance))
     norm = jnp.sqrt(finite) * jnp.hypot(mean, std)
     low, high = (jnp.where(finite > 0, end, jnp.nan) for end in (low, high))
     share = zeros.astype(shift.dtype) / max(x.size, 1)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paramtree.compat import mask_for_window
 from paramtree.nn.basic import kept
 
 __all__ = ["attend", "four_axes", "window_of"]
@@ -115,6 +116,7 @@ def attend(
     # Both ways promote dtypes when they are traced.
     with jax.numpy_dtype_promotion("standard"):
         if not softcap and dropout_key is None and not forbidden:
+            mask = mask_for_window(mask, window, causal)
             return jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=window, implementation=implementation,
