@@ -19,6 +19,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
+collect_ignore = ["tests/typed_program.py"]  # it is only read, by type checkers
+
 settings.register_profile("repo", deadline=None, max_examples=60)
 settings.load_profile("repo")
 
