@@ -221,6 +221,26 @@ TABLE = {
     ),
 }
 rows = pytest.mark.parametrize("row", TABLE)
+# Rows that share their code with another: these go through jax's transforms in the slow tests.
+ALIKE = {
+    f"{name}{n}D" for n in (1, 3) for name in ("DepthwiseConv", "SeparableConv", "MaxPool", "AvgPool")
+} | {
+    f"Global{name}Pool{n}D" for n in (1, 3) for name in ("Max", "Avg")
+} | {
+    "Conv1DTranspose", "Conv3DTranspose", "Conv2D same", "Conv2D circular", "Conv1D replicating",
+    "DepthwiseConv2D of channels first", "SeparableConv2D of channels first",
+    "Conv2DTranspose of channels first", "Bilinear of channels first", "GroupNorm of channels first",
+    "RNN tanh", "Dense without bias", "Dropout axes", "InstanceNorm scaled", "LayerNorm of an axis",
+    "GatedMLP with biases", "PReLU of each channel", "LeakyReLU", "ELU", "SELU", "GELU tanh", "SiLU",
+    "Activation function", "Sequential nested", "BatchNorm neither centered nor scaled",
+}  # fmt: skip
+transformed = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow) if row in ALIKE else row for row in TABLE]
+)
+
+
+def test_rows_that_are_alike_are_rows():
+    assert set(TABLE) > ALIKE
 
 
 def normal(*shape):
@@ -378,7 +398,7 @@ def test_grad(row):
         assert np.any(leaf)
 
 
-@rows
+@transformed
 def test_vmap_equals_a_loop(row):
     layer, params, _ = setup(row)
     inputs = arrays(TABLE[row].inputs, seed=1, batch=(3,))
@@ -389,7 +409,11 @@ def test_vmap_equals_a_loop(row):
 
 @pytest.mark.parametrize(
     "row",
-    [row for row, (make, inputs) in TABLE.items() if jax.tree.leaves(pt.abstract(make(), *inputs))],
+    [
+        pytest.param(row, marks=pytest.mark.slow) if row in ALIKE else row
+        for row, (make, inputs) in TABLE.items()
+        if jax.tree.leaves(pt.abstract(make(), *inputs))
+    ],
 )
 def test_vmap_over_parameters(row):
     layer, params, inputs = setup(row)
@@ -400,7 +424,7 @@ def test_vmap_over_parameters(row):
     close(y, jax.tree.map(lambda *y: np.stack(y), *each))
 
 
-@rows
+@transformed
 def test_scan_equals_a_loop(row):
     layer, params, _ = setup(row)
     inputs = arrays(TABLE[row].inputs, seed=2, batch=(3,))
@@ -417,7 +441,7 @@ def outputs_of(layer, params, *inputs):
     return y, after, jax.eval_shape(jax.grad(functools.partial(loss, layer)), params, *inputs)
 
 
-@rows
+@transformed
 def test_bfloat16(row):
     layer, params, inputs = setup(row)
     half, data = cast(params, "bfloat16"), cast(inputs, "bfloat16")
@@ -429,7 +453,7 @@ def test_bfloat16(row):
     assert jax.tree.leaves(after) == jax.tree.leaves(grads) == jax.tree.leaves(described(half))
 
 
-@rows
+@transformed
 def test_x64(row):
     make, structs = TABLE[row]
     layer, params, inputs = setup(row)
@@ -450,7 +474,7 @@ def test_x64(row):
         close(cast(y, "float32"), expected)
 
 
-@rows
+@transformed
 def test_checkpoint(row):
     layer, params, inputs = setup(row)
     remat = jax.checkpoint(layer)
@@ -518,7 +542,7 @@ def test_training(row, key):
     close(run(params, *inputs, key=key), (y, after))
 
 
-@rows
+@transformed
 def test_a_sub_tree_is_a_scope_as_well(row, key):
     layer, params, inputs = setup(row)
 
@@ -535,7 +559,7 @@ def test_a_sub_tree_is_a_scope_as_well(row, key):
     close(model(pt.from_tree({"outer": {"inner": params}}), *inputs), expected)
 
 
-@rows
+@transformed
 def test_a_tree_of_names_alone_will_do(row, key):
     layer, params, inputs = setup(row)
     names = pt.from_tree(pruned(params.to_dict()))

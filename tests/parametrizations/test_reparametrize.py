@@ -484,10 +484,14 @@ def test_a_model_is_initialised_with_the_dtypes_that_it_will_read() -> None:
     nested = pt.reparametrize(model, {".*weight": par.WeightNorm()})
     assert nested(pt.init(nested, KEY, x), x).dtype == jnp.bfloat16
 
+    traces = []
+
     def part(p: Any, x: Any) -> Any:
+        traces.append(p)
         return nn.Dense(2)(p.head, model(p.body, x))
 
     whole = pt.reparametrize(part, {"head.*": par.Cast("bfloat16")})
     assert whole(pt.init(whole, KEY, x), x).dtype == jnp.bfloat16
     with pytest.raises(pt.RuleError, match="'haed.*' matches no name; the closest are head"):
         pt.init(pt.reparametrize(part, {"haed.*": par.Cast("bfloat16")}), KEY, x)
+    assert len(traces) < 20
