@@ -221,8 +221,8 @@ def _below(structure: Structure, path: Path) -> dict[Path, None]:
                 below.setdefault(entry[:depth], {})[entry[depth:]] = None
         return below
 
-    found: dict[Path, dict[Path, None]] = structure.cached("below", make).get(path, {})
-    return found
+    below: dict[Path, dict[Path, None]] = structure.cached("below", make)
+    return below.get(path, {})
 
 
 def _follow(alias: Path, target: dict[Path, list[Path]], slot_of: dict[Path, int]) -> Path:
