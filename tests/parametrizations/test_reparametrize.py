@@ -495,3 +495,9 @@ def test_a_model_is_initialised_with_the_dtypes_that_it_will_read() -> None:
     with pytest.raises(pt.RuleError, match="'haed.*' matches no name; the closest are head"):
         pt.init(pt.reparametrize(part, {"haed.*": par.Cast("bfloat16")}), KEY, x)
     assert len(traces) < 20
+
+
+def test_a_plain_number_is_folded_as_an_array_is(key):
+    rules = {"w": pt.parametrizations.Frozen()}
+    tree = {"w": np.ones(3, np.float32), "x": 1.0}
+    assert pt.fold(pt.expand(pt.from_tree(tree), rules, key), rules).x == 1.0
