@@ -9,12 +9,14 @@ from typing import Any
 import paramtree
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
+from tests.quick import FLAGS  # noqa: E402
+
 # The programs that pages show side by side are imported by their cells.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "_programs"), os.environ.get("PYTHONPATH", "")])
 # A page runs in a process of its own; what it prints must not depend on the machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 
 project = "paramtree"
 author = "the paramtree authors"
