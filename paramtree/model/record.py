@@ -5,7 +5,6 @@ values. A verb on a scope needs the leaves below it, which are not known the fir
 traced again, with a tree of what it asked for before, until it asks for nothing else.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -279,8 +278,9 @@ def record(
 
     known = NOTHING
     lenient, error = False, None  # a model in which a verb saw too little may mix dtypes
-    seen: collections.Counter[Any] = collections.Counter()
-    for _ in range(_MOST):
+    before: dict[Any, int] = {}
+    last = _MOST - 1
+    for i in range(_MOST):
         promotion = jax.numpy_dtype_promotion("standard") if lenient else contextlib.nullcontext()
         shapes = jax.tree.map(Spec.abstract, known)
         try:
@@ -296,10 +296,11 @@ def record(
         if (not again or _shapes(tree) == _shapes(known)) and (error or not lenient):
             break
         known, lenient = tree, error is not None
-        state = _shapes(known), lenient
-        seen[state] += 1
-        if seen[state] > (1 if error is None else 2):  # it goes round in a circle: what ends well is
-            break  # checked by what comes after, such as the rules
+        # A model that asks for the same again goes round in a circle: the end of it is known.
+        if (period := i - before.setdefault((_shapes(known), lenient), i)) and last == _MOST - 1:
+            last = i + (last - i) % period
+        if i == last:
+            break
     if str(error).startswith("vmap ") and records and records[-1].passed:  # its message about axes
         raise ScopeError(
             "the scope is an argument that jax.vmap maps, which declares one copy of each leaf: use "
