@@ -25,9 +25,8 @@ def by_hand(p: Any, tokens: Any, heads: int) -> Any:
         size = (*x.shape[:2], heads, x.shape[2] // heads)
         acts = {"attention_norm": norm(first["norm"], x)}
         for name in ("query", "key", "value"):
-            acts[f"attention_attend_{name}"] = (
-                acts["attention_norm"] @ first["attend"][name]["weight"].T
-            )
+            weight = first["attend"][name]["weight"]
+            acts[f"attention_attend_{name}"] = jnp.inner(acts["attention_norm"], weight)
         query, key, value = (
             acts[f"attention_attend_{name}"].reshape(size) for name in ("query", "key", "value")
         )
@@ -35,7 +34,7 @@ def by_hand(p: Any, tokens: Any, heads: int) -> Any:
         y = jax.nn.dot_product_attention(
             rotate(query, positions), rotate(key, positions), value, is_causal=True
         )
-        y = y.reshape(x.shape) @ first["attend"]["out"]["weight"].T
+        y = jnp.inner(y.reshape(x.shape), first["attend"]["out"]["weight"])
         acts |= {"attention_attend_out": y, "attention_attend": y}
         acts["attention"] = x = x + y
         acts["mlp_norm"] = norm(second["norm"], x)

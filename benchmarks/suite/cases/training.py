@@ -37,7 +37,9 @@ def data(kind: str, *shape: int, classes: int = 10) -> tuple[Any, Any]:
 
 
 def dense(p: Any, x: Any) -> Any:
-    return x @ p["weight"].T + p["bias"][(None,) * (x.ndim - 1)]
+    import jax.numpy as jnp
+
+    return jnp.inner(x, p["weight"]) + p["bias"][(None,) * (x.ndim - 1)]
 
 
 def tied_mlp(tiny: bool) -> Program:
@@ -115,12 +117,12 @@ def gpt(tiny: bool) -> Program:
     def attention(p: Any, x: Any) -> Any:
         size = (*x.shape[:2], heads, width // heads)
         query, key, value = (
-            (x @ p[name]["weight"].T).reshape(size) for name in ("query", "key", "value")
+            jnp.inner(x, p[name]["weight"]).reshape(size) for name in ("query", "key", "value")
         )
         positions = jnp.arange(x.shape[1])
         query, key = rotate(query, positions), rotate(key, positions)
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return y.reshape(x.shape) @ p["out"]["weight"].T
+        return jnp.inner(y.reshape(x.shape), p["out"]["weight"])
 
     def block_by_hand(x: Any, p: Any) -> Any:
         first, second = p["attention"], p["mlp"]
