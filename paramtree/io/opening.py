@@ -51,7 +51,7 @@ def _open(path: str) -> Source:
             except FileNotFoundError:
                 index = os.path.realpath(path) + INDEX  # what max_shard_size has written
                 if not os.path.exists(index):
-                    if os.path.exists(path):  # another process has saved it as one file meanwhile
+                    if _is_either(index.removesuffix(INDEX), index):
                         raise _Replaced from None
                     raise
                 source = _open_index(index, files)
@@ -60,6 +60,14 @@ def _open(path: str) -> Source:
         source.files.enter_context(files.pop_all())
         source.files.enter_context(own)
         return source
+
+
+def _is_either(*paths: str) -> bool:
+    """Whether one of several files of a folder exists, though another process changes between them."""
+    # Asking for one after another may miss both; a listing sees the folder at one moment.
+    with contextlib.suppress(OSError):
+        return not {*map(os.path.basename, paths)}.isdisjoint(os.listdir(os.path.dirname(paths[0])))
+    return False
 
 
 def _open_file(path: str, files: contextlib.ExitStack, expected: Format | None = None) -> Source:
