@@ -10,7 +10,7 @@ import paramtree
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
-from tests.quick import FLAGS  # noqa: E402
+from tests.quick import FLAGS  # noqa: E402  # after its folder is known
 
 # The programs that pages show side by side are imported by their cells.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "_programs"), os.environ.get("PYTHONPATH", "")])

@@ -16,6 +16,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
+Draw = Callable[[jax.Array, tuple[int, ...], Any], jax.Array] | str  # an initializer, or its name
+
 
 class Scope(Protocol):
     """What a model reads its parameters from: the type of ``p`` in ``model(p, x)``.
@@ -37,13 +39,7 @@ class Scope(Protocol):
     def training(self) -> bool:
         """Whether the model runs under ``pt.training``."""
 
-    def param(
-        self,
-        name: str,
-        shape: Sequence[int],
-        initializer: Callable[[jax.Array, tuple[int, ...], Any], jax.Array] | str,
-        dtype: Any = ...,
-    ) -> jax.Array:
+    def param(self, name: str, shape: Sequence[int], initializer: Draw, dtype: Any = ...) -> jax.Array:
         """Returns the parameter ``name``, checked against the shape that the layer computes.
 
         Raises:
@@ -51,13 +47,7 @@ class Scope(Protocol):
           MismatchError: it has another shape.
         """
 
-    def state(
-        self,
-        name: str,
-        shape: Sequence[int],
-        initializer: Callable[[jax.Array, tuple[int, ...], Any], jax.Array] | str,
-        dtype: Any = ...,
-    ) -> jax.Array:
+    def state(self, name: str, shape: Sequence[int], initializer: Draw, dtype: Any = ...) -> jax.Array:
         """Returns the state ``name``, checked as ``param`` does."""
 
     def update(self, name: str, value: Any) -> None:

@@ -162,7 +162,8 @@ class Dense(Layer):
         size = x.shape[-1]
         if self.in_units and size != self.in_units:
             raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
-        weight = p.param("weight", (self.units, size), self.weight_initializer or Uniform(), self.dtype)
+        assert self.weight_initializer is not None  # since it was made
+        weight = p.param("weight", (self.units, size), self.weight_initializer, self.dtype)
         # x @ weight.T, without a copy of the weight for the gradient in a scan.
         y = jnp.inner(x, weight)
         if self.use_bias:
@@ -221,9 +222,8 @@ class Embedding(Layer):
             raise TypeError(f"{self!r} needs integers, but found {x.dtype}: cast the ids to int32.")
         shape = self.input_dim, self.output_dim
         x = _as_index(x)
-        return jnp.take(
-            p.param("weight", shape, self.weight_initializer or Uniform(), self.dtype), x, axis=0
-        )
+        assert self.weight_initializer is not None  # since it was made
+        return jnp.take(p.param("weight", shape, self.weight_initializer, self.dtype), x, axis=0)
 
     def __repr__(self) -> str:
         return f"Embedding({self.input_dim} -> {self.output_dim}, {self.dtype})"

@@ -88,9 +88,8 @@ class LearnedPositions(Layer):
     def __call__(self, p: Scope, x: Any, positions: Any = None) -> jax.Array:
         _check(self, x)
         length, size = x.shape[1:]
-        weight = p.param(
-            "weight", (self.length, size), self.weight_initializer or Uniform(), self.dtype
-        )
+        assert self.weight_initializer is not None  # since it was made
+        weight = p.param("weight", (self.length, size), self.weight_initializer, self.dtype)
         places = _positions(self, p, x, positions)
         if positions is None:
             if length > self.length:
@@ -187,7 +186,8 @@ class ClassToken(Layer):
     def __call__(self, p: Scope, x: Any) -> jax.Array:
         _check(self, x)
         batch, _, size = x.shape
-        token = p.param("token", (1, size), self.token_initializer or Uniform(), self.dtype)
+        assert self.token_initializer is not None  # since it was made
+        token = p.param("token", (1, size), self.token_initializer, self.dtype)
         return jnp.concatenate([jnp.broadcast_to(token[None], (batch, 1, size)), x], 1)
 
     def __repr__(self) -> str:
