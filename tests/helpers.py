@@ -9,16 +9,6 @@ import optax  # type: ignore[import-untyped]
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Disables most XLA optimisations, which cost more time than small arrays take to compute."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # other tests may compare bits, which depend on the optimisations
-
-
 def x64() -> Any:
     """Returns a context manager that enables jax's 64-bit types."""
     return jax.enable_x64(True)

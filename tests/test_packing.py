@@ -15,7 +15,6 @@ import paramtree as pt
 from paramtree.core.tree import flatten
 from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
-from tests.helpers import quick_compilation  # noqa: F401  # a fixture of the module
 from tests.nn.test_layers import TABLE, setup
 
 

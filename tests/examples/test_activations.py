@@ -14,9 +14,7 @@ import pytest
 import paramtree as pt
 from examples import activations as example
 from examples import char_lm
-from tests.helpers import lenient, quick_compilation
-
-__all__ = ["quick_compilation"]
+from tests.helpers import lenient
 
 SETTINGS = char_lm.Settings(16, 2, 2, 1)
 NET = char_lm.network(SETTINGS)

@@ -13,11 +13,9 @@ import pytest
 
 import paramtree as pt
 from examples import diffusion as example
-from tests.helpers import lenient, quick_compilation
+from tests.helpers import lenient
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["quick_compilation"]
 
 NET = example.UNet(8)
 X = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)

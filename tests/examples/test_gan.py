@@ -13,11 +13,9 @@ import pytest
 
 import paramtree as pt
 from examples import gan as example
-from tests.helpers import lenient, quick_compilation
+from tests.helpers import lenient
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["quick_compilation"]
 
 KEY = jax.random.key(1)
 WEIGHTS = [f"dense{i}_weight" for i in range(3)]

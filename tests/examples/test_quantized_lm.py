@@ -9,11 +9,9 @@ import pytest
 
 import paramtree as pt
 from examples import char_lm, quantized_lm
-from tests.helpers import lenient, quick_compilation
+from tests.helpers import lenient
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["quick_compilation"]
 
 TINY = ["--width", "16", "--layers", "2", "--heads", "2", "--context", "16", "--batch-size", "8"]
 TINY += ["--lr", "0.03", "--steps", "30"]

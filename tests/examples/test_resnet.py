@@ -13,11 +13,9 @@ import pytest
 
 import paramtree as pt
 from examples import resnet as example
-from tests.helpers import lenient, quick_compilation
+from tests.helpers import lenient
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["quick_compilation"]
 
 NET = example.resnet(width=4)
 X = np.random.default_rng(0).random((16, 8, 8, 1), np.float32)

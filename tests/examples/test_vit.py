@@ -12,11 +12,9 @@ import pytest
 
 import paramtree as pt
 from examples import vit as example
-from tests.helpers import lenient, quick_compilation
+from tests.helpers import lenient
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["quick_compilation"]
 
 NET = example.vit(patches=4, size=4, width=8, depth=3, heads=2, rate=0.1)
 X = np.random.default_rng(0).random((6, 8, 8, 1), np.float32)

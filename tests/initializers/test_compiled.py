@@ -14,9 +14,6 @@ import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
 from paramtree.initializers.lift import lift
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]  # an autouse fixture
 
 K = jax.random.key(0)
 

@@ -14,9 +14,7 @@ import scipy.stats
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation, x64
-
-__all__ = ["quick_compilation"]  # an autouse fixture
+from tests.helpers import x64
 
 X = jax.ShapeDtypeStruct((2, 5), "float32")
 NET = nn.Sequential(nn.Dense(4, activation="relu"), nn.Dense(3))

@@ -13,9 +13,6 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]  # an autouse fixture
 
 K = jax.random.key(0)
 I = jax.nn.initializers  # noqa: E741

@@ -10,9 +10,6 @@ import pytest
 import paramtree as pt
 from paramtree import nn
 from paramtree.nn import attend
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 RNG = np.random.default_rng(0)
 

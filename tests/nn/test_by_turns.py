@@ -7,9 +7,6 @@ import pytest
 
 import paramtree as pt
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 N = 3
 

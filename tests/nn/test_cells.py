@@ -8,10 +8,9 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation
 from tests.nn.test_recurrent import all_near, filled, full_precision, near, normal
 
-__all__ = ["full_precision", "quick_compilation"]  # autouse fixtures
+__all__ = ["full_precision"]  # an autouse fixture
 
 # A cell, and the layer that runs it over a sequence.
 KINDS = {

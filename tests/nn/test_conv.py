@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 FIRST = {1: "NCW", 2: "NCHW", 3: "NCDHW"}
 LAST = {1: "NWC", 2: "NHWC", 3: "NDHWC"}

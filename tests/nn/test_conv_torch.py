@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import paramtree as pt
 from paramtree import nn
-from tests.helpers import quick_compilation
 from tests.nn.test_conv import (
     CONVS,
     EMPTY,
@@ -30,8 +29,6 @@ pytestmark = pytest.mark.slow
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-
-__all__ = ["quick_compilation"]
 
 
 def check(layer, reference, x, **params):

@@ -20,9 +20,7 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation, x64
-
-__all__ = ["quick_compilation"]  # an autouse fixture
+from tests.helpers import x64
 
 
 class Row(NamedTuple):

@@ -9,9 +9,6 @@ import pytest
 
 import paramtree as pt
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 B, T, S, CACHE = 2, 4, 3, 5
 

@@ -10,9 +10,6 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]  # an autouse fixture
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation, x64
-
-__all__ = ["quick_compilation"]  # an autouse fixture
+from tests.helpers import x64
 
 LAYERS = [nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm]
 layers = pytest.mark.parametrize("make", LAYERS)

@@ -16,9 +16,6 @@ from hypothesis import strategies as st
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]  # an autouse fixture
 
 GOLD = Path(__file__).parents[1] / "data" / "gluon" / "lstm"
 KINDS = {

@@ -13,9 +13,6 @@ from paramtree import initializers as init
 from paramtree import nn
 from paramtree.core.tree import flatten
 from tests.catalogue import leaf, same, trees
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 X = jnp.linspace(-1, 1, 6, dtype=jnp.float32).reshape(2, 3)
 N = 4

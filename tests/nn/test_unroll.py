@@ -9,9 +9,6 @@ import pytest
 
 import paramtree as pt
 from paramtree import nn
-from tests.helpers import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 N = 5
 X = jnp.linspace(-1, 1, 6, dtype=jnp.float32).reshape(2, 3)
