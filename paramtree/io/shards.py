@@ -112,12 +112,17 @@ def _write_all(
 
 
 def forget(path: str) -> None:
-    """Deletes the index and the shards that were saved for a path before it became a single file."""
+    """Deletes the index and the shards that were saved for a path before it became a single file.
+
+    If another process has saved shards since, the file is gone and they are the newer model: they stay.
+    """
     path = os.path.realpath(path)
     index = path + INDEX
     if not os.path.exists(index) and not _shards(path):
         return
     with locked(os.path.dirname(path) or "."):
+        if not os.path.exists(path):
+            return
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             with open(index, encoding="utf-8") as file:
                 own = KEY in json.load(file)["metadata"]

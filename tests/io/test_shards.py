@@ -259,6 +259,25 @@ def test_two_writers_leave_a_whole_model_at_every_moment(tmp_path: Path) -> None
     assert whole(file) in (1025, 2025) and len(numbers) > 5
 
 
+def test_shards_saved_while_one_file_is_saved_are_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paramtree.io.formats.safetensors import Safetensors
+
+    file, newer = tmp_path / "m.safetensors", {"w": np.arange(1000.0)}
+    pt.save(file, plain(), max_shard_size=600)
+    write = Safetensors.write
+
+    def overtaken(self: Any, *args: Any) -> None:
+        write(self, *args)
+        monkeypatch.undo()
+        pt.save(file, newer | {"v": np.ones(3)}, max_shard_size=600)  # as another process
+
+    monkeypatch.setattr(Safetensors, "write", overtaken)
+    pt.save(file, plain())
+    assert np.array_equal(pt.load(file)["w"], newer["w"])
+
+
 def test_a_model_saved_as_one_file_between_two_looks_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
