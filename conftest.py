@@ -1,5 +1,6 @@
 """Settings for every test: strict promotion of dtypes and ranks, eight devices, quick compiling."""
 
+import gc
 import os
 
 import jax
@@ -15,6 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 collect_ignore = ["tests/typed_program.py"]  # it is only read, by type checkers
+
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on: seldom is enough
 
 settings.register_profile("repo", deadline=None, max_examples=60)
 settings.load_profile("repo")

@@ -15,7 +15,7 @@ import paramtree as pt
 from paramtree.core.tree import flatten
 from paramtree.packed import Packed
 from tests.catalogue import CATALOGUE, tied
-from tests.nn.test_layers import setup, transformed
+from tests.nn.test_layers import kinds_of_trees, setup
 
 
 def net_and_params() -> tuple[Any, pt.ParamTree, jax.Array]:
@@ -275,7 +275,7 @@ def test_what_is_put_in_place_of_a_buffer_must_be_one() -> None:
 # The law: for every layer, gradients, optimizer states and parts are packed in the same way
 
 
-@transformed
+@kinds_of_trees
 @jax.numpy_dtype_promotion("standard")  # optax raises a Python float to an int32 count
 def test_for_every_layer_gradients_and_states_are_packed(row: str) -> None:
     layer, params, inputs = setup(row)

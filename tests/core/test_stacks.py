@@ -45,7 +45,13 @@ nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
 @nets
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(made, id=name, marks=[pytest.mark.slow] if name in ("gaussian", "mixed") else [])
+        for name, made in RULES.items()
+    ],
+)
 def test_reinit_of_a_stack_equals_init_with_these_rules(net: Any, rules: Any) -> None:
     params, expected = pt.init(net, K, X), pt.init(net, K, X, rules=rules)
     pt.testing.assert_trees_equal(pt.reinit(params, K, rules), expected)

@@ -46,7 +46,10 @@ def contents(tree: Any) -> dict[str, bytes]:
 # The numbers are PyTorch's
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+@pytest.mark.parametrize(
+    "wrap",
+    [pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow), pytest.param(jax.jit, id="jitted")],
+)
 def test_the_logits_are_those_of_pytorch(params: pt.ParamTree, wrap: Any) -> None:
     expected = GOLD["logits"]
     logits = wrap(example.efficientnet())(params, example.normalized(GOLD["image"][None]))

@@ -60,7 +60,9 @@ def test_leaves_of_several_numbers_share_a_function(caplog: pytest.LogCaptureFix
 
 
 @kinds
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_the_bits_are_those_of_the_number_as_a_constant(kind: str, dtype: str) -> None:
     make, shape = KINDS[kind]
     dtype = jnp.dtype(dtype)

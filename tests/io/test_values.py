@@ -365,7 +365,7 @@ def test_a_folder_without_a_model_says_what_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("difference", ["missing", "extra", "shape", "dtype", "unsavable"])
 def test_the_errors_of_a_large_tree_are_short(tmp_path: Path, difference: str) -> None:
-    many = 10_000
+    many = 3_000
     big = pt.from_tree({f"layer{i}": {"weight": np.ones(2, np.float32)} for i in range(many)})
     file = tmp_path / "m.safetensors"
     other: Any = {"w": np.ones(2)}
@@ -383,6 +383,6 @@ def test_the_errors_of_a_large_tree_are_short(tmp_path: Path, difference: str) -
             file, like=like, allow_missing=difference == "extra", ignore_extra=difference == "missing"
         )
 
-    with pytest.raises((pt.LoadError, pt.MismatchError), match=re.escape("and 9,98")) as error:
+    with pytest.raises((pt.LoadError, pt.MismatchError), match=re.escape("and 2,98")) as error:
         run()
     assert len(str(error.value)) < 6000

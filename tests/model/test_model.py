@@ -258,15 +258,17 @@ INSIDE = [in_scan, in_cond, in_while, in_vmap, in_vmap_as_argument, in_jit, in_c
 
 @pytest.mark.parametrize("model", INSIDE)
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "leaks"),
     [
-        pytest.param(lambda f: f, id="plain"),
-        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
-        pytest.param(jax.checkpoint, id="checkpoint"),
+        pytest.param(lambda f: f, False, id="plain"),
+        # Without jax's caches, as the search for leaks needs it, a test takes ten times as long.
+        pytest.param(lambda f: f, True, id="leaks", marks=pytest.mark.slow),
+        pytest.param(jax.jit, True, id="jit", marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint, True, id="checkpoint", marks=pytest.mark.slow),
     ],
 )
-def test_models_may_use_transforms(model: Any, wrap: Any, key: jax.Array) -> None:
-    with jax.check_tracer_leaks():
+def test_models_may_use_transforms(model: Any, wrap: Any, leaks: bool, key: jax.Array) -> None:
+    with jax.check_tracer_leaks(leaks):
         params = pt.init(wrap(model), key, X)
         for path in params:
             assert params[path].weight.shape == (4, 4)

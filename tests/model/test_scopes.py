@@ -125,7 +125,7 @@ RARE = pytest.mark.slow  # each is another way through code that the others go t
 
 @pytest.mark.parametrize(
     "within",
-    [pytest.param(w, marks=RARE) if w in ("checkpoint", "Vmap", "grad") else w for w in WITHIN],
+    [pytest.param(w, marks=RARE) if w in ("checkpoint", "Vmap", "grad", "scan") else w for w in WITHIN],
 )
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_verb_on_a_scope_keeps_its_run(layer: str, within: str) -> None:
@@ -290,7 +290,9 @@ def draws(p: Any, name: str) -> Any:
     return DRAWS[name][0](p)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit", "grad", "vmap", "training inside jit of jit"])
+@pytest.mark.parametrize(
+    "how", ["eager", "jit", "grad", "vmap", pytest.param("training inside jit of jit", marks=RARE)]
+)
 @pytest.mark.parametrize("name", DRAWS)
 def test_every_draw_differs_or_raises(name: str, how: str) -> None:
     params = pt.from_tree({"w": jnp.ones(64), "a": {}})

@@ -328,9 +328,14 @@ def same(layer, params, x, given, compared=None, **also):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_option_and_pair_is_the_plain_formula(name):
+def test_every_option_is_the_plain_formula(name):
     layer, x, given, params = made(name)
     same(layer, params, x, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_pairs_of_options_are_the_plain_formula(name):
     for other in [*ALL][[*ALL].index(name) + 1 :: 11]:  # a part of the pairs, others for each name
         if not {k for k in ALL[name] if k != "rotary"} & set(ALL[other]):
             layer, x, given, params = made(name, other)
@@ -585,7 +590,15 @@ CACHED = {
 
 @pytest.mark.parametrize(
     ("name", "sizes", "transform"),
-    [*((name, (4, 1, 2), pt.decoding) for name in CACHED), ("all", (1,) * 7, pt.training)],
+    [
+        ("rotary", (4, 1, 2), pt.decoding),
+        ("all", (4, 1, 2), pt.decoding),
+        *(
+            pytest.param(n, (4, 1, 2), pt.decoding, marks=pytest.mark.slow)
+            for n in ("grouped", "window", "capped")
+        ),
+        pytest.param("all", (1,) * 7, pt.training, marks=pytest.mark.slow),
+    ],
 )
 def test_pieces_with_masks_and_positions_are_the_whole(name, sizes, transform):
     x, length, cache = normal(2, 7, 8), 7, 9

@@ -238,7 +238,18 @@ transformed = pytest.mark.parametrize(
 
 
 def test_rows_that_are_alike_are_rows():
-    assert set(TABLE) > ALIKE
+    assert set(TABLE) > ALIKE | TREES
+
+
+# Each has another kind of tree, for what asks for the tree and not for the layer.
+TREES = {
+    "Dense", "BatchNorm", "Embedding", "Flatten", "Sequential empty", "Sequential tied", "LSTM two layers",
+    "Compute of a net", "Vmap with state, dropping", "Repeat with state, tied and dropping",
+    "MultiHeadAttention grouped",
+}  # fmt: skip
+kinds_of_trees = pytest.mark.parametrize(
+    "row", [row if row in TREES else pytest.param(row, marks=pytest.mark.slow) for row in TABLE]
+)
 
 
 def normal(*shape):
@@ -557,7 +568,7 @@ def test_a_sub_tree_is_a_scope_as_well(row, key):
     close(model(pt.from_tree({"outer": {"inner": params}}), *inputs), expected)
 
 
-@transformed
+@kinds_of_trees
 def test_a_tree_of_names_alone_will_do(row, key):
     layer, params, inputs = setup(row)
     names = pt.from_tree(pruned(params.to_dict()))

@@ -51,7 +51,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    ["grouped", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "grouped")],
+)
 def test_a_memory_given_once_is_the_memory_given_always(name):
     plain = nn.MultiHeadAttention(2, **OPTIONS[name])
     layer = dataclasses.replace(plain, cache=CACHE, dropout=0.5)

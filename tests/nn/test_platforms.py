@@ -40,7 +40,7 @@ from examples import (
 from paramtree import initializers as init
 from paramtree import nn
 from paramtree import parametrizations as par
-from tests.nn.test_layers import TABLE, loss, of
+from tests.nn.test_layers import TABLE, loss, of, transformed
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -108,7 +108,7 @@ def test_what_calls_a_library_is_seen() -> None:
 # Layers: test_layers.py checks that all have a row
 
 
-@pytest.mark.parametrize("row", TABLE)
+@transformed
 def test_layers_and_their_gradients(row: str) -> None:
     make, inputs = TABLE[row]
     layer = make()

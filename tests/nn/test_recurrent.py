@@ -588,7 +588,9 @@ def test_invalid_lengths(lengths):
         layer(filled(layer, x), x, lengths=jnp.asarray(lengths))
 
 
-@pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(
+    "make", [nn.LSTM, *(pytest.param(m, marks=pytest.mark.slow) for m in (nn.RNN, nn.GRU))]
+)
 def test_forward_reverse_and_differences_agree(make, key):
     net, x = make(3, bidirectional=True), jax.random.normal(key, (4, 2, 3))
     lengths = jnp.array([4, 2], jnp.int32)

@@ -72,7 +72,7 @@ KINDS: dict[str, Any] = {
     "own": Doubled(),
 }
 EXACT = {"WeightNorm", "WeightNorm of all", "LoRA", "Masked", "Cast", "Frozen", "own", "Positive"}
-SLOW = ("tied", "function", "Vmap")  # the others go through the same code, but for these models
+SLOW = ("MLP", "tied", "function", "Vmap")  # the others go through the same code, but for these models
 table = pytest.mark.parametrize(
     ("model", "kind"),
     [

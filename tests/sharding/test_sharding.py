@@ -311,7 +311,7 @@ def follow(tree: Any, rules: Any, **options: Any) -> tuple[Any, list[str]]:
             assert len(set(patterns)) == len(patterns)
 
 
-@pytest.mark.parametrize("uneven", ["error", "replicate"])
+@pytest.mark.parametrize("uneven", [pytest.param("error", marks=pytest.mark.slow), "replicate"])
 @pytest.mark.parametrize("name", ODD)
 def test_a_state_of_other_shapes_takes_the_rules_of_the_parameters(name: str, uneven: str) -> None:
     tx, misfit = ODD[name]
