@@ -120,6 +120,7 @@ def test_every_dependency_is_justified() -> None:
     assert packages - {"paramtree"} == rows - {"package"}
 
 
+@pytest.mark.slow
 def test_any_room_can_be_imported_first() -> None:
     rooms = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -291,7 +291,13 @@ def draws(p: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "how", ["eager", "jit", "grad", "vmap", pytest.param("training inside jit of jit", marks=RARE)]
+    "how",
+    [
+        "eager",
+        "jit",
+        "vmap",
+        *(pytest.param(how, marks=RARE) for how in ("grad", "training inside jit of jit")),
+    ],
 )
 @pytest.mark.parametrize("name", DRAWS)
 def test_every_draw_differs_or_raises(name: str, how: str) -> None:

@@ -382,7 +382,14 @@ def test_attention_to_a_memory_and_under_vmap(names):
     close(alone(x, memory, mask), y)
 
 
-@pytest.mark.parametrize("names", [("softcap",), (), ("rotary", "qk_norm", "window", "bias4")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("softcap",),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("rotary", "qk_norm", "window", "bias4"), marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16(names):
     layer, x, given, params = made(*names)
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

@@ -231,6 +231,8 @@ ALIKE = {
     "RNN tanh", "Dense without bias", "Dropout axes", "InstanceNorm scaled", "LayerNorm of an axis",
     "GatedMLP with biases", "PReLU of each channel", "LeakyReLU", "ELU", "SELU", "GELU tanh", "SiLU",
     "Activation function", "Sequential nested", "BatchNorm neither centered nor scaled",
+    "BatchNorm of channels first", "Conv2D of channels first", "DepthwiseConv2D", "Dense flattening",
+    "RNN", "LSTM", "GRU", "MultiHeadAttention", "Repeat with an option by copy",
 }  # fmt: skip
 transformed = pytest.mark.parametrize(
     "row", [pytest.param(row, marks=pytest.mark.slow) if row in ALIKE else row for row in TABLE]

@@ -72,11 +72,13 @@ KINDS: dict[str, Any] = {
     "own": Doubled(),
 }
 EXACT = {"WeightNorm", "WeightNorm of all", "LoRA", "Masked", "Cast", "Frozen", "own", "Positive"}
-SLOW = ("MLP", "tied", "function", "Vmap")  # the others go through the same code, but for these models
+# The others go through the same code, but for these models and settings.
+SLOW = {"MLP", "tied", "function", "Vmap"}
+SLOW |= {"WeightNorm of all", "WeightStandardization scaled", "Quantized to 4 bits", "Frozen"}
 table = pytest.mark.parametrize(
     ("model", "kind"),
     [
-        pytest.param(model, kind, marks=[pytest.mark.slow] if model in SLOW else [])
+        pytest.param(model, kind, marks=[pytest.mark.slow] if {model, kind} & SLOW else [])
         for model, kind in itertools.product(MODELS, KINDS)
     ],
 )
