@@ -145,7 +145,7 @@ CASES = [
         ),
         units={"memory": "bytes"},
         size="blocks",
-        rounds=2,
+        rounds=1,
         seconds=60,
         smoke=(1,),
         alone=True,
