@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 make=${MAKE:-make}
 brief="tests/core/test_tree.py tests/model/test_model.py tests/nn/test_layer.py tests/io/test_formats.py
   tests/inspect/test_plan.py tests/inspect/test_show.py
-  tests/nn/test_attention.py::test_every_option_and_pair_is_the_plain_formula[window]"
+  tests/nn/test_attention.py::test_every_option_is_the_plain_formula[window]"
 ran="" skipped=""
 
 find_python() { # version: prints the command of a Python that starts
