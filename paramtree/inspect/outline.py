@@ -4,6 +4,7 @@
 children of a level add up to its totals and tied leaves count once. No array value is read.
 """
 
+import functools
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,8 +38,7 @@ _PARTS = {
     ("base*", "skew"): "Orthogonal",
     ("frozen*",): "Frozen",
 }
-_MOST_PARTS = max(map(len, _PARTS))
-_FIRST_PARTS = {parts[0].removesuffix("*") for parts in _PARTS}
+_BEGIN = {(parts[0].removesuffix("*"), len(parts)) for parts in _PARTS}  # few levels do
 
 
 @dataclass(slots=True, eq=False)
@@ -124,8 +124,12 @@ class Level:
 
     def cells(self) -> Cells:
         """Returns cells as those of a leaf."""
-        sizes = (f"{self.count:,}", bytes_text(self.nbytes)) if self.count else ("", "")
-        return "", "", *sizes
+        return _cells_of(self.count, self.nbytes)
+
+
+@functools.lru_cache(1024)  # a large tree has many levels alike
+def _cells_of(count: int, nbytes: int) -> Cells:
+    return ("", "", f"{count:,}", bytes_text(nbytes)) if count else ("", "", "", "")
 
 
 def as_tree(tree: Any) -> ParamTree:
@@ -187,7 +191,7 @@ def outline(tree: ParamTree) -> Level:
 
 def _parametrization(children: list[Level | Leaf]) -> str:
     """Returns the name of the parametrisation that some children are the parts of, if they are."""
-    if not 0 < len(children) <= _MOST_PARTS or children[0].name not in _FIRST_PARTS:
+    if not children or (children[0].name, len(children)) not in _BEGIN:
         return ""
     leaves = [child for child in children if isinstance(child, Leaf) and child.slot != HOLE]
     parts = tuple(leaf.name + "*" * leaf.state for leaf in leaves)
@@ -296,10 +300,11 @@ def lines(
         return
     columns = list(zip(*rows, strict=True))[:-1]
     widths = [max(map(len, set(column))) for column in columns]
-    sides = ["<"] * 3 + [">"] * (len(widths) - 3)
-    line = "  ".join(f"{{:{side}{width or ''}}}" for side, width in zip(sides, widths, strict=True))
+    sides = ["-"] * 3 + [""] * (len(widths) - 3)
+    line = "  ".join(f"%{side}{width or ''}s" for side, width in zip(sides, widths, strict=True))
+    line += "  %s"
     for row in rows:
-        yield f"{line.format(*row)}  {row[-1]}".rstrip()
+        yield (line % row).rstrip()
 
 
 def _draw(
