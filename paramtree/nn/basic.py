@@ -164,8 +164,10 @@ class Dense(Layer):
             raise ValueError(f"{self!r} expects inputs of size {self.in_units}, but found {x.shape}.")
         assert self.weight_initializer is not None  # since it was made
         weight = p.param("weight", (self.units, size), self.weight_initializer, self.dtype)
-        # x @ weight.T, without a copy of the weight for the gradient in a scan.
-        y = jnp.inner(x, weight)
+        # Both are x @ weight.T. With the transpose, XLA computes a single row in a loop, which it fuses
+        # with others; for more rows, the gradient of a scan would keep a copy of the weight.
+        one_row = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
+        y = x @ weight.T if one_row else jnp.inner(x, weight)
         if self.use_bias:
             bias = p.param("bias", (self.units,), self.bias_initializer, self.dtype)
             if y.ndim > 1:  # the same as jnp.expand_dims, but much faster to trace

@@ -1382,6 +1382,21 @@ def test_sub_trees_of_one_form_share_compiled_code(key):
     assert counting.calls == 1
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 4), (2, 4), (1, 3, 4)])
+def test_one_row_and_many_are_the_same_product(shape, key):
+    layer, x = nn.Dense(3, flatten=False), normal(*shape)
+    params = pt.reinit(pt.init(layer, key, x), key, {".*": init.Normal(1.0)})
+    weight, bias = map(np.asarray, (params.weight, params.bias))
+    np.testing.assert_allclose(layer(params, x), np.asarray(x) @ weight.T + bias, rtol=1e-5, atol=1e-6)
+    many = jnp.broadcast_to(x, (5, *shape))
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: layer(params, x))(many)[3], layer(params, x), rtol=1e-5
+    )
+    grads = pt.grad(lambda p: (layer(p, x) ** 2).sum())(params)
+    rows, y = x.reshape(-1, 4), layer(params, x).reshape(-1, 3)
+    np.testing.assert_allclose(grads.weight, 2 * y.T @ rows, rtol=1e-4, atol=1e-5)
+
+
 def test_a_training_step_is_traced_once(key):
     counting = Counting()
     net = nn.Sequential(

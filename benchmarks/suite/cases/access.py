@@ -57,7 +57,7 @@ def by_dict(size: int) -> dict[str, Any]:
 
     def model(p: Any, x: Any) -> Any:
         for name in names:
-            x = jax.nn.relu(jax.numpy.inner(x, p[name]["weight"]) + p[name]["bias"])
+            x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"])
         return x
 
     params = dict(zip(names, mlp.layers(size, 8), strict=True))
@@ -71,7 +71,7 @@ def by_strict_dict(size: int) -> dict[str, Any]:
 
     def model(p: Any, x: Any) -> Any:
         for name in names:
-            x = jax.nn.relu(jax.numpy.inner(x, p[name]["weight"]) + p[name]["bias"][None, :])
+            x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"][None, :])
         return x
 
     params = dict(zip(names, mlp.layers(size, 8), strict=True))

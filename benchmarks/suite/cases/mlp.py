@@ -114,7 +114,7 @@ def by_dict(size: int, width: int = 8, batch: int = 1) -> Metrics:
 
     def model(p: Any, x: Any) -> Any:
         for name in names:
-            x = jax.nn.relu(jax.numpy.inner(x, p[name]["weight"]) + p[name]["bias"])
+            x = jax.nn.relu(x @ p[name]["weight"].T + p[name]["bias"])
         return x
 
     values = dict(zip(names, layers(size, width), strict=True))
@@ -126,7 +126,7 @@ def by_tuple(size: int, width: int = 8, batch: int = 1) -> Metrics:
 
     def model(p: Any, x: Any) -> Any:
         for i in range(size):
-            x = jax.nn.relu(jax.numpy.inner(x, p[2 * i]) + p[2 * i + 1])
+            x = jax.nn.relu(x @ p[2 * i].T + p[2 * i + 1])
         return x
 
     values = [leaf for layer in layers(size, width) for leaf in (layer["weight"], layer["bias"])]
