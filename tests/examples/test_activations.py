@@ -158,8 +158,8 @@ def test_a_difference_moves_from_where_it_is_made_to_the_end(unstacked: pt.Param
     start, end = (NET(unstacked, tokens[None])[0, -1] for tokens in (CORRUPTED, CLEAN))
     value = pt.capture(NET, "blocks_0_attention")(unstacked, CLEAN[None])[1]
     value = value.blocks["0"].attention.output
-    logits = example.patched(NET, unstacked, CORRUPTED, "blocks_0_attention", value, where[2 + LAST :])
-    change, way = np.float64(logits[0, -1] - start), np.float64(end - start)
+    logits = example.patched(NET, unstacked, CORRUPTED, "blocks_0_attention", value, where)
+    change, way = np.float64(logits[2 + LAST, -1] - start), np.float64(end - start)
     close(shares["blocks_0_attention_output"][2 + LAST], change @ way / (way @ way))
 
 
