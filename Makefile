@@ -12,7 +12,7 @@ demo: $(VENV)/.run
 	$(BIN)/python examples/parameter_management.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 $(TESTS)
 
 # Complete programs, notebooks, browsers, killed processes and damaged files.
 test-slow: $(VENV)/.test

@@ -373,7 +373,7 @@ def test_init(row, key):
     assert jax.tree.structure(traced) == jax.tree.structure(params)
 
 
-@rows
+@transformed
 def test_abstract_agrees_with_real(row):
     make, structs = TABLE[row]
     layer, params, inputs = setup(row)
@@ -397,7 +397,7 @@ def value_and_grad(row):
     return jax.jit(jax.value_and_grad(functools.partial(loss, layer)))(params, *inputs)
 
 
-@rows
+@transformed
 def test_grad(row):
     _, params, _ = setup(row)
     _, grads = value_and_grad(row)
@@ -543,7 +543,7 @@ def test_save_and_load(row, tmp_path):
     assert same(pt.load(tmp_path / "layer.safetensors"), params)
 
 
-@rows
+@transformed
 def test_training(row, key):
     layer, params, inputs = setup(row)
     y, after = pt.training(layer)(params, *inputs, key=key)
