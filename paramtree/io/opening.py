@@ -48,13 +48,14 @@ def _open(path: str) -> Source:
         else:
             try:
                 source = _open_file(path, files)
-            except FileNotFoundError:
+            except FileNotFoundError as missing:
                 index = os.path.realpath(path) + INDEX  # what max_shard_size has written
-                if not os.path.exists(index):
+                try:
+                    source = _open_index(index, files)
+                except FileNotFoundError:
                     if _is_either(index.removesuffix(INDEX), index):
                         raise _Replaced from None
-                    raise
-                source = _open_index(index, files)
+                    raise missing from None
         # The source closes what was opened for it.
         own = source.files.pop_all()
         source.files.enter_context(files.pop_all())
@@ -95,7 +96,13 @@ def _open_folder(path: str, files: contextlib.ExitStack) -> Source:
         models = [name for name in names if name.lower().endswith(endings)]
         models = _preferred([name for name in models if not _SHARD.search(name)])
         if len(models) == 1:
-            return open_source(os.path.join(path, models[0]))
+            model = os.path.join(path, models[0])
+            try:
+                return open_source(model)
+            except FileNotFoundError:
+                if os.path.lexists(model):  # a link that leads nowhere
+                    raise
+                raise _Replaced from None
         if models:
             fail(path, "", f"has several models, {', '.join(models[:5])}: name one of them.")
     return fail(
@@ -129,6 +136,14 @@ def _index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return listed, metadata
 
 
+def _still_lists(path: str, listed: dict[str, Any]) -> bool:
+    """Whether an index is the one that was read."""
+    try:
+        return _index(path)[0] == listed
+    except FileNotFoundError:
+        return False
+
+
 def _expected(index: str) -> Format:
     """Returns the format of the files that an index lists, by its name."""
     named = index.lower().removesuffix(INDEX)
@@ -139,6 +154,7 @@ def _open_index(path: str, files: contextlib.ExitStack) -> Source:
     """Opens the files that an index lists, as Hugging Face splits large models.
 
     Raises:
+      FileNotFoundError: there is no index.
       LoadError: the index is damaged, lists a file in another folder, or disagrees with a file.
     """
     listed, about = _index(path)
@@ -153,7 +169,7 @@ def _open_index(path: str, files: contextlib.ExitStack) -> Source:
         try:
             source = _open_file(where, files, _expected(path))
         except (FileNotFoundError, UnicodeEncodeError):
-            if not os.path.exists(path) or _index(path)[0] != listed:
+            if not _still_lists(path, listed):
                 raise _Replaced from None
             fail(path, repr(part), "is in the index, but not next to it.")
         opened.append(where)

@@ -278,6 +278,41 @@ def test_shards_saved_while_one_file_is_saved_are_the_model(
     assert np.array_equal(pt.load(file)["w"], newer["w"])
 
 
+@pytest.mark.parametrize("look", [1, 2])
+def test_an_index_that_goes_while_it_is_read_leads_to_the_newer_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    file, looks = tmp_path / "m.safetensors", []
+    read = opening._index
+
+    def overtaken(path: str) -> Any:
+        looks.append(path)
+        if len(looks) == look:
+            pt.save(file, plain())  # as another process, which deletes the index
+        found = read(path)
+        if len(looks) == 1:
+            pt.save(file, {"w": np.ones(999)}, max_shard_size=600)  # which deletes the shards
+            pt.save(file, {"w": np.ones(999), "v": np.ones(3)}, max_shard_size=600)
+        return found
+
+    monkeypatch.setattr(opening, "_index", overtaken)
+    for place in (file, tmp_path, Path(f"{file}.index.json")):
+        pt.save(file, {"w": np.ones(1000), "v": np.ones(3)}, max_shard_size=600)
+        looks.clear()
+        if place.name.endswith(".json"):
+            with pytest.raises(FileNotFoundError, match="index.json"):
+                pt.load(place)
+        else:
+            assert same(pt.load(place, like=plain()), plain())
+        assert len(looks) >= look
+
+
+def test_a_link_in_a_folder_that_leads_nowhere_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "1")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        pt.load(tmp_path)
+
+
 def test_a_model_saved_as_one_file_between_two_looks_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
