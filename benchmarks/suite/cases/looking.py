@@ -174,13 +174,19 @@ CASES = [
         title="Listing the tensors of a file",
         sizes=(300, 20_000),
         contenders={"paramtree": our_listing},
-        bounds=(Bound("listing", None, 0.3),),
+        bounds=(Bound("listing", None, 0.3, why="see the note"),),
         size="tensors",
         rounds=2,
         turns=3,
         seconds=30,
         smoke=(10,),
-        note="From opening the file to the last line, in a process that has imported jax.",
+        note=(
+            "From opening the file to the last line, in a process that has imported jax. Each tensor has a "
+            "level of its own, so 20,000 of them are 42,000 lines. A third of the time is to check the "
+            "names and shapes of a file that may be damaged, a sixth to build the tree, and the rest to "
+            "add up and to print, at four millionths of a second for each line; with ten tensors to a "
+            "level it takes 0.26 s."
+        ),
     ),
     Case(
         name="statistics",
