@@ -48,14 +48,17 @@ def _open(path: str) -> Source:
         else:
             try:
                 source = _open_file(path, files)
-            except FileNotFoundError as missing:
+            except FileNotFoundError:
                 index = os.path.realpath(path) + INDEX  # what max_shard_size has written
-                try:
-                    source = _open_index(index, files)
-                except FileNotFoundError:
+                sharded = None
+                if os.path.exists(index):
+                    with contextlib.suppress(FileNotFoundError):  # it may go before it is opened
+                        sharded = _open_index(index, files)
+                if sharded is None:
                     if _is_either(index.removesuffix(INDEX), index):
                         raise _Replaced from None
-                    raise missing from None
+                    raise
+                source = sharded
         # The source closes what was opened for it.
         own = source.files.pop_all()
         source.files.enter_context(files.pop_all())

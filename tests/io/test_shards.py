@@ -307,6 +307,11 @@ def test_an_index_that_goes_while_it_is_read_leads_to_the_newer_model(
         assert len(looks) >= look
 
 
+def test_a_missing_file_whose_index_would_have_too_long_a_name_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        pt.load(tmp_path / f"{'a' * 240}.npz")
+
+
 def test_a_link_in_a_folder_that_leads_nowhere_is_missing(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "1")
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
