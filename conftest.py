@@ -17,7 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 collect_ignore = ["tests/typed_program.py"]  # it is only read, by type checkers
 
-gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on: seldom is enough
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay: collect seldom
 
 settings.register_profile("repo", deadline=None, max_examples=60)
 settings.load_profile("repo")

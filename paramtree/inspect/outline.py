@@ -38,7 +38,8 @@ _PARTS = {
     ("base*", "skew"): "Orthogonal",
     ("frozen*",): "Frozen",
 }
-_BEGIN = {(parts[0].removesuffix("*"), len(parts)) for parts in _PARTS}  # few levels do
+# The first name and the number of parts: most levels are ruled out by these.
+_BEGINNINGS = {(parts[0].removesuffix("*"), len(parts)) for parts in _PARTS}
 
 
 @dataclass(slots=True, eq=False)
@@ -191,7 +192,7 @@ def outline(tree: ParamTree) -> Level:
 
 def _parametrization(children: list[Level | Leaf]) -> str:
     """Returns the name of the parametrisation that some children are the parts of, if they are."""
-    if not children or (children[0].name, len(children)) not in _BEGIN:
+    if not children or (children[0].name, len(children)) not in _BEGINNINGS:
         return ""
     leaves = [child for child in children if isinstance(child, Leaf) and child.slot != HOLE]
     parts = tuple(leaf.name + "*" * leaf.state for leaf in leaves)

@@ -261,7 +261,7 @@ INSIDE = [in_scan, in_cond, in_while, in_vmap, in_vmap_as_argument, in_jit, in_c
     ("wrap", "leaks"),
     [
         pytest.param(lambda f: f, False, id="plain"),
-        # Without jax's caches, as the search for leaks needs it, a test takes ten times as long.
+        # The search for leaks turns jax's caches off, which makes a test ten times as long.
         pytest.param(lambda f: f, True, id="leaks", marks=pytest.mark.slow),
         pytest.param(jax.jit, True, id="jit", marks=pytest.mark.slow),
         pytest.param(jax.checkpoint, True, id="checkpoint", marks=pytest.mark.slow),
