@@ -55,6 +55,26 @@ def test_what_was_not_measured_has_no_ratio_and_meets_nothing() -> None:
     assert not found.met and found.answer == "not measured"
 
 
+@pytest.mark.parametrize("nothing", ["a", "paramtree"])
+def test_nothing_over_zero_is_no_ratio(nothing: str) -> None:
+    # One of a round's memory, or all of it, can be zero: there was room in what was freed before.
+    memory = case(unit="x", bounds=(Bound("m", "a", 2.0),))
+    some = {"paramtree": [2.0], "a": [1.0]}
+    rounds = [{"1": values(**{**some, nothing: [0.0]})}]
+    [found] = report.verdicts(memory, rounds)
+    assert found.met is (nothing == "paramtree")
+    assert found.answer == ("0.00 (0.00 to 0.00)" if found.met else "not measured")
+    result = {"rounds": rounds, "absent": {}, "errors": {}}
+    text = report.document({"c": memory}, [{"machine": {}, "cases": {"c": result}}], set())
+    row = "| 1 | a | 0 x | 0 x to 0 x | 0.00 |" if nothing == "a" else "| 1 | a | 1 x | 1 x to 1 x |  |"
+    assert row in text
+
+    mixed = [*rounds, {"1": values(**some)}, {"1": values(**some)}]
+    assert report.ratio(memory, mixed, "m", 1, "paramtree", "a") == (
+        report.Spread(2.0, 2.0, 2.0) if nothing == "a" else report.Spread(2.0, 0.0, 2.0)
+    )
+
+
 @pytest.mark.parametrize(
     ("bound", "met", "asked"),
     [

@@ -46,14 +46,18 @@ def ratio(
     reference: str | tuple[str, ...],
     base: Size | None = None,
 ) -> Spread | None:
-    """Returns the ratio of ours to the best reference, over all rounds and per round."""
+    """Returns the ratio of ours to the best reference, over all rounds and per round.
+
+    It is None where one was not measured, and where the reference is zero, such as the memory of a
+    process that finds room in what was freed before.
+    """
     names = (reference,) if isinstance(reference, str) else reference
     at = size if base is None else base
 
     def over(some: Rounds) -> float | None:
         mine = value(case, some, size, ours, metric)
         theirs = [spread.typical for name in names if (spread := value(case, some, at, name, metric))]
-        return mine.typical / min(theirs) if mine and theirs else None
+        return mine.typical / min(theirs) if mine and theirs and min(theirs) else None
 
     ratios = [once for by_size in rounds if (once := over([by_size])) is not None]
     overall = over(rounds)
