@@ -50,7 +50,7 @@ class Checkpoints:
       mode: whether the best value is the "min" or the "max".
 
     Raises:
-      ValueError: ``keep`` is less than 1, or ``mode`` is neither "min" nor "max".
+      ValueError: ``keep`` is no integer of at least 1, or ``mode`` is neither "min" nor "max".
       NotADirectoryError: ``folder`` is a file.
       ParamTreeError: Orbax is not installed.
 
@@ -73,8 +73,8 @@ class Checkpoints:
         best: str | None = None,
         mode: str = "min",
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep={keep}: expected a number of checkpoints, at least 1.")
+        if not isinstance(keep, int | np.integer) or isinstance(keep, bool) or keep < 1:
+            raise ValueError(f"keep={keep!r}: expected a number of checkpoints, at least 1.")
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode!r}: expected 'min' or 'max'.")
         orbax.orbax()

@@ -109,8 +109,11 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep=0: expected a number of checkpoints, at least 1"):
-        pt.Checkpoints(tmp_path, keep=0)
+    for keep in (0, -1, 2.5, True, "3", None):
+        with pytest.raises(
+            ValueError, match=f"keep={keep!r}: expected a number of checkpoints, at least 1"
+        ):
+            pt.Checkpoints(tmp_path, keep=keep)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode='least': expected 'min' or 'max'"):
         pt.Checkpoints(tmp_path, mode="least")
     file = tmp_path / "file"
