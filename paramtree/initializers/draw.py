@@ -60,6 +60,10 @@ def _compute_stack(
 _compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
 _path_keys = jax.jit(jax.vmap(_path_key, in_axes=(None, 0)))
 
+# Alike leaves in a jitted function: more loops take less memory, but longer to compile.
+_LOOPS = 16
+_PORTION = 2**21  # bytes of leaves that are not worth another loop
+
 
 @functools.lru_cache(maxsize=256)
 def _sharded(compute: Any, sharding: Any) -> Any:
@@ -109,12 +113,7 @@ def draw(
         with _naming(paths[members[0]], first):
             if traced and len(members) > 1 and _uses_key(*call, key):
                 # Compiled leaf by leaf, the random bits of a net of 400 layers take XLA minutes.
-                compute = functools.partial(_compute_at, sharding, *call)
-                values = list(
-                    jax.lax.map(
-                        lambda pair, compute=compute: compute(_path_key(key, pair)), np.stack(words)
-                    )
-                )
+                values = _looped(functools.partial(_compute_at, sharding, *call), np.stack(words), key)
             elif traced and sharding is not None:
                 values = [_compute_at(sharding, *call, _path_key(key, pair)) for pair in words]
             elif not traced and _is_filled(first, sharding):
@@ -224,6 +223,32 @@ def _compute_at(sharding: Any, *call: Any) -> Any:
     return value if sharding is None else _constrain(value, sharding)
 
 
+def _looped(compute: Any, words: np.ndarray, key: jax.Array) -> list[Any]:
+    """Computes alike leaves in a jitted function, in loops that write to the same stack.
+
+    XLA keeps a stack until every leaf has been copied out of it, so that one loop for all leaves would
+    double the memory they take.
+    """
+
+    def leaf(pair: Any) -> Any:
+        return compute(_path_key(key, pair))
+
+    one = jax.eval_shape(leaf, words[0])
+    few = _PORTION // max(1, math.prod(one.shape) * one.dtype.itemsize)
+    portion = max(1, few, -(-len(words) // _LOOPS))
+    stack, leaves = jax.lax.map(leaf, words[:portion]), list[Any]()
+    for start in range(0, len(words), portion):
+        some = jnp.asarray(words[start : start + portion])
+
+        def write(i: Any, stack: Any, some: Any = some) -> Any:
+            return jax.lax.dynamic_update_index_in_dim(stack, leaf(some[i]), i, 0)
+
+        if start:  # the first portion gives the stack its sharding
+            stack = jax.lax.fori_loop(0, len(some), write, stack)
+        leaves += [stack[i] for i in range(len(some))]
+    return leaves
+
+
 def _constrain(value: Any, sharding: Any) -> Any:
     """Constrains the sharding of an array in a jitted function."""
     types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
@@ -258,11 +283,14 @@ def _stacked(
     names: list[Path] = []
     singles: list[Spec] = []
     single_shardings: list[Any] = []
-    sharded: dict[int, Any] = {}  # stacks that are computed in shards
+    whole: dict[int, Any] = {}  # stacks that are computed at once
+    traced = _traced(key)
     for i, (path, spec, sharding) in enumerate(zip(paths, specs, shardings, strict=True)):
         copies, copy_specs = _copies(path, spec)
         if spec.stack and sharding is not None:
-            sharded[i] = _sharded_stack(copies, copy_specs, spec, key, sharding)
+            whole[i] = _sharded_stack(copies, copy_specs, spec, key, sharding)
+        elif spec.stack and traced and _are_alike(copy_specs):
+            whole[i] = _looped_stack(copies, copy_specs[0], spec.shape, key)
         else:
             names += copies
             singles += copy_specs
@@ -270,8 +298,8 @@ def _stacked(
     values = iter(draw(names, singles, key, single_shardings))
     leaves = []
     for i, spec in enumerate(specs):
-        if i in sharded:
-            leaves.append(sharded[i])
+        if i in whole:
+            leaves.append(whole[i])
         elif not spec.stack:
             leaves.append(next(values))
         else:
@@ -298,12 +326,23 @@ def _copies(path: Path, spec: Spec) -> tuple[list[Path], list[Spec]]:
     return paths, specs
 
 
+def _looped_stack(copies: Sequence[Path], first: Spec, shape: tuple[int, ...], key: jax.Array) -> Any:
+    """Computes a stack of alike copies in a jitted function."""
+    call = first.initializer, first.shape, first.dtype
+    check_pure(copies[:1], [first], key)
+    with _naming(copies[0], first):
+        if not _uses_key(*call, key):
+            return jnp.broadcast_to(_compute(*call, key), (len(copies), *first.shape)).reshape(shape)
+        words = np.stack([path_words(path) for path in copies])
+        return jax.lax.map(lambda pair: _compute(*call, _path_key(key, pair)), words).reshape(shape)
+
+
 def _sharded_stack(
     copies: Sequence[Path], specs: Sequence[Spec], stack: Spec, key: jax.Array, sharding: Any
 ) -> Any:
     """Computes a stack of copies, each shard on its own device."""
     traced, first = _traced(key), specs[0]
-    if len(list(_alike(specs, [sharding] * len(specs)))) == 1 and _compilable(first.initializer):
+    if _are_alike(specs):
         words = np.stack([path_words(path) for path in copies])
         shapes = stack.shape[: len(stack.stack)], first.shape
         keys = _path_keys(key, words)
@@ -341,6 +380,12 @@ def _alike(specs: Sequence[Spec], shardings: Sequence[Any]) -> Iterator[list[int
             call = spec.initializer, spec.shape, spec.dtype, sharding
         groups.setdefault(call, []).append(i)
     yield from groups.values()
+
+
+def _are_alike(specs: Sequence[Spec]) -> bool:
+    """Whether one function computes all of them."""
+    groups = list(_alike(specs, [None] * len(specs)))
+    return len(groups) == 1 and _compilable(specs[0].initializer)
 
 
 def _compilable(initializer: Initializer) -> bool:

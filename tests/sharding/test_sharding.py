@@ -646,6 +646,38 @@ def test_a_mesh_whose_axes_are_in_the_types() -> None:
     assert all(leaf.sharding.is_equivalent_to(where, leaf.ndim) for leaf, where in pairs)
 
 
+@pytest.mark.parametrize("repeat", [False, True])
+def test_loops_over_alike_leaves_keep_their_types(repeat: bool, monkeypatch: Any) -> None:
+    from paramtree.initializers import draw
+
+    monkeypatch.setattr(draw, "_PORTION", 0)
+    monkeypatch.setattr(draw, "_LOOPS", 3)
+    layers = [nn.Dense(16, flatten=False) for _ in range(7)]
+    net: Any = nn.Repeat(layers[0], 7) if repeat else nn.Sequential(*layers)
+    wanted = pt.init(net, jax.random.key(0), DEEP_X)
+    explicit = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    where = P(*(None,) * repeat, "model")
+    placed = pt.shardings(pt.abstract(net, DEEP_X), explicit, {".*": where})
+    with jax.set_mesh(explicit):
+        found = jax.jit(lambda key: pt.init(net, key, DEEP_X, shardings=placed))(jax.random.key(0))
+    assert equal(found, wanted)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True)
+    assert all(leaf.sharding.is_equivalent_to(where, leaf.ndim) for leaf, where in pairs)
+
+    # Each device draws leaves of its own.
+    def own(seed: Any) -> Any:
+        tree = pt.init(net, jax.random.key(seed[0]), DEEP_X)
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    drawn = jax.jit(
+        jax.shard_map(own, mesh=mesh(), in_specs=P(("data", "model")), out_specs=P(("data", "model")))
+    )
+    trees = drawn(np.arange(8))
+    for seed in (0, 5):
+        one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], trees)
+        assert equal(one, pt.init(net, jax.random.key(seed), DEEP_X))
+
+
 def test_copies_that_start_differently_are_spread_too() -> None:
     ramp = init.Mixed([".*"], [init.Constant(np.ones((16, 16)))])
     net, x = nn.Repeat(nn.Dense(16, flatten=False, use_bias=False), 4), DEEP_X
