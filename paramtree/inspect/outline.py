@@ -69,16 +69,21 @@ _NOTHING = Value()  # in the place of a hole or an alias
 class Leaf:
     """One leaf, alias or hole, as it is drawn.
 
-    ``name`` is its name within its level, ``full`` the name that rules match. ``tied`` is the full name
-    of the leaf that an alias leads to; an alias has no size.
+    ``name`` is its name within its level. ``tied`` is the full name of the leaf that an alias leads to;
+    an alias has no size.
     """
 
     name: str
-    full: str
+    path: Path
     slot: int
     value: Value = _NOTHING
     state: bool = False
     tied: str = ""
+
+    @property
+    def full(self) -> str:
+        """The name that rules match."""
+        return short(join(self.path), TOOLTIP)
 
     @property
     def count(self) -> int | None:
@@ -96,7 +101,7 @@ class Level:
     """One level: its children, and the totals of the leaves at and below it."""
 
     name: str
-    full: str
+    path: Path
     depth: int
     children: list["Level | Leaf"] = field(default_factory=list)
     leaves: int = 0
@@ -106,6 +111,11 @@ class Level:
     holes: int = 0
     tied: int = 0  # aliases of leaves that count elsewhere
     note: str = ""  # which parametrisation its leaves are the parts of
+
+    @property
+    def full(self) -> str:
+        """The name of the level."""
+        return short(join(self.path), TOOLTIP)
 
     def add(self, child: "Level | Leaf") -> None:
         """Adds a child to the totals of this level."""
@@ -146,7 +156,7 @@ def outline(tree: ParamTree) -> Level:
     (structure, leaves), place = flatten(tree), place_of(tree)
     values: dict[Any, Value] = {}  # what is alike repeats in a large tree
     names: dict[str, str] = {}  # of segments, likewise
-    top = Level("", short(join(place)), 0)
+    top = Level("", place, 0)
     levels: dict[Path, Level] = {(): top}
     canonical, kinds = structure.canonical, structure.kinds
 
@@ -154,26 +164,24 @@ def outline(tree: ParamTree) -> Level:
         found = levels.get(above)
         if found is None:
             outer = level_at(above[:-1])
-            full = short(join(place + above), TOOLTIP)
-            found = levels[above] = Level(short(above[-1]), full, len(above))
+            found = levels[above] = Level(short(above[-1]), place + above, len(above))
             outer.children.append(found)
         return found
 
     above: Path = ()
-    level, start = top, join((*place, ""))
+    level = top
     for path, child in zip(structure.paths, structure.slots, strict=True):
         # The deepest level drawn lists all leaves below it by their relative paths.
         here = (path if child == EMPTY else path[:-1])[:DEEPEST]
         if here != above:
-            above, level, start = here, level_at(here), join((*place, *here, ""))
+            above, level = here, level_at(here)
         if child == EMPTY:
             continue
         # In other containers None marks a hole.
         slot = HOLE if child == HOLE or leaves[child] is None else child
         last = path[-1] if len(path) == len(above) + 1 else "/".join(path[len(above) :])
         name = names.get(last) or names.setdefault(last, short(last))
-        full = f"{start}{last}" if last is path[-1] else join(place + path)
-        leaf = Leaf(name, short(full, TOOLTIP), slot)
+        leaf = Leaf(name, place + path, slot)
         level.children.append(leaf)
         if slot != HOLE:
             first = canonical[slot]
@@ -243,7 +251,7 @@ def title(level: Level) -> str:
         bytes_text(level.nbytes),
         plural(level.holes, "hole", "holes") if level.holes else "",
     )
-    at = f" {level.full}" if level.full else ""
+    at = f" {short(join(level.path))}" if level.path else ""
     return f"ParamTree{at}: {', '.join(filter(None, parts))}"
 
 

@@ -92,7 +92,8 @@ class _Page:
             html, width = self.names.get(child.name) or self.named(child.name)
             if width > longest:
                 longest = width
-            full = child.full if child.full.isidentifier() else escape(child.full)
+            full = child.full
+            full = full if full.isidentifier() else escape(full)
             if isinstance(child, Leaf):
                 self.leaf(child, f'<span title="{full}">{html}</span>')
                 continue
@@ -166,7 +167,7 @@ class _Page:
 
 def _group(children: list[Level | Leaf]) -> Level:
     """Returns a range of children as a closed level."""
-    group = Level(f"{children[0].name} ... {children[-1].name}", "", _GROUP_DEPTH, children)
+    group = Level(f"{children[0].name} ... {children[-1].name}", (), _GROUP_DEPTH, children)
     for child in children:
         group.add(child)
     return group
