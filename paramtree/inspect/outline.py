@@ -6,7 +6,7 @@ children of a level add up to its totals and tied leaves count once. No array va
 
 import functools
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -320,14 +320,16 @@ def _draw(
     level: Level, guides: str, most: int | None, open_ids: Container[int], drawn: list[Drawn]
 ) -> None:
     """Adds what to draw below a level and the guides to its left; cuts a list after ``most``."""
-    shown: list[Level | Leaf | str] = list(level.children)
+    shown: Sequence[Level | Leaf | str] = level.children
     if most is not None and len(shown) > most:
         shown = [*shown[:most], f"... {len(shown) - most:,} more"]
+    here, below, last = f"{guides}├─ ", f"{guides}│  ", len(shown)
     for i, child in enumerate(shown, start=1):
-        here, below = ("└─ ", "   ") if i == len(shown) else ("├─ ", "│  ")
-        drawn.append((child, guides + here))
+        if i == last:
+            here, below = f"{guides}└─ ", f"{guides}   "
+        drawn.append((child, here))
         if isinstance(child, Level) and id(child) in open_ids:
-            _draw(child, guides + below, most, open_ids, drawn)
+            _draw(child, below, most, open_ids, drawn)
 
 
 def _remark(leaf: Leaf) -> str:

@@ -143,8 +143,10 @@ def _bytes(shape: tuple[int, ...], itemsize: int) -> int | None:
 
 def check_array(path: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """Returns the size of an array in bytes, after ``check_name`` and ``check_shape``."""
-    check_name(path, name)
-    return check_shape(path, repr(name), shape, dtype)
+    if not _PLAIN(name):
+        check_name(path, name)
+    size = _bytes(shape, dtype.itemsize)  # a file may have many arrays
+    return check_shape(path, repr(name), shape, dtype) if size is None else size
 
 
 def read_layout(path: str, where: str, text: str | None, arrays: Mapping[str, Stored]) -> Layout | None:

@@ -103,7 +103,7 @@ class Safetensors(Format):
                     check_array(path, name, shape, dtype)
                     span = path, file, start + entry["data_offsets"][0], dtype, shape
                     arrays[name] = Stored(
-                        shape, dtype, partial(read_span, *span), read_slice=partial(read_part, *span)
+                        shape, dtype, partial(read_span, *span), False, partial(read_part, *span)
                     )
         except SafetensorError as error:
             fail(path, "", f"is not a safetensors file, or is damaged: {error}.")
