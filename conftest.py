@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.quick import FLAGS
 
@@ -19,7 +19,10 @@ collect_ignore = ["tests/typed_program.py"]  # it is only read, by type checkers
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay: collect seldom
 
-settings.register_profile("repo", deadline=None, max_examples=60)
+# No test is judged by a clock, not even by how long its examples take to draw on a busy machine.
+settings.register_profile(
+    "repo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("repo")
 
 

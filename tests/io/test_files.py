@@ -26,7 +26,7 @@ from tests.helpers import x64
 
 FORMATS = ("safetensors", "npz", "orbax")
 WHOLE = pytest.mark.parametrize("ending", FORMATS)
-quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def shapes(tree: Any) -> Any:

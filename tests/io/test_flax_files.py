@@ -25,7 +25,7 @@ from tests.io import fuzz_files as fuzz
 from tests.io.fuzz_files import Raw, extension, flax_array, flax_chunked, flax_leaf, msgpack
 from tests.io.test_peek import Counting
 
-quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def written(path: Path, tree: Any) -> Path:

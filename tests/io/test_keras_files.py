@@ -20,7 +20,7 @@ from paramtree.command import main
 from tests.io import fuzz_files as fuzz
 from tests.io.test_peek import Counting
 
-quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 LIBVERS = pytest.mark.parametrize("libver", ["earliest", "latest"])
 
 

@@ -22,7 +22,7 @@ from tests.helpers import x64
 
 GOLD = Path(__file__).parents[1] / "data" / "gluon"
 
-quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def saved(path: Path, tree: Any) -> Path:
