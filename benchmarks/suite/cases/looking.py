@@ -184,7 +184,7 @@ CASES = [
             "From opening the file to the last line, in a process that has imported jax. Each tensor "
             "has a level of its own, so 20,000 of them are 42,000 lines. Two fifths of the time go to "
             "reading the header and checking the names and shapes of a file that may be damaged, an "
-            "eighth to building the tree, and the rest to totals and text, four microseconds a line. "
+            "eighth to building the tree, and the rest to totals and text, three microseconds a line. "
             "With ten tensors to a level it takes 0.26 s."
         ),
     ),
