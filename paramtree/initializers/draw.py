@@ -19,6 +19,7 @@ from paramtree.core.structure import Path
 from paramtree.initializers.axes import check_rule
 from paramtree.initializers.keys import path_words
 from paramtree.initializers.lift import lift
+from paramtree.initializers.loops import in_loops
 from paramtree.initializers.pure import check_pure
 from paramtree.initializers.spec import Spec
 from paramtree.initializers.values import Initializer
@@ -59,10 +60,6 @@ def _compute_stack(
 # their keys.
 _compiled = jax.jit(_compute, static_argnums=(0, 1, 2))
 _path_keys = jax.jit(jax.vmap(_path_key, in_axes=(None, 0)))
-
-# Alike leaves in a jitted function: more loops take less memory, but longer to compile.
-_LOOPS = 16
-_PORTION = 2**21  # bytes of leaves that are not worth another loop
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,7 +110,8 @@ def draw(
         with _naming(paths[members[0]], first):
             if traced and len(members) > 1 and _uses_key(*call, key):
                 # Compiled leaf by leaf, the random bits of a net of 400 layers take XLA minutes.
-                values = _looped(functools.partial(_compute_at, sharding, *call), np.stack(words), key)
+                size = math.prod(first.shape) * jnp.dtype(first.dtype).itemsize
+                values = in_loops(functools.partial(_leaf, sharding, call), key, np.stack(words), size)
             elif traced and sharding is not None:
                 values = [_compute_at(sharding, *call, _path_key(key, pair)) for pair in words]
             elif not traced and _is_filled(first, sharding):
@@ -223,30 +221,8 @@ def _compute_at(sharding: Any, *call: Any) -> Any:
     return value if sharding is None else _constrain(value, sharding)
 
 
-def _looped(compute: Any, words: np.ndarray, key: jax.Array) -> list[Any]:
-    """Computes alike leaves in a jitted function, in loops that write to the same stack.
-
-    XLA keeps a stack until every leaf has been copied out of it, so that one loop for all leaves would
-    double the memory they take.
-    """
-
-    def leaf(pair: Any) -> Any:
-        return compute(_path_key(key, pair))
-
-    one = jax.eval_shape(leaf, words[0])
-    few = _PORTION // max(1, math.prod(one.shape) * one.dtype.itemsize)
-    portion = max(1, few, -(-len(words) // _LOOPS))
-    stack, leaves = jax.lax.map(leaf, words[:portion]), list[Any]()
-    for start in range(0, len(words), portion):
-        some = jnp.asarray(words[start : start + portion])
-
-        def write(i: Any, stack: Any, some: Any = some) -> Any:
-            return jax.lax.dynamic_update_index_in_dim(stack, leaf(some[i]), i, 0)
-
-        if start:  # the first portion gives the stack its sharding
-            stack = jax.lax.fori_loop(0, len(some), write, stack)
-        leaves += [stack[i] for i in range(len(some))]
-    return leaves
+def _leaf(sharding: Any, call: tuple[Any, ...], key: jax.Array, words: Any) -> Any:
+    return _compute_at(sharding, *call, _path_key(key, words))
 
 
 def _constrain(value: Any, sharding: Any) -> Any:
@@ -334,7 +310,7 @@ def _looped_stack(copies: Sequence[Path], first: Spec, shape: tuple[int, ...], k
         if not _uses_key(*call, key):
             return jnp.broadcast_to(_compute(*call, key), (len(copies), *first.shape)).reshape(shape)
         words = np.stack([path_words(path) for path in copies])
-        return jax.lax.map(lambda pair: _compute(*call, _path_key(key, pair)), words).reshape(shape)
+        return jax.lax.map(functools.partial(_leaf, None, call, key), words).reshape(shape)
 
 
 def _sharded_stack(

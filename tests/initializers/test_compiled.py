@@ -13,7 +13,7 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from paramtree.initializers import draw
+from paramtree.initializers import loops
 from paramtree.initializers.lift import lift
 
 K = jax.random.key(0)
@@ -193,15 +193,15 @@ def same_bits(a: Any, b: Any) -> bool:
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("loops", [1, 3, 100])
-def test_portions_are_the_leaves_of_one_loop(loops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_portions_are_the_leaves_of_one_loop(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(key: Any) -> Any:
         return pt.init(alike, key)
 
     eager = run(K)
-    monkeypatch.setattr(draw, "_PORTION", 0)
-    monkeypatch.setattr(draw, "_LOOPS", loops)
-    assert (loops == 1) == ("dynamic_update_slice" not in str(jax.make_jaxpr(run)(K)))
+    monkeypatch.setattr(loops, "_PORTION", 0)
+    monkeypatch.setattr(loops, "_LOOPS", most)
+    assert (most == 1) == ("dynamic_update_slice" not in str(jax.make_jaxpr(run)(K)))
     assert same_bits(jax.jit(run)(K), eager)
     keys = jax.random.split(K, 2)
     mapped = jax.jit(jax.vmap(run))(keys)
@@ -210,6 +210,24 @@ def test_portions_are_the_leaves_of_one_loop(loops: int, monkeypatch: pytest.Mon
         one = run(key)
         assert same_bits(jax.tree.map(lambda a, i=i: a[i], mapped), one)
         assert same_bits(jax.tree.map(lambda a, i=i: a[i], scanned), one)
+
+
+def test_an_initializer_is_traced_once_for_all_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+
+    def counting(key: Any, shape: Any, dtype: Any) -> Any:
+        traces.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    def run(key: Any) -> Any:
+        return pt.init(net, key, jax.ShapeDtypeStruct((1, 4), "float32"))
+
+    monkeypatch.setattr(loops, "_PORTION", 0)
+    net = nn.Sequential(*(nn.Dense(4, weight_initializer=counting) for _ in range(30)))
+    jaxpr = jax.make_jaxpr(run)(K)
+    assert len(traces) == 4  # two to check that it is pure, and one to see whether it needs its key
+    assert str(jaxpr).count("dynamic_update_slice") >= 1
+    assert same_bits(jax.jit(run)(K), run(K))
 
 
 def test_a_jitted_init_takes_little_memory_beside_the_leaves() -> None:

@@ -648,10 +648,10 @@ def test_a_mesh_whose_axes_are_in_the_types() -> None:
 
 @pytest.mark.parametrize("repeat", [False, True])
 def test_loops_over_alike_leaves_keep_their_types(repeat: bool, monkeypatch: Any) -> None:
-    from paramtree.initializers import draw
+    from paramtree.initializers import loops
 
-    monkeypatch.setattr(draw, "_PORTION", 0)
-    monkeypatch.setattr(draw, "_LOOPS", 3)
+    monkeypatch.setattr(loops, "_PORTION", 0)
+    monkeypatch.setattr(loops, "_LOOPS", 3)
     layers = [nn.Dense(16, flatten=False) for _ in range(7)]
     net: Any = nn.Repeat(layers[0], 7) if repeat else nn.Sequential(*layers)
     wanted = pt.init(net, jax.random.key(0), DEEP_X)
