@@ -13,7 +13,6 @@ import pytest
 import paramtree as pt
 from paramtree import initializers as init
 from paramtree import nn
-from paramtree.initializers import loops
 from paramtree.initializers.lift import lift
 
 K = jax.random.key(0)
@@ -172,89 +171,3 @@ def test_an_error_in_the_check_is_that_of_the_call() -> None:
     with pytest.raises(ZeroDivisionError, match="as it happens") as info:
         pt.init(nn.Dense(5, weight_initializer=fails), K, X)
     assert "`weight`" in "".join(info.value.__notes__)
-
-
-# Under jit, alike leaves are computed in loops that write to the same stack.
-
-COUNTS = (1, 2, 8)
-
-
-def alike(p: Any) -> None:
-    for kind, count in enumerate(COUNTS):
-        for i in range(count):
-            p[f"kind{kind}_{i}"].param(
-                "w", (3, 2, kind), init.Normal(1.0), ("float32", "bfloat16")[kind % 2]
-            )
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
-
-
-@pytest.mark.parametrize("most", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100))])
-def test_portions_are_the_leaves_of_one_loop(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(key: Any) -> Any:
-        return pt.init(alike, key)
-
-    eager = run(K)
-    monkeypatch.setattr(loops, "_PORTION", 0)
-    monkeypatch.setattr(loops, "_LOOPS", most)
-    assert (most == 1) == ("dynamic_update_slice" not in str(jax.make_jaxpr(run)(K)))
-    assert same_bits(jax.jit(run)(K), eager)
-    keys = jax.random.split(K, 2)
-    mapped = jax.jit(jax.vmap(run))(keys)
-    scanned = jax.lax.scan(lambda _, key: (None, run(key)), None, keys)[1]
-    for i, key in enumerate(keys):
-        one = run(key)
-        assert same_bits(jax.tree.map(lambda a, i=i: a[i], mapped), one)
-        assert same_bits(jax.tree.map(lambda a, i=i: a[i], scanned), one)
-
-
-def test_an_initializer_is_traced_once_for_all_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
-
-    def counting(key: Any, shape: Any, dtype: Any) -> Any:
-        traces.append(shape)
-        return jax.random.normal(key, shape, dtype)
-
-    def run(key: Any) -> Any:
-        return pt.init(net, key, jax.ShapeDtypeStruct((1, 4), "float32"))
-
-    monkeypatch.setattr(loops, "_PORTION", 0)
-    net = nn.Sequential(*(nn.Dense(4, weight_initializer=counting) for _ in range(30)))
-    jaxpr = jax.make_jaxpr(run)(K)
-    assert len(traces) == 4  # two to check that it is pure, and one to see whether it needs its key
-    assert str(jaxpr).count("dynamic_update_slice") >= 1
-    assert same_bits(jax.jit(run)(K), run(K))
-
-
-def test_a_jitted_init_takes_little_memory_beside_the_leaves() -> None:
-    net = nn.Sequential(*[nn.Dense(512, use_bias=False) for _ in range(32)])  # 32 MiB
-    x = jax.ShapeDtypeStruct((1, 512), "float32")
-    memory = jax.jit(lambda key: pt.init(net, key, x)).lower(K).compile().memory_analysis()
-    assert memory.output_size_in_bytes >= 32 * 2**20
-    assert memory.temp_size_in_bytes < 0.2 * memory.output_size_in_bytes
-
-
-def test_a_stack_takes_no_memory_beside_it() -> None:
-    net = nn.Repeat(nn.Repeat(nn.Dense(512), 8), 8)  # 64 MiB
-    x = jax.ShapeDtypeStruct((1, 512), "float32")
-    memory = jax.jit(lambda key: pt.init(net, key, x)).lower(K).compile().memory_analysis()
-    assert memory.output_size_in_bytes >= 64 * 2**20
-    assert memory.temp_size_in_bytes < 0.2 * memory.output_size_in_bytes
-
-
-@pytest.mark.parametrize(
-    "bias", ["ones", init.Normal(1.0), init.Mixed(["0_0.*", ".*"], ["ones", "normal"])]
-)
-def test_a_stack_that_is_computed_in_a_loop_has_the_same_bits(bias: Any) -> None:
-    net = nn.Repeat(nn.Repeat(nn.Dense(3, bias_initializer=bias), 2), 4)
-
-    def run(key: Any) -> Any:
-        return pt.init(net, key, jax.ShapeDtypeStruct((1, 3), "float32"))
-
-    mapped = jax.jit(jax.vmap(run))(K[None])
-    assert same_bits(jax.tree.map(lambda a: a[0], mapped), run(K))
-    assert same_bits(jax.jit(run)(K), run(K))
